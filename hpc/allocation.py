@@ -1,0 +1,83 @@
+"""Node side of an allocation: ranks, job, restart count, master address. The one file that spells SLURM's variables."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """One task's place in its job."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    node: str = ""
+    job_id: str = ""
+    cpus_per_task: int = 0
+    """0 when nobody said."""
+    gpus: bool = False
+    """Whether the job was given GPUs on this node."""
+    generation: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+
+    @staticmethod
+    def current(environ: Mapping[str, str] = os.environ) -> Allocation:
+        """From hpc.localstep's variables, else srun's (a batch shell or salloc alone is no step), else one task."""
+        if "HPC_RANK" in environ:
+            rank, world, local = (int(environ[f"HPC_{key}"]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        elif "SLURM_STEP_ID" in environ:
+            rank, world, local = (int(environ[f"SLURM_{key}"]) for key in ("PROCID", "NTASKS", "LOCALID"))
+        else:
+            rank, world, local = 0, 1, 0
+        return Allocation(
+            rank=rank,
+            world_size=world,
+            local_rank=local,
+            node=node_name(environ),
+            job_id=job_id(environ) or "",
+            cpus_per_task=int(environ.get("HPC_CPUS_PER_TASK", "0")),
+            gpus=bool(environ.get("SLURM_JOB_GPUS") or environ.get("SLURM_STEP_GPUS")),
+            generation=int(environ.get("HPC_GENERATION", "1")),
+            master_addr=environ.get("HPC_MASTER_ADDR", "127.0.0.1"),
+            master_port=int(environ.get("HPC_MASTER_PORT", "0")),
+        )
+
+
+def job_id(environ: Mapping[str, str] = os.environ) -> str | None:
+    """What scontrol calls this job; of an array task `ARRAY_TASK`: its raw id may name the whole array."""
+    if environ.get("HPC_STEP") == "local":
+        return None
+    array, task = environ.get("SLURM_ARRAY_JOB_ID"), environ.get("SLURM_ARRAY_TASK_ID")
+    if array and task:
+        return f"{array}_{task}"
+    return environ.get("SLURM_JOB_ID")
+
+
+def restart_count(environ: Mapping[str, str] = os.environ) -> int:
+    """How often SLURM (unset on the first run) or the local tail has restarted this job."""
+    return int(environ.get("SLURM_RESTART_COUNT") or environ.get("HPC_RESTART_COUNT") or 0)
+
+
+def node_name(environ: Mapping[str, str] = os.environ) -> str:
+    return environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def master(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Address and free port for the rendezvous, called in the batch shell, which runs on rank 0's node."""
+    several = int(environ.get("SLURM_JOB_NUM_NODES", "1")) > 1 and job_id(environ) is not None
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return (socket.gethostname() if several else "127.0.0.1"), int(probe.getsockname()[1])
+
+
+def without_job(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment less the outer job's own variables: a job submitted from a job must not inherit its array id.
+
+    SLURM_CONF stays: without it sbatch may not find the controller (submitit#1814).
+    """
+    return {key: value for key, value in environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}

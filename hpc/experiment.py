@@ -1,0 +1,290 @@
+"""The experiment: one small YAML file as typed data, with `base:`, overrides `a.b=c` and the delta from the base."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from hpc import units, yamlfile
+from hpc.errors import UserError, nearest
+
+Duration = Annotated[int, BeforeValidator(units.seconds)]
+Gigabytes = Annotated[float, BeforeValidator(units.gigabytes)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of the file: unknown keys are refused; frozen once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def _refuse_idle(self, choice: str, idle: dict[str, set[str]]) -> None:
+        """An option that takes no effect under `choice` is refused, never swallowed."""
+        for option, choices in idle.items():
+            if getattr(self, option) != type(self).model_fields[option].default and choice not in choices:
+                raise ValueError(f"{option} has no effect with {choice}; it belongs to {', '.join(sorted(choices))}")
+
+
+class Model(BaseModel):
+    """`name` and `num_classes`; every other key goes to the model as an option."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+    """A name of `hpc models`, timm:NAME, torchvision:NAME, or file:PATH.py:CLASS."""
+    num_classes: Annotated[int, Field(ge=1)] | None = None
+    """None: as many as the data file has."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Data(Section):
+    """Where the samples come from and how they are drawn."""
+
+    file: str
+    """The HDF5 file of `hpc pack`."""
+    batch_size: Positive = 8
+    """Global: of one optimizer step, over all ranks and accumulated parts."""
+    augment: dict[str, Any] = {}
+    """Options of datasets.augment.Augment; empty for none."""
+    threads: Positive = 2
+    """Reading threads of each rank."""
+    verify: Annotated[float, Field(ge=0, le=1)] = 1 / 64
+    """Share of the training samples whose checksum is compared as they are read."""
+
+
+class Optimizer(Section):
+    """torch.optim's Adam, AdamW or SGD (with Nesterov momentum)."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+    @model_validator(mode="after")
+    def _check(self) -> Optimizer:
+        self._refuse_idle(self.name, {"betas": {"adam", "adamw"}, "momentum": {"sgd"}})
+        return self
+
+
+class Scheduler(Section):
+    """The learning rate as a function of the step alone (jobs/schedule.py)."""
+
+    name: Literal["constant", "cosine", "exponential", "one_cycle"] = "constant"
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Linear rise from 0."""
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Last rate as a share of the highest."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Factor of one epoch."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Scheduler:
+        warm = {"constant", "cosine", "exponential"}
+        idle = {"final": {"cosine", "one_cycle"}, "gamma": {"exponential"}, "warmup_epochs": warm}
+        self._refuse_idle(self.name, idle)
+        return self
+
+
+class Loss(Section):
+    name: Literal["cross_entropy"] = "cross_entropy"
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    class_weights: Literal["balanced"] | list[float] | None = None
+    """balanced: inverse frequency in the training split; or one weight per class."""
+
+
+class Train(Section):
+    epochs: Positive = 10
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of the forward pass; weights and optimizer stay fp32."""
+    strategy: Literal["single", "ddp"] = "ddp"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where the allocation has a GPU (one that torch cannot see is a bad node), else the CPU."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    optimizer: Optimizer = Optimizer()
+    scheduler: Scheduler = Scheduler()
+    loss: Loss = Loss()
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    accumulate: Positive = 1
+    """Parts in which a rank works off its share of a batch."""
+    deterministic: Literal["auto", "off", "run"] = "auto"
+    """run: a run stopped anywhere and resumed ends bit-identical; auto: run on the CPU, off on CUDA."""
+    monitor: Literal["accuracy", "balanced_accuracy", "f1_macro", "loss"] = "accuracy"
+    """The validation metric that names the best checkpoint."""
+    checkpoint_every: Duration = 300
+    """Wall-clock time between saves."""
+    keep: Positive = 2
+    """Newest verified checkpoints kept beside the best."""
+
+
+class Launch(Section):
+    """The request; what is not given is what the instance offers."""
+
+    instance: str = "laptop"
+    cluster: Literal["auto", "slurm", "local"] = "auto"
+    nodes: Positive = 1
+    gpus: Annotated[int, Field(ge=0)] | None = None
+    """Per node, one task each."""
+    tasks_per_node: Positive | None = None
+    """None: one per GPU, or one on a node without."""
+    cpus: Positive | None = None
+    """Per node."""
+    mem: Gigabytes | None = None
+    """Per node."""
+    time: Duration | None = None
+    account: str | None = None
+    partition: str | None = None
+    qos: str | None = None
+    reservation: str | None = None
+    constraint: str | None = None
+    mail: str | None = None
+
+
+class Experiment(Section):
+    name: str
+    task: Literal["classification"] = "classification"
+    model: Model
+    data: Data
+    train: Train = Train()
+    launch: Launch = Launch()
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
+            raise ValueError("must be 1 to 80 letters, digits, '.', '_' or '-', and start with a letter or digit")
+        return name
+
+    @model_validator(mode="after")
+    def _check_batch(self) -> Experiment:
+        parts = self.train.accumulate
+        if self.data.batch_size % parts:
+            raise ValueError(f"data.batch_size {self.data.batch_size} does not divide by train.accumulate {parts}")
+        return self
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+
+def validate(values: dict[str, Any], origin: str) -> Experiment:
+    """The experiment in `values`. Raises UserError with one line per fault, with the nearest valid name."""
+    try:
+        return Experiment.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{origin}: {_sentence(fault)}" for fault in error.errors()]
+        raise UserError("\n".join(lines)) from None
+
+
+def _sentence(fault: Any) -> str:
+    path = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        section = _section(fault["loc"][:-1])
+        return f"{path}: no such key; {nearest(str(fault['loc'][-1]), section.model_fields)}"
+    if fault["type"] == "missing":
+        return f"{path}: is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    given = fault["input"]
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"{path}: {message}{shown}" if path else f"{message}{shown}"
+
+
+def _section(loc: tuple[Any, ...]) -> type[BaseModel]:
+    section: type[BaseModel] = Experiment
+    for key in loc:
+        section = section.model_fields[key].annotation  # type: ignore[assignment]
+    return section
+
+
+def load(path: Path, overrides: list[str] | None = None) -> tuple[Experiment, dict[str, Any]]:
+    """The resolved experiment of a YAML file and its delta: what differs from the base, as {dotted key: value}.
+
+    Without `base:` the delta is what the overrides change. Raises UserError.
+    """
+    values, base = _read_layers(path, ())
+    final = _merge(values, {})
+    for override in overrides or []:
+        _apply(final, override)
+    experiment = validate(final, str(path))
+    reference = base if base is not None else values
+    before = _flatten(validate(reference, str(path)).as_dict()) if _complete(reference) else {}
+    after = _flatten(experiment.as_dict())
+    delta = {key: after.get(key) for key in sorted(after.keys() | before.keys()) if after.get(key) != before.get(key)}
+    return experiment, delta
+
+
+def _complete(values: dict[str, Any]) -> bool:
+    """A base may be a fragment that is no experiment by itself."""
+    return all(key in values for key in ("name", "model", "data"))
+
+
+def _read_layers(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    path = path.resolve()
+    if path in above:
+        raise UserError(f"{path}: base: goes in a circle: {' -> '.join(p.name for p in (*above, path))}")
+    values = yamlfile.read(path)
+    base_name = values.pop("base", None)
+    _resolve_paths(values, path.parent)
+    if base_name is None:
+        return values, None
+    if not isinstance(base_name, str):
+        raise UserError(f"{path}: base: must be the path of another experiment (got {base_name!r})")
+    base, _ = _read_layers(path.parent / base_name, (*above, path))
+    return _merge(base, values), base
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
+    data, model = values.get("data"), values.get("model")
+    if isinstance(data, dict) and isinstance(data.get("file"), str):
+        data["file"] = str((folder / Path(data["file"]).expanduser()).resolve())
+    if isinstance(model, dict) and isinstance(model.get("name"), str) and model["name"].startswith("file:"):
+        file, _, attribute = model["name"].removeprefix("file:").rpartition(":")
+        if not file or not attribute:
+            raise UserError(f"model.name {model['name']!r}: write file:PATH.py:CLASS")
+        model["name"] = f"file:{(folder / Path(file).expanduser()).resolve()}:{attribute}"
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """`high` over `low`; null takes a key back to its default; another model drops the options of the old one."""
+    merged = {key: _merge(value, {}) if isinstance(value, dict) else value for key, value in low.items()}
+    for key, value in high.items():
+        mine = merged.get(key)
+        if value is None:
+            merged.pop(key, None)
+        elif (
+            not isinstance(value, dict)
+            or not isinstance(mine, dict)
+            or (path + key == "model" and value.get("name", mine.get("name")) != mine.get("name"))
+        ):
+            merged[key] = value
+        else:
+            merged[key] = _merge(mine, value, f"{path}{key}.")
+    return merged
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise UserError(f"{override!r} is no override; write train.epochs=20")
+    change: Any = yamlfile.parse(text, override)
+    for part in reversed(key.split(".")):
+        change = {part: change}
+    _resolve_paths(change, Path.cwd())
+    merged = _merge(values, change)
+    values.clear()
+    values.update(merged)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

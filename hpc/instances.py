@@ -1,0 +1,149 @@
+"""What one allocation offers, from YAML; `check(request)` answers in sentences when a request does not fit."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+import slurm_templates
+from hpc import yamlfile
+from hpc.errors import UserError, nearest
+from hpc.experiment import Duration, Gigabytes, Launch
+from hpc.units import short_time
+
+_SHIPPED = Path(slurm_templates.__file__).parent / "instances"
+
+
+def _cores(value: Any) -> Any:
+    return len(os.sched_getaffinity(0)) if value == "auto" else value
+
+
+def _memory(value: Any) -> Any:
+    if value != "auto":
+        return value
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run asks of each node, after the instance filled what the experiment left open."""
+
+    nodes: int
+    tasks_per_node: int
+    cpus: int
+    """Per node."""
+    mem_gb: float
+    """Decimal GB per node: SLURM's nodes of '64 GB' have 64000 MB, not 65536."""
+    gpus: int
+    """Per node."""
+    time_s: int
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.tasks_per_node
+
+    @property
+    def cpus_per_task(self) -> int:
+        return self.cpus // self.tasks_per_node
+
+
+class Instance(BaseModel):
+    """One kind of allocation. `auto` for cpus and mem_gb means this machine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    description: str = ""
+    cpus: Annotated[int, BeforeValidator(_cores), Field(ge=1)]
+    """Per node."""
+    mem_gb: Annotated[Gigabytes, BeforeValidator(_memory)]
+    """Decimal GB per node."""
+    gpus: Annotated[int, Field(ge=0)] = 0
+    """Per node."""
+    gpu_type: str | None = None
+    """SLURM's GRES type: --gres=gpu:TYPE:N."""
+    gpu_mem_gb: Gigabytes | None = None
+    nodes: Annotated[int, Field(ge=1)] = 1
+    """The most that one job may have."""
+    time_limit: Duration
+    partition: str | None = None
+    setup: list[str] = []
+    """Shell lines before anything else: module load, source venv/bin/activate."""
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
+    """Exported to every task."""
+
+    def request(self, launch: Launch) -> Request:
+        """The launch section with the gaps filled from this instance."""
+        gpus = launch.gpus if launch.gpus is not None else self.gpus
+        tasks = launch.tasks_per_node or max(1, gpus)
+        cpus = launch.cpus or max(self.cpus - self.cpus % tasks, tasks)
+        time_s = launch.time or self.time_limit
+        return Request(launch.nodes, tasks, cpus, launch.mem or self.mem_gb, gpus, time_s)
+
+    def check(self, request: Request) -> list[str]:
+        """One sentence per refusal: which number, which limit, what would fit. Empty when it fits."""
+        limits: list[tuple[str, float, float, str]] = [
+            ("nodes", request.nodes, self.nodes, ""),
+            ("cpus", request.cpus, self.cpus, " cores per node"),
+            ("mem", request.mem_gb, self.mem_gb, " GB per node"),
+            ("gpus", request.gpus, self.gpus, " per node"),
+        ]
+        refusals = [
+            f"launch.{key}: {asked:g}{unit} asked, but {self.name} has {limit:g}; ask for {limit:g} or less"
+            for key, asked, limit, unit in limits
+            if asked > limit
+        ]
+        if request.time_s > self.time_limit:
+            limit = short_time(self.time_limit)
+            refusals.append(
+                f"launch.time: {short_time(request.time_s)} asked, but {self.name} ends a job after {limit}"
+            )
+        if request.cpus % request.tasks_per_node:
+            tasks = request.tasks_per_node
+            fits = max(request.cpus // tasks, 1) * tasks
+            refusals.append(
+                f"launch.cpus: {request.cpus} cores do not divide by {tasks} tasks per node; ask for {fits}"
+            )
+        if request.gpus and request.tasks_per_node != request.gpus:
+            refusals.append(
+                f"launch.tasks_per_node: {request.tasks_per_node} asked, but each of {request.gpus} GPUs gets one task; "
+                f"leave it out"
+            )
+        return refusals
+
+
+def folders() -> list[Path]:
+    """Where instances are looked for, the user's own first: HPC_INSTANCES, else ~/.config/hpc/instances; then ours."""
+    config = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    own = os.environ.get("HPC_INSTANCES")
+    return [Path(own) if own else config / "hpc" / "instances", _SHIPPED]
+
+
+def names() -> dict[str, Path]:
+    """Every known instance and its file; the user's own hide ours of the same name."""
+    found: dict[str, Path] = {}
+    for folder in folders():
+        for path in sorted(folder.glob("*.yaml")) if folder.is_dir() else []:
+            found.setdefault(path.stem, path)
+    return found
+
+
+def find(name: str) -> Instance:
+    """The instance called `name`. Raises UserError for an unknown name or a fault in its file."""
+    known = names()
+    if name not in known:
+        raise UserError(f"launch.instance {name!r} is not known; {nearest(name, known)} (see 'hpc instances')")
+    values = yamlfile.read(known[name])
+    try:
+        return Instance.model_validate({"name": name, **values})
+    except ValidationError as error:
+        lines = []
+        for fault in error.errors():
+            key = ".".join(str(part) for part in fault["loc"])
+            hint = f"; {nearest(key, Instance.model_fields)}" if fault["type"] == "extra_forbidden" else ""
+            lines.append(f"{known[name]}: {key}: {fault['msg']}{hint}")
+        raise UserError("\n".join(lines)) from None

@@ -1,0 +1,136 @@
+"""Submission through submitit: its Slurm and local executors, given our batch text instead of their own.
+
+An experiment's run carries no pickle: the job object is made from our script by submitit's `_submit_command`, and its
+`result()` reads result.json. Plain `sbatch job.sbatch` or `bash job.sbatch` is exactly the same run.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
+from submitit.local.local import LocalExecutor, LocalJob
+from submitit.slurm.slurm import SlurmExecutor, SlurmJob
+
+from hpc import allocation, slurm
+from hpc.errors import UserError
+from hpc.rundir import RunDir, read_json, write_json
+
+_NO_LIMIT_MIN = 60 * 24 * 3650  # hpc.localstep keeps the time limit: it starts afresh with every attempt
+
+
+class _Result:
+    """`result()` of a run: result.json; RunDir is the parent of submitit's log folder."""
+
+    paths: Any
+
+    def result(self) -> dict[str, Any]:
+        """The run's result once its job has ended. Raises submitit's UncompletedJobError when it left none."""
+        self.wait()
+        run = RunDir(self.paths.folder.parent)
+        result = read_json(run.result)
+        if not result:
+            raise UncompletedJobError(f"{run.name} left no result; its output is in {run.logs}")
+        return result
+
+    def wait(self) -> None:
+        raise NotImplementedError
+
+
+class SlurmRunJob(_Result, SlurmJob[Any]):
+    """A run on SLURM, asked for with squeue: sacct is not there on every cluster."""
+
+    def wait(self) -> None:
+        while (info := slurm.queue([self.job_id]).get(self.job_id)) and info.state in _LIVE:
+            time.sleep(2)
+
+
+class LocalRunJob(_Result, LocalJob[Any]):
+    def wait(self) -> None:
+        while not self.done():
+            time.sleep(0.5)
+
+
+_LIVE = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
+
+
+class SlurmRunExecutor(SlurmExecutor):
+    """submitit's SLURM executor with the run's own script."""
+
+    job_class = SlurmRunJob
+
+    def __init__(self, run: RunDir) -> None:
+        super().__init__(run.logs)
+        self._run = run
+
+    def _make_submission_file_text(self, command: str, uid: str) -> str:
+        return self._run.script.read_text()
+
+    def submit_run(self) -> SlurmRunJob:
+        """sbatch the run's script. A failed sbatch may have submitted: the token (--comment) tells."""
+        with _environment(allocation.without_job()):
+            try:
+                job = self._submit_command("").job_id
+            except (FailedJobError, FailedSubmissionError) as error:
+                words = str(error).strip().splitlines()[-1]
+                found = slurm.find_by_comment(self._run.name)
+                if found is None:
+                    raise UserError(f"sbatch refused {self._run.script}: {words}") from None
+                job = found
+        return SlurmRunJob(self.folder, job, [0])
+
+
+class LocalRunExecutor(LocalExecutor):
+    """submitit's local executor running the run's own script under bash."""
+
+    def __init__(self, run: RunDir) -> None:
+        super().__init__(run.logs)
+        self._run = run
+        self.update_parameters(timeout_min=_NO_LIMIT_MIN, signal_delay_s=0)
+
+    def submit_run(self) -> LocalRunJob:
+        """Start the run in the background; it outlives this process and its terminal."""
+        hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as by nohup
+        try:
+            with _environment({**os.environ, "HPC_STEP": "local"}):
+                job: LocalJob[Any] = self._submit_command(shlex.join(["bash", str(self._run.script)]))
+        finally:
+            signal.signal(signal.SIGHUP, hangup)
+        return LocalRunJob(self.folder, job.job_id, [0], process=job._process)
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Exactly `values` as the environment meanwhile: submitit's executors start their commands with os.environ."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def submit(run: RunDir, cluster: str) -> SlurmRunJob | LocalRunJob:
+    """Submit a run's script to 'slurm' or 'local' and record the job in submit.json. Raises UserError."""
+    run.logs.mkdir(exist_ok=True)
+    executor = SlurmRunExecutor(run) if cluster == "slurm" else LocalRunExecutor(run)
+    job = executor.submit_run()
+    write_json(run.submit, {"cluster": cluster, "job": job.job_id, "time": round(time.time(), 3)})
+    run.event("submit", "login", cluster=cluster, job=job.job_id)
+    return job
+
+
+def choose_cluster(wanted: str) -> str:
+    """'slurm' or 'local'; auto is SLURM where sbatch answers. Raises UserError where SLURM is asked for but away."""
+    there = slurm.available() if wanted != "local" else False
+    if wanted == "slurm" and not there:
+        raise UserError("launch.cluster is slurm, but sbatch or its controller does not answer here; use auto or local")
+    return "slurm" if there else "local"

@@ -1,0 +1,145 @@
+"""The state of runs, from their folders and squeue: it outlives the shell that submitted them and needs no sacct."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hpc import slurm
+from hpc.attempt import process_alive
+from hpc.errors import UserError
+from hpc.rundir import RunDir, read_json, write_json
+
+
+@dataclass(frozen=True)
+class Status:
+    """One line of `hpc ls`."""
+
+    run: str
+    state: str
+    """finished, running, pending, requeued, stopped, failed, cancelled, lost, or planned."""
+    detail: str
+    cluster: str
+    job: str
+    node: str
+    attempts: int
+    epoch: int
+    step: int
+    metric: str
+    """Name and value of the monitored metric at its best."""
+    age_s: float
+    """Seconds since the run last changed its state."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def statuses(runs: list[RunDir]) -> list[Status]:
+    """The state of each run; one squeue for all of them."""
+    jobs: dict[str, slurm.JobInfo] = {}
+    if any(read_json(run.submit).get("cluster") == "slurm" for run in runs):
+        try:
+            jobs = slurm.queue()
+        except (slurm.SlurmError, OSError):
+            jobs = {}
+    return [_status(run, jobs) for run in runs]
+
+
+def status(run: RunDir) -> Status:
+    return statuses([run])[0]
+
+
+def _status(run: RunDir, jobs: dict[str, slurm.JobInfo]) -> Status:
+    submit, state, result = read_json(run.submit), read_json(run.state), read_json(run.result)
+    name, detail = _state(run, submit, state, result, jobs)
+    best = result.get("best") or state.get("best") or {}
+    monitor = result.get("monitor") or state.get("monitor")
+    value = best.get("metrics", {}).get(monitor)
+    return Status(
+        run=run.name,
+        state=name,
+        detail=detail,
+        cluster=str(submit.get("cluster", "")),
+        job=str(state.get("job") or submit.get("job") or ""),
+        node=str(state.get("node", "")),
+        attempts=run.last_generation(),
+        epoch=int(state.get("epoch", 0)),
+        step=int(state.get("step", 0)),
+        metric=f"{monitor} {value:.4f}" if value is not None else "",
+        age_s=time.time() - float(state.get("time") or submit.get("time") or run.experiment.stat().st_mtime),
+    )
+
+
+def _state(
+    run: RunDir, submit: dict[str, Any], state: dict[str, Any], result: dict[str, Any], jobs: dict[str, slurm.JobInfo]
+) -> tuple[str, str]:
+    if result:
+        return "finished", ""
+    info = jobs.get(str(submit.get("job")))
+    if submit.get("cluster") == "slurm" and info and info.state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"):
+        if info.state == "PENDING":
+            return ("requeued" if run.last_generation() else "pending"), info.reason
+        return "running", str(state.get("phase", "starting"))
+    if submit.get("cancelled"):
+        return "cancelled", str(state.get("reason", ""))
+    if not state:
+        return (
+            ("lost", "no attempt has started, and the job is gone")
+            if submit and not _local(submit)
+            else _unstarted(submit)
+        )
+    if state.get("phase") == "stopped":
+        return "stopped", str(state.get("reason", ""))
+    if state.get("phase") == "ended":
+        return "failed", str(state.get("reason", ""))
+    if state.get("job") is None and _here(state) and process_alive(int(state["pid"])):
+        return "running", str(state["phase"])
+    if state.get("job") is None and not _here(state):
+        return "running", f"on {state.get('host')}, last heard of {time.time() - float(state['time']):.0f} s ago"
+    return "lost", f"the job ended without a word while {state.get('phase')}"
+
+
+def _local(submit: dict[str, Any]) -> bool:
+    return submit.get("cluster") == "local"
+
+
+def _unstarted(submit: dict[str, Any]) -> tuple[str, str]:
+    if not submit:
+        return "planned", "not submitted"
+    alive = process_alive(int(submit["job"]))
+    return ("pending", "starting") if alive else ("failed", "the batch script ended before its first attempt")
+
+
+def _here(state: dict[str, Any]) -> bool:
+    return state.get("host") == socket.gethostname()
+
+
+def live(state: str) -> bool:
+    return state in ("running", "pending", "requeued")
+
+
+def cancel(run: RunDir) -> str:
+    """End a run for good: scancel, or TERM to its local batch shell. Raises UserError when there is nothing to end."""
+    now = status(run)
+    if not live(now.state):
+        raise UserError(f"{run.name} is {now.state}: nothing to cancel")
+    submit, state = read_json(run.submit), read_json(run.state)
+    if submit.get("cluster") == "slurm" or state.get("job"):
+        job = str(submit.get("job") or state["job"])
+        slurm.cancel(job)
+        _mark_cancelled(run, submit)
+        return f"job {job}"
+    if not state or not _here(state):
+        raise UserError(f"{run.name} runs on {state.get('host') or 'no host yet'}; cancel it there")
+    _mark_cancelled(run, submit)
+    os.kill(int(state["pid"]), signal.SIGTERM)
+    return f"process {state['pid']}"
+
+
+def _mark_cancelled(run: RunDir, submit: dict[str, Any]) -> None:
+    write_json(run.submit, {**submit, "cancelled": True})
+    run.event("cancel", "login")

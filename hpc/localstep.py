@@ -1,0 +1,78 @@
+"""srun's stand-in where there is no SLURM: `python -m hpc.localstep --tasks N --time S --notice S -- COMMAND...`.
+
+Starts N ranks on this machine, passes USR2, TERM and INT on to them, sends USR2 `--notice` seconds before the time
+limit and KILL at it, and ends all when one fails (srun's --kill-on-bad-exit). Leaves with the first code that is not 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+
+from hpc.preempt import STOP_SIGNALS
+
+_GRACE_S = 30.0
+_POLL_S = 0.05
+
+
+class Step:
+    """N ranks, started together and ended together."""
+
+    def __init__(self, command: list[str], tasks: int) -> None:
+        self._ranks: list[subprocess.Popen[bytes]] = []
+        self._pending: list[int] = []
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._hear)
+        for rank in range(tasks):
+            environ = {**os.environ, "HPC_RANK": str(rank), "HPC_WORLD_SIZE": str(tasks), "HPC_LOCAL_RANK": str(rank)}
+            # A session of its own: Ctrl-C in a terminal reaches the ranks once, through this process.
+            self._ranks.append(subprocess.Popen(command, env=environ, start_new_session=True))
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._pending.append(number)
+
+    def send(self, number: int) -> None:
+        for rank in self._ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    def wait(self, limit_s: float, notice_s: float) -> int:
+        """Wait for all ranks; the first exit code that is not 0, as a shell counts (128 + signal)."""
+        start = time.monotonic()
+        noticed, kill_at, failed = False, start + limit_s, 0
+        while any(rank.poll() is None for rank in self._ranks):
+            while self._pending:
+                self.send(self._pending.pop(0))
+            now = time.monotonic()
+            if not noticed and now >= start + limit_s - notice_s:
+                noticed = True
+                self.send(signal.SIGUSR2)
+            codes = [rank.returncode for rank in self._ranks if rank.returncode]
+            if codes and not failed:
+                failed, kill_at = codes[0], min(kill_at, now + _GRACE_S)
+                self.send(signal.SIGTERM)
+            if now >= kill_at:
+                self.send(signal.SIGKILL)
+            time.sleep(_POLL_S)
+        code = failed or next((rank.returncode for rank in self._ranks if rank.returncode), 0)
+        return code if code >= 0 else 128 - code
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m hpc.localstep", description=__doc__)
+    parser.add_argument("--tasks", type=int, default=1)
+    parser.add_argument("--time", type=float, default=float("inf"), help="seconds until KILL")
+    parser.add_argument("--notice", type=float, default=0.0, help="seconds of notice by USR2")
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    return Step(command, options.tasks).wait(options.time, options.notice)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""The carried payload: where jobs, models3d and datasets are, how a child runs from there, and its snapshot.
+
+Only hpc and slurm_templates are installed. The root is HPC_ROOT; else the nearest parent of the working folder with
+jobs/__init__.py; else the folder beside hpc.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import distributions
+from pathlib import Path
+
+import hpc
+import slurm_templates
+from hpc.errors import UserError
+
+_CARRIED = ("jobs", "models3d", "datasets")
+_INSTALLED = (hpc, slurm_templates)
+
+
+def root() -> Path:
+    """The folder that holds jobs, models3d and datasets. Raises UserError where there is none."""
+    given = os.environ.get("HPC_ROOT")
+    here = Path.cwd()
+    candidates = [Path(given)] if given else [here, *here.parents, Path(hpc.__file__).resolve().parent.parent]
+    for folder in candidates:
+        if (folder / "jobs" / "__init__.py").is_file():
+            return folder.resolve()
+    looked = f"HPC_ROOT={given}" if given else f"{here} and its parents"
+    raise UserError(f"no jobs/__init__.py in {looked}: work inside a checkout, or set HPC_ROOT to one")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """This environment with `folder` first on PYTHONPATH, and the working folder not on sys.path."""
+    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+
+
+def child(module: str, arguments: Sequence[str], text: str | None = None) -> int:
+    """Run `python -m MODULE ARGUMENTS` from the root, its output ours; the exit code."""
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, env=environment(root()), input=text, text=True, check=False).returncode
+
+
+def ask(module: str, arguments: Sequence[str], text: str) -> subprocess.CompletedProcess[str]:
+    """The same with `text` on its standard input, its output kept."""
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, env=environment(root()), input=text, text=True, capture_output=True, check=False)
+
+
+def snapshot(target: Path) -> None:
+    """Copy all five rooms, the installed packages' versions, the commit and what differs from it into `target`."""
+    source = root()
+    folders = [source / name for name in _CARRIED] + [Path(str(room.__file__)).resolve().parent for room in _INSTALLED]
+    target.mkdir(parents=True)
+    for folder in folders:
+        shutil.copytree(folder, target / folder.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    versions = sorted(f"{d.name}=={d.version}" for d in distributions() if d.name)
+    (target / "requirements.txt").write_text("\n".join(versions) + "\n")
+    for name, command in (("commit.txt", ("rev-parse", "HEAD")), ("changes.diff", ("diff", "HEAD"))):
+        answer = _git(source, *command)
+        if answer:
+            (target / name).write_text(answer)
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""

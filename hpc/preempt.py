@@ -1,0 +1,70 @@
+"""Signals and exit codes: a handler only raises a flag; the loop decides at a step boundary.
+
+Who gets which signal (SLURM 22.05, tasks started by srun in the background of the batch shell): preemption sends the
+tasks SIGTERM (again at the end of GraceTime), a time limit sends them USR2 first (`--signal=USR2@N` without `B:`).
+USR1 is left alone: NCCL may use it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from enum import IntEnum
+from types import FrameType
+
+
+class ExitCode(IntEnum):
+    """What a task or the batch script leaves with."""
+
+    DONE = 0
+    CRASH = 1
+    BAD_INPUT = 2
+    """Never retried."""
+    STORAGE = 74
+    STOPPED = 75
+    """A clean stop: stop.json says at which step."""
+    BAD_NODE = 77
+
+
+STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+
+
+class StopFlag:
+    """Raised by USR2, TERM or INT in the process that installed it; children ignore these signals.
+
+    The first signal names the cause; later ones change nothing, so that TERM after USR2 ends the same way.
+    """
+
+    def __init__(self) -> None:
+        self._signal = 0
+        self._pid = os.getpid()
+
+    def install(self) -> StopFlag:
+        """Hear the stop signals from now on (main thread only); a fork resets them to be ignored."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._raise)
+        os.register_at_fork(after_in_child=_ignore)
+        return self
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() == self._pid and not self._signal:
+            self._signal = int(number)
+
+    @property
+    def cause(self) -> str | None:
+        """Name of the first signal, or None."""
+        return signal.Signals(self._signal).name if self._signal else None
+
+    def agree(self, max_over_ranks: Callable[[int], int]) -> str | None:
+        """The cause that all ranks stop for, or None: the highest signal number seen by any rank.
+
+        `max_over_ranks` is a collective, so every rank must call this at the same step boundary.
+        """
+        self._signal = max_over_ranks(self._signal)
+        return self.cause
+
+
+def _ignore() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,184 @@
+"""The run folder, where login node and compute node meet: its names, spelt once, and how its files are written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hpc import errors
+
+
+class RunDir:
+    """One run. Readable files only; a file that others may read while it is written is renamed into place."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path).resolve()
+        self.experiment = self.path / "experiment.yaml"
+        self.delta = self.path / "delta.yaml"
+        self.script = self.path / "job.sbatch"
+        self.code = self.path / "code"
+        self.submit = self.path / "submit.json"
+        self.state = self.path / "state.json"
+        self.stop = self.path / "stop.json"
+        self.events = self.path / "events"
+        self.logs = self.path / "logs"
+        self.checkpoints = self.path / "checkpoints"
+        self.quarantine = self.path / "quarantine"
+        self.tensorboard = self.path / "tb"
+        self.metrics = self.path / "metrics.jsonl"
+        self.figures = self.path / "figures"
+        self.predictions = self.path / "predictions"
+        self.result = self.path / "result.json"
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def output(self, job: str = "%j", task: str = "%t", stream: str = "out") -> Path:
+        """Output of one task, submitit's name for it; attempts of a job follow each other in it."""
+        return self.logs / f"{job}_{task}_log.{stream}"
+
+    def figure(self, name: str) -> Path:
+        return self.figures / f"{name}.png"
+
+    def prediction(self, split: str) -> Path:
+        return self.predictions / f"{split}.npz"
+
+    def event(self, kind: str, writer: str, generation: int = 0, **fields: Any) -> None:
+        """Append one line to this writer's own event file (one writer per file; generation 0 is the login node)."""
+        self.events.mkdir(exist_ok=True)
+        line = {"time": round(time.time(), 3), "event": kind, "generation": generation, **fields}
+        append_line(self.events / f"{generation:03d}-{writer}.jsonl", line)
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """All events of all writers, by time."""
+        lines = [line for path in sorted(self.events.glob("*.jsonl")) for line in read_lines(path)]
+        return sorted(lines, key=lambda line: float(line["time"]))
+
+    def last_generation(self) -> int:
+        """The highest generation that any attempt has taken; 0 before the first."""
+        return max((int(path.name.split("-")[0]) for path in self.events.glob("*.jsonl")), default=0)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """One line per evaluated step: a resumed run may write a step again, and the last line counts."""
+        kept = {(line["step"], line["split"]): line for line in read_lines(self.metrics)}
+        return [kept[key] for key in sorted(kept)]
+
+
+def run_id(resolved: dict[str, Any], count: int) -> str:
+    """8 hex digits of (resolved experiment, number of equal runs before)."""
+    text = json.dumps([resolved, count], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def next_run(runs: Path, name: str, resolved: dict[str, Any]) -> RunDir:
+    """The folder that the next run of this experiment will have, so that plan and submit render the same bytes."""
+    count = 0
+    while (path := runs / f"{name}-{run_id(resolved, count)}").exists():
+        count += 1
+    return RunDir(path)
+
+
+def runs_folder(given: Path | None) -> Path:
+    """--runs, else HPC_RUNS, else runs/ of the working folder."""
+    return Path(given or os.environ.get("HPC_RUNS") or "runs").resolve()
+
+
+def all_runs(runs: Path) -> Iterator[RunDir]:
+    """Every run in the folder, oldest first."""
+    found = [RunDir(path.parent) for path in runs.glob("*/experiment.yaml")] if runs.is_dir() else []
+    yield from sorted(found, key=lambda run: run.experiment.stat().st_mtime)
+
+
+def find_run(runs: Path, name: str) -> RunDir:
+    """A run by its path, its folder's name, or any unique beginning or id of it. Raises UserError."""
+    direct = RunDir(name)
+    if direct.experiment.is_file():
+        return direct
+    known = list(all_runs(runs))
+    found = [run for run in known if run.name == name] or [
+        run for run in known if run.name.startswith(name) or run.name.endswith(f"-{name}")
+    ]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise errors.UserError(f"{name!r} names {len(found)} runs: {', '.join(run.name for run in found)}")
+    if not known:
+        raise errors.UserError(
+            f"no run {name!r}: {runs} holds no runs yet; start one with 'hpc submit EXPERIMENT.yaml'"
+        )
+    raise errors.UserError(f"no run {name!r} in {runs}; {errors.nearest(name, [run.name for run in known])}")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write aside, fsync, rename, fsync the folder: a reader sees the old file or the new one."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is none. Raises UserError for a file that is no JSON object."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise errors.UserError(f"{path}: damaged ({error}); remove it or restore it from a copy") from None
+    if not isinstance(value, dict):
+        raise errors.UserError(f"{path}: holds {type(value).__name__}, not an object")
+    return value
+
+
+def append_line(path: Path, value: dict[str, Any]) -> None:
+    """One JSON line in one write, fsync'd; a torn last line of a killed writer stays a line of its own."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+        os.write(descriptor, ("\n" * torn + json.dumps(value) + "\n").encode())
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl file; a torn last line (a writer was killed) is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines
