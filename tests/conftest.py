@@ -1,0 +1,37 @@
+"""Fixtures that several test files share: the real SLURM cluster, started when the first test asks for it."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from tests.slurm.cluster import INSTALL, Cluster, obstacle, reap
+
+UNTESTED = "submission, preemption, requeue and cancellation on a real SLURM"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `slurm` are skipped where no cluster can run, and fail there under HPC_REQUIRE_SLURM=1."""
+    if item.get_closest_marker("slurm") and (reason := obstacle()):
+        if os.environ.get("HPC_REQUIRE_SLURM") == "1":
+            pytest.fail(f"HPC_REQUIRE_SLURM=1, but no SLURM cluster can be started here ({reason})", pytrace=False)
+        pytest.skip(f"no SLURM cluster can be started here ({reason})")
+
+
+@pytest.fixture(scope="session")
+def slurm_cluster() -> Iterator[Cluster]:
+    """The two-node cluster of tests/slurm, shared by the session; only for tests marked `slurm`."""
+    reap()
+    with Cluster() as cluster:
+        yield cluster
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One loud line when tests on the cluster were skipped: which, what that leaves untested, and the remedy."""
+    reason = obstacle()
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if "slurm" in report.keywords]
+    if not reason or not skipped:
+        return
+    names = ", ".join(report.nodeid.rpartition("::")[2] for report in skipped)
+    line = f"NOT TESTED: {UNTESTED} ({len(skipped)} tests skipped: {names}), because: {reason}. Remedy: {INSTALL}"
+    terminalreporter.write_line(line, red=True, bold=True)
