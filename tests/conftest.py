@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.slurm.cluster import INSTALL, Cluster, obstacle, reap
+from tests.slurm.cluster import Cluster, obstacle, reap
 
 UNTESTED = "submission, preemption, requeue and cancellation on a real SLURM"
 
@@ -33,5 +33,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if not reason or not skipped:
         return
     names = ", ".join(report.nodeid.rpartition("::")[2] for report in skipped)
-    line = f"NOT TESTED: {UNTESTED} ({len(skipped)} tests skipped: {names}), because: {reason}. Remedy: {INSTALL}"
+    line = f"NOT TESTED: {UNTESTED} ({len(skipped)} tests skipped: {names}), because: {reason}"
     terminalreporter.write_line(line, red=True, bold=True)

@@ -31,7 +31,6 @@ PREFIX = "slurm-cluster-"
 NODES = ("node0", "node1")
 CPUS = 12
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged", "unmunge", "unshare")
-INSTALL = "sudo sh tests/slurm/install.sh"
 CONF = Path(__file__).with_name("slurm.conf.in")
 SBIN = "/usr/sbin:/sbin"
 # Mounts a hosts file of its own over /etc/hosts, seen by this slurmd and its jobs only, then becomes slurmd.
@@ -43,11 +42,11 @@ class ClusterError(RuntimeError):
 
 
 def obstacle() -> str | None:
-    """Says in a few words why no cluster can be started here, or None when one can."""
+    """Says in a few words why no cluster can be started here and what helps; None when one can be started."""
     if os.geteuid() != 0:
-        return "not root"
+        return "not root; run this as root"
     missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
-    return f"not installed: {', '.join(missing)}" if missing else None
+    return f"not installed: {', '.join(missing)}; install with: sudo sh tests/slurm/install.sh" if missing else None
 
 
 class Cluster:
@@ -68,6 +67,8 @@ class Cluster:
         self.settings = {"job_requeue": job_requeue, "preempt_mode": preempt_mode, "kill_wait": kill_wait}
         self.extra = tuple(extra)
         self.folder = Path()
+        self.ports: dict[str, int] = {}
+        self.borrowed_munge = False
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.start_seconds = 0.0
 
@@ -80,11 +81,11 @@ class Cluster:
             ClusterError: when it cannot start here, or does not answer in time; with the tails of the logs.
         """
         if reason := obstacle():
-            raise ClusterError(f"no SLURM cluster can be started here: {reason}; install with: {INSTALL}")
+            raise ClusterError(f"no SLURM cluster can be started here: {reason}")
         began = time.monotonic()
         self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         try:
-            _write(self.folder / "owner", f"{os.getpid()} {_start_time(os.getpid())}\n")
+            (self.folder / "owner").write_text(f"{os.getpid()} {_start_time(os.getpid())}\n")
             self._write_configuration()
             for name in self._commands():
                 self.launch(name)
@@ -126,8 +127,11 @@ class Cluster:
             )
         with (self.folder / "pids").open("a") as pids:
             pids.write(f"{self.daemons[name].pid}\n")
+        # Slurm's programs sleep a whole second when slurmctld does not listen yet: worth the wait.
         if name == "munged":
             self.wait_for(lambda: _munge_answers(self._own_munge), 10, "munged")
+        if name == "slurmctld":
+            self.wait_for(lambda: _listens(self.ports["slurmctld_port"]), 10, "slurmctld")
 
     # -- use --------------------------------------------------------------------------------------------------------
 
@@ -242,14 +246,14 @@ class Cluster:
         for name in ("state", "run", "log", "spool", *(f"spool/{node}" for node in NODES)):
             (self.folder / name).mkdir()
         self.borrowed_munge = _munge_answers()
-        ports = dict(zip(("slurmctld_port", "node0_port", "node1_port"), _free_ports(3), strict=True))
+        self.ports = dict(zip(("slurmctld_port", "node0_port", "node1_port"), _free_ports(3), strict=True))
         host = socket.gethostname().split(".")[0]
-        text = Template(CONF.read_text()).substitute(self.settings, folder=self.folder, host=host, **ports)
+        text = Template(CONF.read_text()).substitute(self.settings, folder=self.folder, host=host, **self.ports)
         lines = [] if self.borrowed_munge else [f"AuthInfo=socket={self._own_munge}"]
-        _write(self.folder / "slurm.conf", "\n".join([text, *lines, *self.extra, ""]))
-        _write(self.folder / "cgroup.conf", "CgroupAutomount=no\nConstrainCores=no\n")
-        _write(self.folder / "gres.conf", "".join(self._fake_gpu(node) for node in NODES))
-        _write(self.folder / "hosts", Path("/etc/hosts").read_text() + f"\n127.0.0.1 {' '.join(NODES)}\n")
+        (self.folder / "slurm.conf").write_text("\n".join([text, *lines, *self.extra, ""]))
+        (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\nConstrainCores=no\n")
+        (self.folder / "gres.conf").write_text("".join(self._fake_gpu(node) for node in NODES))
+        (self.folder / "hosts").write_text(Path("/etc/hosts").read_text() + f"\n127.0.0.1 {' '.join(NODES)}\n")
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
@@ -359,21 +363,21 @@ def _free_ports(count: int) -> list[int]:
     """Ports on which nobody listens, below the range that the kernel gives to outgoing connections."""
     found: list[int] = []
     for port in random.SystemRandom().sample(range(17000, 32000), 1000):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                found.append(port)
+        if not _listens(port):
+            found.append(port)
         if len(found) == count:
             return found
     raise ClusterError("no free ports between 17000 and 32000")
 
 
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 def _path() -> str:
     """PATH with the folders of the daemons, which are root's and not always in it."""
     return f"{os.environ.get('PATH', os.defpath)}:{SBIN}"
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
 
 
 def _shell() -> None:
