@@ -81,7 +81,7 @@ def _alive(state: dict[str, Any]) -> bool:
             info = slurm.queue([job]).get(job)
         except (slurm.SlurmError, OSError):
             return False  # no controller to ask from here: it gave this job its nodes, so it knows
-        return info is not None and info.state in ("RUNNING", "COMPLETING", "SUSPENDED")
+        return info is not None and info.live and info.state != "PENDING"
     return state.get("host") == socket.gethostname() and process_alive(int(state["pid"]))
 
 

@@ -50,7 +50,7 @@ def _table(columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def _passes_on(name: str, module: str, words: str) -> Callable[..., None]:
@@ -158,7 +158,6 @@ def list_runs(runs: Runs = None, as_json: AsJson = False) -> None:
     """List all runs: state, job, epoch, step, best metric."""
     from hpc import ledger
     from hpc.rundir import all_runs, runs_folder
-    from hpc.units import short_time
 
     folder = runs_folder(runs)
     found = ledger.statuses(list(all_runs(folder)))
@@ -168,14 +167,15 @@ def list_runs(runs: Runs = None, as_json: AsJson = False) -> None:
         _say(f"no runs in {folder}; start one with 'hpc submit EXPERIMENT.yaml'")
     else:
         columns = ["run", "state", "epoch", "step", "best", "attempts", "job", "changed", ""]
-        _table(
-            columns,
-            [
-                [s.run, s.state, str(s.epoch), str(s.step), s.metric, str(s.attempts)]
-                + [f"{s.cluster} {s.job}".strip(), f"{short_time(s.age_s)} ago", s.detail]  # noqa: RUF005
-                for s in found
-            ],
-        )
+        _table(columns, [_row(status) for status in found])
+
+
+def _row(status: Any) -> list[str]:
+    from hpc.units import short_time
+
+    numbers = [str(status.epoch), str(status.step), status.metric, str(status.attempts)]
+    job, age = f"{status.cluster} {status.job}".strip(), f"{short_time(status.age_s)} ago"
+    return [status.run, status.state, *numbers, job, age, status.detail]
 
 
 @app.command(rich_help_panel="Watch")

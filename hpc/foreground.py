@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from hpc import ledger
+from hpc.preempt import STOP_SIGNALS
 from hpc.rundir import RunDir, read_json, write_json
 
 _POLL_S = 0.3
@@ -24,7 +25,7 @@ def train(run: RunDir) -> int:
     )
     write_json(run.submit, {"cluster": "local", "job": str(process.pid), "time": round(time.time(), 3)})
     run.event("submit", "login", cluster="local", job=str(process.pid))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda received, _: process.send_signal(received))
     assert process.stdout is not None
     with run.output(str(process.pid), "0").open("ab", buffering=0) as log:

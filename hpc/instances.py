@@ -110,7 +110,7 @@ class Instance(BaseModel):
             )
         if request.gpus and request.tasks_per_node != request.gpus:
             refusals.append(
-                f"launch.tasks_per_node: {request.tasks_per_node} asked, but each of {request.gpus} GPUs gets one task; "
+                f"launch.tasks_per_node: {request.tasks_per_node} asked, but each of {request.gpus} GPUs is one task; "
                 f"leave it out"
             )
         return refusals

@@ -47,7 +47,7 @@ class SlurmRunJob(_Result, SlurmJob[Any]):
     """A run on SLURM, asked for with squeue: sacct is not there on every cluster."""
 
     def wait(self) -> None:
-        while (info := slurm.queue([self.job_id]).get(self.job_id)) and info.state in _LIVE:
+        while (info := slurm.queue([self.job_id]).get(self.job_id)) and info.live:
             time.sleep(2)
 
 
@@ -55,9 +55,6 @@ class LocalRunJob(_Result, LocalJob[Any]):
     def wait(self) -> None:
         while not self.done():
             time.sleep(0.5)
-
-
-_LIVE = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 
 
 class SlurmRunExecutor(SlurmExecutor):

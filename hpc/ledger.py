@@ -77,45 +77,46 @@ def _status(run: RunDir, jobs: dict[str, slurm.JobInfo]) -> Status:
 def _state(
     run: RunDir, submit: dict[str, Any], state: dict[str, Any], result: dict[str, Any], jobs: dict[str, slurm.JobInfo]
 ) -> tuple[str, str]:
+    """The state's name and what more there is to say."""
     if result:
         return "finished", ""
-    info = jobs.get(str(submit.get("job")))
-    if submit.get("cluster") == "slurm" and info and info.state in ("PENDING", "RUNNING", "CONFIGURING", "COMPLETING"):
+    info, reason = jobs.get(str(submit.get("job"))), str(state.get("reason", ""))
+    if info and info.live:
         if info.state == "PENDING":
             return ("requeued" if run.last_generation() else "pending"), info.reason
         return "running", str(state.get("phase", "starting"))
     if submit.get("cancelled"):
-        return "cancelled", str(state.get("reason", ""))
+        return "cancelled", reason
     if not state:
-        return (
-            ("lost", "no attempt has started, and the job is gone")
-            if submit and not _local(submit)
-            else _unstarted(submit)
-        )
-    if state.get("phase") == "stopped":
-        return "stopped", str(state.get("reason", ""))
-    if state.get("phase") == "ended":
-        return "failed", str(state.get("reason", ""))
-    if state.get("job") is None and _here(state) and process_alive(int(state["pid"])):
-        return "running", str(state["phase"])
-    if state.get("job") is None and not _here(state):
-        return "running", f"on {state.get('host')}, last heard of {time.time() - float(state['time']):.0f} s ago"
-    return "lost", f"the job ended without a word while {state.get('phase')}"
+        return _unstarted(submit)
+    phase = str(state["phase"])
+    if state.get("job") is not None:
+        ended = {"stopped": ("stopped", reason), "ended": ("failed", reason)}
+        return ended.get(phase, ("lost", f"the job ended without a word while {phase}"))
+    return _local_state(state, phase, reason)
 
 
-def _local(submit: dict[str, Any]) -> bool:
-    return submit.get("cluster") == "local"
+def _local_state(state: dict[str, Any], phase: str, reason: str) -> tuple[str, str]:
+    """Of a run outside SLURM, by the process that holds it."""
+    here = state.get("host") == socket.gethostname()
+    alive = here and process_alive(int(state["pid"]))
+    if phase == "stopped":
+        return ("requeued" if alive else "stopped"), reason
+    if phase == "ended":
+        return "failed", reason
+    if here and not alive:
+        return "lost", f"the job ended without a word while {phase}"
+    heard = f"on {state.get('host')}, last heard of {time.time() - float(state['time']):.0f} s ago"
+    return "running", phase if here else heard
 
 
 def _unstarted(submit: dict[str, Any]) -> tuple[str, str]:
     if not submit:
         return "planned", "not submitted"
+    if submit.get("cluster") == "slurm":
+        return "lost", "no attempt has started, and the job is gone"
     alive = process_alive(int(submit["job"]))
     return ("pending", "starting") if alive else ("failed", "the batch script ended before its first attempt")
-
-
-def _here(state: dict[str, Any]) -> bool:
-    return state.get("host") == socket.gethostname()
 
 
 def live(state: str) -> bool:
@@ -133,7 +134,7 @@ def cancel(run: RunDir) -> str:
         slurm.cancel(job)
         _mark_cancelled(run, submit)
         return f"job {job}"
-    if not state or not _here(state):
+    if not state or state.get("host") != socket.gethostname():
         raise UserError(f"{run.name} runs on {state.get('host') or 'no host yet'}; cancel it there")
     _mark_cancelled(run, submit)
     os.kill(int(state["pid"]), signal.SIGTERM)

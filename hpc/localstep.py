@@ -14,7 +14,7 @@ import sys
 import time
 from types import FrameType
 
-from hpc.preempt import STOP_SIGNALS
+from hpc.preempt import NOTICE, STOP_SIGNALS
 
 _GRACE_S = 30.0
 _POLL_S = 0.05
@@ -51,7 +51,7 @@ class Step:
             now = time.monotonic()
             if not noticed and now >= start + limit_s - notice_s:
                 noticed = True
-                self.send(signal.SIGUSR2)
+                self.send(NOTICE)
             codes = [rank.returncode for rank in self._ranks if rank.returncode]
             if codes and not failed:
                 failed, kill_at = codes[0], min(kill_at, now + _GRACE_S)

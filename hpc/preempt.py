@@ -27,7 +27,9 @@ class ExitCode(IntEnum):
     BAD_NODE = 77
 
 
-STOP_SIGNALS = (signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+NOTICE = signal.SIGUSR2
+"""What comes ahead of a time limit (`--signal=USR2@N`)."""
+STOP_SIGNALS = (NOTICE, signal.SIGTERM, signal.SIGINT)
 
 
 class StopFlag:

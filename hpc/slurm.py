@@ -12,6 +12,20 @@ from hpc import allocation
 from hpc.errors import UserError
 
 _TIMEOUT_S = 30
+_ENDED = frozenset(
+    [
+        "BOOT_FAIL",
+        "CANCELLED",
+        "COMPLETED",
+        "DEADLINE",
+        "FAILED",
+        "NODE_FAIL",
+        "OUT_OF_MEMORY",
+        "PREEMPTED",
+        "REVOKED",
+        "TIMEOUT",
+    ]
+)
 
 
 class SlurmError(RuntimeError):
@@ -29,6 +43,11 @@ class JobInfo:
     """Of a pending job: Priority, Resources, BeginTime, ..."""
     node: str
     comment: str
+
+    @property
+    def live(self) -> bool:
+        """Pending, running, requeued or on its way between these."""
+        return self.state not in _ENDED
 
 
 def available() -> bool:
@@ -58,11 +77,7 @@ def queue(jobs: Sequence[str] = ()) -> dict[str, JobInfo]:
 
 def find_by_comment(token: str) -> str | None:
     """The unfinished job that carries this submission token: a failed sbatch may still have submitted."""
-    finished = {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "PREEMPTED", "NODE_FAIL", "OUT_OF_MEMORY"}
-    for job, info in queue().items():
-        if info.comment == token and info.state not in finished:
-            return job
-    return None
+    return next((job for job, info in queue().items() if info.comment == token and info.live), None)
 
 
 def submit(script: Path) -> str:

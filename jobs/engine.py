@@ -1,0 +1,116 @@
+"""Device, ranks and collectives of one task: the same training loop on one CPU, one GPU or many nodes."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hpc.allocation import Allocation
+
+
+class BadNode(RuntimeError):
+    """The node does not have what the job was given."""
+
+
+def choose_device(wanted: str, allocation: Allocation) -> torch.device:
+    """The device of this task. Raises BadNode where a GPU is due and torch sees none."""
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", allocation.local_rank % torch.cuda.device_count())
+    if wanted == "cuda" or allocation.gpus:
+        raise BadNode(
+            f"{allocation.node}: the job has a GPU here, but torch {torch.__version__} sees none "
+            f"(check nvidia-smi and the driver; train.device=cpu trains without)"
+        )
+    return torch.device("cpu")
+
+
+class Engine:
+    """One rank of a data-parallel job; with one task the collectives do nothing.
+
+    Reductions of control values and of counts go through gloo on the CPU, gradients through NCCL where there is CUDA.
+    """
+
+    def __init__(self, allocation: Allocation, device: torch.device, deterministic: bool) -> None:
+        self.rank = allocation.rank
+        self.world_size = allocation.world_size
+        self.device = device
+        self.is_main = allocation.rank == 0
+        self._deterministic = deterministic
+        self._control: Any = None  # the default group
+        self._set_threads(allocation.cpus_per_task)
+        if deterministic and device.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.benchmark = False
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if self.world_size > 1:
+            self._connect(allocation)
+
+    @staticmethod
+    def _set_threads(cpus: int) -> None:
+        """As many threads as the task has cores: the sums of a kernel depend on their number."""
+        usable = len(os.sched_getaffinity(0))
+        torch.set_num_threads(min(cpus, usable) if cpus else usable)
+
+    def _connect(self, allocation: Allocation) -> None:
+        url = f"tcp://{allocation.master_addr}:{allocation.master_port}"
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=url, rank=self.rank, world_size=self.world_size)
+        if backend == "nccl":
+            self._control = dist.new_group(backend="gloo")
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model as the training step calls it; gradients are averaged over the ranks.
+
+        Under `deterministic: run` DDP must not rebuild its buckets after the first step: a resumed run would sum in
+        another order than the undisturbed one at 3 or more ranks. find_unused_parameters keeps the first buckets.
+        """
+        if self.world_size == 1:
+            return model
+        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=self._deterministic)
+
+    def without_sync(self, model: nn.Module) -> AbstractContextManager[None]:
+        """For all but the last part of an accumulated step: no all-reduce."""
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    def max(self, values: Sequence[int]) -> list[int]:
+        """Each value's maximum over the ranks."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._control)
+        return [int(value) for value in tensor]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, as a CPU tensor of the same shape and type."""
+        total = tensor.detach().to("cpu", copy=True)
+        if self.world_size > 1:
+            dist.all_reduce(total, group=self._control)
+        return total
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Rank 0's running statistics on every rank, as DDP does it before each training step."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier(group=self._control)
+
+    def close(self) -> None:
+        if self.world_size > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,129 @@
+"""What rank 0 writes about an attempt: TensorBoard, metrics.jsonl, state.json, stop.json, figures, result.json."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hpc.errors import UserError
+from hpc.experiment import Experiment
+from hpc.rundir import RunDir, read_json, write_bytes, write_json
+from jobs import figures
+from jobs.tasks.classification import DIRECTION, Scores
+from jobs.tracking import Tracker
+
+_LOG = logging.getLogger(__name__)
+_STATE_EVERY_S = 2.0
+
+
+class Recorder:
+    """The records of one attempt; the only writer of these files while it runs."""
+
+    def __init__(
+        self, run: RunDir, experiment: Experiment, names: Sequence[str], generation: int, steps: tuple[int, int, int]
+    ) -> None:
+        """`steps`: done so far, in all, per epoch."""
+        self._run, self._names, self._generation = run, list(names), generation
+        self._epochs, self._task = experiment.train.epochs, experiment.task
+        self._monitor = experiment.train.monitor
+        resumed, self._total, self._per_epoch = steps
+        self._tracker = Tracker(run, generation, resumed)
+        self._written_at = 0.0
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self._run.event(kind, "rank0", self._generation, **fields)
+
+    def step(self, step: int, loss: float, accuracy: float, rate: float) -> None:
+        """One optimizer step, over all ranks."""
+        self._tracker.scalars(step, {"step/loss": loss, "step/accuracy": accuracy, "step/learning_rate": rate})
+
+    def state(self, phase: str, step: int, best: dict[str, Any] | None, force: bool = False) -> None:
+        """Progress in state.json, every two seconds or when forced. Raises UserError when the lease was lost."""
+        now = time.monotonic()
+        if not force and now - self._written_at < _STATE_EVERY_S:
+            return
+        self._written_at = now
+        held = read_json(self._run.state)
+        if held.get("generation", self._generation) != self._generation:
+            raise UserError(
+                f"{self._run.name} is held by generation {held['generation']}, not by this {self._generation}"
+            )
+        progress = {"phase": phase, "step": step, "epoch": step // self._per_epoch, "steps": self._total}
+        monitored = {"monitor": self._monitor, "best": _without_matrix(best or {})}
+        write_json(self._run.state, {**held, **progress, **monitored, "time": round(time.time(), 3)})
+
+    def evaluation(
+        self, step: int, scores: Scores, train: dict[str, float], speed: dict[str, float], waiting: float
+    ) -> None:
+        """The end of an epoch: `train` are its training metrics, `speed` samples/s by split, `waiting` a share."""
+        epoch, metrics = step // self._per_epoch, scores.metrics()
+        _LOG.info(
+            "epoch %d/%d  train: loss %.4f, accuracy %.3f  validation: loss %.4f, accuracy %.3f  "
+            "%.1f samples/s, %.1f %% waiting for data",
+            *(epoch, self._epochs, train["loss"], train["accuracy"], metrics["loss"], metrics["accuracy"]),
+            *(speed["train"], 100 * waiting),
+        )
+        line = {"epoch": epoch, "step": step, "split": "validation", "metrics": metrics}
+        extra = {"train": train, "waiting_share": waiting, "samples_per_second": speed}
+        self._tracker.evaluation({**line, **extra})
+        scalars = {f"train/{key}": value for key, value in train.items()}
+        scalars |= {f"validation/{key}": value for key, value in metrics.items()}
+        scalars |= {f"speed/{key}_samples_per_second": value for key, value in speed.items() if value}
+        self._tracker.scalars(step, {**scalars, "speed/waiting_share": waiting, "epoch": epoch})
+        title = f"validation, epoch {epoch}: accuracy {metrics['accuracy']:.3f} (majority {scores.majority:.3f})"
+        figure = figures.confusion_matrix(scores.matrix, self._names, title)
+        self._tracker.figure(step, "confusion_matrix/validation", figure)
+        self._tracker.flush()
+
+    def stop(self, step: int, cause: str) -> None:
+        """The word that the batch script's tail decides by."""
+        self._tracker.close()
+        write_json(self._run.stop, {"generation": self._generation, "step": step, "cause": cause})
+        _LOG.info("stopped by %s: saved at step %d", cause, step)
+
+    def result(self, step: int, best: dict[str, Any], last: dict[str, Any]) -> None:
+        """Figures, then result.json: its presence means that the run is finished."""
+        self._tracker.close()
+        lines = self._run.read_metrics()
+        scores = Scores(np.array(best["matrix"]), best["metrics"]["loss"])
+        title = f"validation, best epoch {best['epoch']}: accuracy {best['metrics']['accuracy']:.3f}"
+        figure = figures.confusion_matrix(scores.matrix, self._names, f"{title} (majority {scores.majority:.3f})")
+        write_bytes(self._run.figure("confusion_matrix"), figures.png(figure))
+        write_bytes(self._run.figure("curves"), figures.png(figures.curves(lines, best["epoch"], scores.majority)))
+        self.state("ended", step, best, force=True)
+        write_json(self._run.result, self._summary(step, best, last, lines, scores))
+        _LOG.info("finished: best %s %.4f at epoch %d", self._monitor, best["metrics"][self._monitor], best["epoch"])
+
+    def _summary(
+        self, step: int, best: dict[str, Any], last: dict[str, Any], lines: list[dict[str, Any]], scores: Scores
+    ) -> dict[str, Any]:
+        speeds = {
+            split: [s for m in lines if (s := m["samples_per_second"][split])] for split in ("train", "validation")
+        }
+        return {
+            "finished": True,
+            "run": self._run.name,
+            "task": self._task,
+            "class_names": self._names,
+            "steps": step,
+            "epochs": self._epochs,
+            "monitor": self._monitor,
+            "direction": DIRECTION[self._monitor],
+            "majority": scores.majority,
+            "best": _without_matrix(best),
+            "last": last,
+            "samples_per_second": {split: statistics.median(values) for split, values in speeds.items() if values},
+            "waiting_share": statistics.median([m["waiting_share"] for m in lines]) if lines else None,
+            "attempts": self._generation,
+            "per_class": scores.per_class(self._names),
+            "confusion_matrix": best["matrix"],
+        }
+
+
+def _without_matrix(best: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in best.items() if key != "matrix"}

@@ -1,0 +1,82 @@
+"""From an experiment to what a training step needs, and the payload's own check that it all fits together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from datasets import open_volumes
+from datasets.augment import Augment
+from datasets.layout import VolumeFile
+from hpc.errors import UserError
+from hpc.experiment import Experiment
+from jobs.tasks.classification import class_weights
+from models3d import create_model, takes
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an experiment and its data file determine before any device is chosen."""
+
+    volumes: VolumeFile
+    num_classes: int
+    weights: list[float] | None
+    """Class weights of the loss."""
+    model_options: dict[str, Any]
+
+    def build_model(self, name: str, deterministic: bool = False) -> nn.Module:
+        """The network, on the current default device."""
+        options = dict(self.model_options)
+        if deterministic and "deterministic_pooling" in takes(name):
+            options["deterministic_pooling"] = True
+        return create_model(name, in_channels=self.volumes.shape[0], num_classes=self.num_classes, **options)
+
+
+def prepare(experiment: Experiment) -> Parts:
+    """Open the data file and compare it with the experiment. Raises ValueError or UserError with one line."""
+    volumes = open_volumes(experiment.data.file)
+    if volumes.task != experiment.task:
+        raise UserError(f"task is {experiment.task}, but {experiment.data.file} was packed for {volumes.task}")
+    classes = len(volumes.class_names)
+    asked = experiment.model.num_classes
+    if asked is not None and asked != classes:
+        names = ", ".join(volumes.class_names)
+        raise UserError(f"model.num_classes is {asked}, but {experiment.data.file} has {classes} classes: {names}")
+    train, validation = volumes.indices("train"), volumes.indices("validation")
+    batch = experiment.data.batch_size
+    if len(train) < batch:
+        raise UserError(f"data.batch_size is {batch}, but the training split has {len(train)} samples")
+    if not len(validation):
+        raise UserError(f"{experiment.data.file} has no validation samples: pack it with --split 70/15/15")
+    counts = [int((volumes.targets[train] == label).sum()) for label in range(classes)]
+    Augment.from_mapping(experiment.data.augment)
+    options = experiment.model.options
+    if "input_size" in takes(experiment.model.name):
+        options.setdefault("input_size", tuple(volumes.shape[1:]))
+    return Parts(volumes, classes, class_weights(experiment.train.loss, counts), options)
+
+
+def check(experiment: Experiment) -> list[str]:
+    """What was found to fit, a line each. Raises ValueError or UserError with one line for what does not."""
+    parts = prepare(experiment)
+    volumes = parts.volumes
+    sizes = {split: len(volumes.indices(split)) for split in ("train", "validation", "test")}
+    shape = " x ".join(str(size) for size in volumes.shape)
+    with torch.device("meta"):
+        model = parts.build_model(experiment.model.name)
+        outputs = model(torch.empty(2, *volumes.shape))
+    if tuple(outputs.shape) != (2, parts.num_classes):
+        raise UserError(
+            f"model {experiment.model.name} gives scores of shape {tuple(outputs.shape[1:])} for a sample, "
+            f"not ({parts.num_classes},): {experiment.task} needs one per class"
+        )
+    count = sum(p.numel() for p in model.parameters())
+    return [
+        f"data: {sum(sizes.values())} samples of {shape} {volumes.dtype}, "
+        + ", ".join(f"{number} {split}" for split, number in sizes.items())
+        + f", {parts.num_classes} classes",
+        f"model: {experiment.model.name}, {count:,} parameters",
+    ]

@@ -1,0 +1,69 @@
+"""TensorBoard events and metrics.jsonl, written so that every reader shows one value per step after any resume.
+
+purge_step is given on the first attempt too: TensorBoard's Python loader takes the first SessionLog.START of a run for
+"not a restart". One writer per attempt, in a later second than the last: readers order files by the second in their
+name. A disk that refuses turns logging off with one warning; it never stops training.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from hpc.rundir import RunDir, append_line
+
+_LOG = logging.getLogger(__name__)
+
+
+class Tracker:
+    """The one writer of an attempt (rank 0)."""
+
+    def __init__(self, run: RunDir, generation: int, resumed_step: int) -> None:
+        self._run = run
+        self._generation = generation
+        self._writer: SummaryWriter | None = None
+        self._attempt(lambda: self._open(resumed_step))
+
+    def _open(self, resumed_step: int) -> None:
+        folder = self._run.tensorboard
+        taken = [int(m[1]) for path in folder.glob("*tfevents*") if (m := re.search(r"tfevents\.(\d+)\.", path.name))]
+        while taken and int(time.time()) <= max(taken):
+            time.sleep(0.05)
+        # Values of lost steps go; those of the step that was saved stay.
+        purge = resumed_step + 1 if resumed_step else 0
+        self._writer = SummaryWriter(str(folder), purge_step=purge, filename_suffix=f".g{self._generation:03d}")
+
+    def _attempt(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except OSError as error:
+            _LOG.warning("logging is off for the rest of this attempt: %s", error)
+            self._writer = None
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One value per tag at a step (steps done so far)."""
+        if (writer := self._writer) is not None:
+            for tag, value in values.items():
+                self._attempt(partial(writer.add_scalar, tag, value, step))
+
+    def figure(self, step: int, tag: str, figure: Any) -> None:
+        if (writer := self._writer) is not None:
+            self._attempt(partial(writer.add_figure, tag, figure, step))
+
+    def evaluation(self, line: dict[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        self._attempt(lambda: append_line(self._run.metrics, {"generation": self._generation, **line}))
+
+    def flush(self) -> None:
+        if (writer := self._writer) is not None:
+            self._attempt(writer.flush)
+
+    def close(self) -> None:
+        if (writer := self._writer) is not None:
+            self._attempt(writer.close)
