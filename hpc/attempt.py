@@ -46,6 +46,7 @@ def begin(run: RunDir, shell_pid: int) -> dict[str, str]:
             "phase": "starting",
             "step": state.get("step", 0),
             "epoch": state.get("epoch", 0),
+            "started": now,
             "time": now,
         },
     )

@@ -39,10 +39,11 @@ def train(run: RunDir) -> int:
 def print_logs(run: RunDir, follow: bool) -> None:
     """Print all task outputs in the order of their jobs; with `follow`, what comes later too, until the run ends."""
     offsets: dict[Path, int] = {}
+    shown: Path | None = None
     while True:
         live = follow and ledger.live(ledger.status(run).state)
-        for path in sorted(run.logs.glob("*_log.*"), key=lambda p: (p.stat().st_ctime if p in offsets else 0, p.name)):
-            _print_new(path, offsets, header=len(offsets) != 1)
+        for path in sorted(run.logs.glob("*_log.*")):
+            shown = _print_new(path, offsets, shown)
         if not live:
             break
         time.sleep(_POLL_S)
@@ -51,13 +52,16 @@ def print_logs(run: RunDir, follow: bool) -> None:
         print(f"{run.name}: no output yet (job {submit.get('job', 'not submitted')})", file=sys.stderr)
 
 
-def _print_new(path: Path, offsets: dict[Path, int], header: bool) -> None:
+def _print_new(path: Path, offsets: dict[Path, int], shown: Path | None) -> Path | None:
+    """Print what a file has beyond its offset, under its name when another was shown last; the file shown last."""
     with path.open("rb") as file:
         file.seek(offsets.get(path, 0))
         text = file.read()
-    if text:
-        if header:
-            print(f"==> {path.name} <==")
-        sys.stdout.write(text.decode(errors="replace"))
-        sys.stdout.flush()
-        offsets[path] = offsets.get(path, 0) + len(text)
+    if not text:
+        return shown
+    if shown != path:
+        print(f"==> {path.name} <==")
+    sys.stdout.write(text.decode(errors="replace"))
+    sys.stdout.flush()
+    offsets[path] = offsets.get(path, 0) + len(text)
+    return path

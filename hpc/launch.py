@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
@@ -95,7 +97,7 @@ class LocalRunExecutor(LocalExecutor):
         """Start the run in the background; it outlives this process and its terminal."""
         hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as by nohup
         try:
-            with _environment({**os.environ, "HPC_STEP": "local"}):
+            with _environment({**os.environ, "HPC_STEP": "local"}), _output_to(self._run.output("local", "controller")):
                 job: LocalJob[Any] = self._submit_command(shlex.join(["bash", str(self._run.script)]))
         finally:
             signal.signal(signal.SIGHUP, hangup)
@@ -113,6 +115,23 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """No stdin, stdout and stderr to a file meanwhile: a pipe inherited by submitit's controller would stay open."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(number) for number in range(3)]
+    with Path(os.devnull).open() as nothing, path.open("a") as log:
+        for number, file in enumerate((nothing, log, log)):
+            os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        for number, copy in enumerate(kept):
+            os.dup2(copy, number)
+            os.close(copy)
 
 
 def submit(run: RunDir, cluster: str) -> SlurmRunJob | LocalRunJob:

@@ -64,7 +64,7 @@ def _status(run: RunDir, jobs: dict[str, slurm.JobInfo]) -> Status:
         state=name,
         detail=detail,
         cluster=str(submit.get("cluster", "")),
-        job=str(state.get("job") or submit.get("job") or ""),
+        job=_job(submit, state),
         node=str(state.get("node", "")),
         attempts=run.last_generation(),
         epoch=int(state.get("epoch", 0)),
@@ -80,12 +80,12 @@ def _state(
     """The state's name and what more there is to say."""
     if result:
         return "finished", ""
-    info, reason = jobs.get(str(submit.get("job"))), str(state.get("reason", ""))
+    info, reason = jobs.get(_job(submit, state)), str(state.get("reason", ""))
     if info and info.live:
         if info.state == "PENDING":
             return ("requeued" if run.last_generation() else "pending"), info.reason
         return "running", str(state.get("phase", "starting"))
-    if submit.get("cancelled"):
+    if submit.get("cancelled", 0) > state.get("started", 0):
         return "cancelled", reason
     if not state:
         return _unstarted(submit)
@@ -94,6 +94,12 @@ def _state(
         ended = {"stopped": ("stopped", reason), "ended": ("failed", reason)}
         return ended.get(phase, ("lost", f"the job ended without a word while {phase}"))
     return _local_state(state, phase, reason)
+
+
+def _job(submit: dict[str, Any], state: dict[str, Any]) -> str:
+    """The newest job of a run: one that started after the last submission came from a hand-made sbatch."""
+    newer = state.get("started", 0) > submit.get("time", 0)
+    return str((state.get("job") if newer else None) or submit.get("job") or state.get("job") or "")
 
 
 def _local_state(state: dict[str, Any], phase: str, reason: str) -> tuple[str, str]:
@@ -130,7 +136,7 @@ def cancel(run: RunDir) -> str:
         raise UserError(f"{run.name} is {now.state}: nothing to cancel")
     submit, state = read_json(run.submit), read_json(run.state)
     if submit.get("cluster") == "slurm" or state.get("job"):
-        job = str(submit.get("job") or state["job"])
+        job = _job(submit, state)
         slurm.cancel(job)
         _mark_cancelled(run, submit)
         return f"job {job}"
@@ -142,5 +148,5 @@ def cancel(run: RunDir) -> str:
 
 
 def _mark_cancelled(run: RunDir, submit: dict[str, Any]) -> None:
-    write_json(run.submit, {**submit, "cancelled": True})
+    write_json(run.submit, {**submit, "cancelled": round(time.time(), 3)})
     run.event("cancel", "login")

@@ -56,11 +56,13 @@ def _requeue(run: RunDir, generation: int, job: str) -> None:
     try:
         slurm.requeue(job)
         return
+    except slurm.RequeueDisabled as refusal:
+        print(f"{run.name}: {refusal}; submitted anew instead", file=sys.stderr)
     except slurm.SlurmError as refusal:
         print(f"{run.name}: {refusal}", file=sys.stderr)
+        return
     try:
-        token = run.name
-        waiting = [i.job for i in slurm.queue().values() if i.comment == token and i.state == "PENDING"]
+        waiting = [i.job for i in slurm.queue().values() if i.comment == run.name and i.state == "PENDING"]
         new = waiting[0] if waiting else slurm.submit(run.script)
         write_json(run.submit, {**read_json(run.submit), "job": new})
         run.event("submit", "shell", generation, job=new, after=job)

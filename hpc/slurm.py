@@ -32,6 +32,10 @@ class SlurmError(RuntimeError):
     """A command of SLURM that failed, with its own words."""
 
 
+class RequeueDisabled(SlurmError):
+    """The cluster (JobRequeue=0) or the job (--no-requeue) forbids it."""
+
+
 @dataclass(frozen=True)
 class JobInfo:
     """One line of squeue."""
@@ -89,13 +93,16 @@ def submit(script: Path) -> str:
 
 
 def requeue(job: str) -> None:
-    """Raises SlurmError with scontrol's own words: refused where JobRequeue=0, or where SLURM did it already."""
-    try:
-        result = _run("scontrol", "requeue", job)
-    except OSError as error:
-        raise SlurmError(f"scontrol: {error}") from None
+    """Raises RequeueDisabled, or SlurmError with scontrol's own words (SLURM requeued it already, say).
+
+    SLURM ends the batch script with TERM as soon as it agrees, and its processes with it: scontrol ignores that, so
+    that an answer of yes is not mistaken for a failure.
+    """
+    command = ["bash", "-c", 'trap "" TERM; exec "$@"', "bash", "scontrol", "requeue", job]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     if result.returncode:
-        raise SlurmError(f"scontrol requeue {job}: {result.stderr.strip()}")
+        kind = RequeueDisabled if "disabled" in result.stderr.lower() else SlurmError
+        raise kind(f"scontrol requeue {job}: {result.stderr.strip()}")
 
 
 def cancel(job: str) -> None:

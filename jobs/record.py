@@ -18,7 +18,7 @@ from jobs.tasks.classification import DIRECTION, Scores
 from jobs.tracking import Tracker
 
 _LOG = logging.getLogger(__name__)
-_STATE_EVERY_S = 2.0
+_STATE_EVERY_S = 1.0
 
 
 class Recorder:
@@ -43,7 +43,7 @@ class Recorder:
         self._tracker.scalars(step, {"step/loss": loss, "step/accuracy": accuracy, "step/learning_rate": rate})
 
     def state(self, phase: str, step: int, best: dict[str, Any] | None, force: bool = False) -> None:
-        """Progress in state.json, every two seconds or when forced. Raises UserError when the lease was lost."""
+        """Progress in state.json, once a second or when forced. Raises UserError when the lease was lost."""
         now = time.monotonic()
         if not force and now - self._written_at < _STATE_EVERY_S:
             return

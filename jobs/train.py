@@ -51,7 +51,7 @@ class Trainer:
         self.step = 0
         self.state: dict[str, Any] = {"evaluated_step": 0, "best": None, "sums": None, "last": None}
         self.recorder: Recorder | None = None
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), -1
 
     def _build(self) -> None:
         settings, engine, data = self.settings, self.engine, self.experiment.data
@@ -283,6 +283,8 @@ class Trainer:
     # What is left behind.
 
     def _save(self) -> None:
+        if self._saved_step == self.step:
+            return
         started = time.monotonic()
         self._flush()
         if self.recorder:
@@ -295,7 +297,7 @@ class Trainer:
             checkpoint.prune(folder, self.settings.keep, {best["checkpoint"]} if best else set())
             took = round(time.monotonic() - started, 3)
             self.recorder.event("checkpoint", step=self.step, name=path.name, seconds=took)
-        self._saved_at = time.monotonic()
+        self._saved_at, self._saved_step = time.monotonic(), self.step
         self._aside += self._saved_at - started
 
     def _facts(self) -> dict[str, Any]:

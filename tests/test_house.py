@@ -56,8 +56,9 @@ VOCABULARY = [
     (r"[\"']/?(checksums|source_shape)[\"']", "datasets/layout.py"),
     (r"[\"'](model\.safetensors|optimizer\.pt|manifest\.json)[\"']", "jobs/checkpoint.py"),
 ]
-# A checkpoint has a state.json of its own; localstep, foreground and board pass signals and commands on.
+# The demo types what a user would; a checkpoint has a state.json of its own.
 ALSO = {
+    r"[\"'](sbatch|squeue|scontrol|scancel|sinfo|sacct)[\"'],": {"jobs/demo.py"},
     r"[\"'](state|stop|submit|result)\.json[\"']": {"jobs/checkpoint.py"},
 }
 
@@ -91,7 +92,7 @@ def test_files_and_functions_stay_short(path: Path) -> None:
 
 
 def test_the_command_line_starts_without_heavy_libraries() -> None:
-    heavy = "torch numpy h5py matplotlib submitit jinja2 pydantic yaml nibabel".split()
+    heavy = ["torch", "numpy", "h5py", "matplotlib", "submitit", "jinja2", "pydantic", "yaml", "nibabel"]
     code = f"import sys, hpc.cli; print([name for name in {heavy} if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert out.stdout.strip() == "[]"

