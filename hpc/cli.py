@@ -253,6 +253,49 @@ def board(
     raise typer.Exit(board.serve(runs_folder(runs), port))
 
 
+@app.command(rich_help_panel="Results")
+def report(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Runs, the baseline first (all).", metavar="[RUN]...")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of report.md and report.html.")] = Path("report"),
+    runs: Runs = None,
+) -> None:
+    """Write the journal: Markdown, and one self-contained HTML page. Hand-written notes are kept."""
+    from hpc.journal.report import write_report
+    from hpc.rundir import all_runs, find_run, runs_folder
+
+    folder = runs_folder(runs)
+    found = [find_run(folder, name) for name in names] if names else list(all_runs(folder))
+    for path in write_report([_run_data(run) for run in found], out):
+        _say(str(path))
+
+
+def _run_data(run: Any) -> Any:
+    from hpc import yamlfile
+    from hpc.journal.report import RunData
+    from hpc.rundir import read_json, read_lines
+
+    figures = {path.stem: path for path in sorted(run.figures.glob("*.png"))}
+    delta = yamlfile.read(run.delta) if run.delta.exists() else {}
+    metrics, events = read_lines(run.metrics), run.read_events()
+    return RunData(run.name, yamlfile.read(run.experiment), delta, read_json(run.result), metrics, events, figures)
+
+
+@app.command(rich_help_panel="Results")
+def fsck(name: RunName, runs: Runs = None) -> None:
+    """Check a run's event files record by record; exit code 1 when any is damaged."""
+    from hpc.logs import fsck as files
+    from hpc.rundir import find_run, runs_folder
+
+    run = find_run(runs_folder(runs), name)
+    findings = files.check(run.tensorboard)
+    if not findings:
+        raise UserError(f"{run.name} has no event files yet; see 'hpc show {run.name}'")
+    _table(["file", "records", "bytes", "last step", "state"], [list(row) for row in files.rows(findings)])
+    raise typer.Exit(files.exit_code(findings))
+
+
 @app.command("instances", rich_help_panel="Machine")
 def list_instances(as_json: AsJson = False) -> None:
     """List the instances a request can be made for."""
