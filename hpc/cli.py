@@ -250,7 +250,7 @@ def board(
     from hpc import board
     from hpc.rundir import runs_folder
 
-    raise typer.Exit(board.serve(runs_folder(runs), port))
+    board.serve(runs_folder(runs), port)
 
 
 @app.command(rich_help_panel="Results")
