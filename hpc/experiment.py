@@ -214,6 +214,8 @@ def load(path: Path, overrides: list[str] | None = None) -> tuple[Experiment, di
     reference = base if base is not None else values
     before = _flatten(validate(reference, str(path)).as_dict()) if _complete(reference) else {}
     after = _flatten(experiment.as_dict())
+    if before.get("model.name") != after["model.name"]:  # the options of another model are no difference
+        before = {key: value for key, value in before.items() if not key.startswith("model.") or key in after}
     delta = {key: after.get(key) for key in sorted(after.keys() | before.keys()) if after.get(key) != before.get(key)}
     return experiment, delta
 
