@@ -6,7 +6,16 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from hpc import units, yamlfile
 from hpc.errors import UserError, nearest
@@ -19,7 +28,15 @@ Positive = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """A part of the file: unknown keys are refused; frozen once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes, no, on and off as true and false, and pydantic takes true for 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("is no place for true or false, as which YAML reads yes, no, on and off")
+        return value
 
     def _refuse_idle(self, choice: str, idle: dict[str, set[str]]) -> None:
         """An option that takes no effect under `choice` is refused, never swallowed."""
@@ -182,12 +199,14 @@ def validate(values: dict[str, Any], origin: str) -> Experiment:
 
 
 def _sentence(fault: Any) -> str:
-    path = ".".join(str(part) for part in fault["loc"])
+    path = ".".join(str(part) for part in fault["loc"] if "[" not in str(part))  # list[float]: a branch of a union
     if fault["type"] == "extra_forbidden":
         section = _section(fault["loc"][:-1])
         return f"{path}: no such key; {nearest(str(fault['loc'][-1]), section.model_fields)}"
     if fault["type"] == "missing":
         return f"{path}: is missing"
+    if fault["type"] == "model_type":
+        return f"{path}: is a section, 'key: value' lines (got {fault['input']!r})"
     message = fault["msg"].removeprefix("Value error, ")
     given = fault["input"]
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
@@ -208,7 +227,8 @@ def load(path: Path, overrides: list[str] | None = None) -> tuple[Experiment, di
     """
     values, base = _read_layers(path, ())
     final = _merge(values, {})
-    for override in overrides or []:
+    # Another model drops the options of the old one, not those that were asked for with it.
+    for override in sorted(overrides or [], key=lambda text: not text.startswith("model.name=")):
         _apply(final, override)
     experiment = validate(final, str(path))
     reference = base if base is not None else values
@@ -233,39 +253,46 @@ def _read_layers(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], d
     base_name = values.pop("base", None)
     _resolve_paths(values, path.parent)
     if base_name is None:
-        return values, None
+        return _merge(values, {}), None
     if not isinstance(base_name, str):
         raise UserError(f"{path}: base: must be the path of another experiment (got {base_name!r})")
-    base, _ = _read_layers(path.parent / base_name, (*above, path))
+    base, _ = _read_layers(Path(_absolute(path.parent, base_name)), (*above, path))
     return _merge(base, values), base
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     data, model = values.get("data"), values.get("model")
     if isinstance(data, dict) and isinstance(data.get("file"), str):
-        data["file"] = str((folder / Path(data["file"]).expanduser()).resolve())
+        data["file"] = _absolute(folder, data["file"])
     if isinstance(model, dict) and isinstance(model.get("name"), str) and model["name"].startswith("file:"):
         file, _, attribute = model["name"].removeprefix("file:").rpartition(":")
         if not file or not attribute:
             raise UserError(f"model.name {model['name']!r}: write file:PATH.py:CLASS")
-        model["name"] = f"file:{(folder / Path(file).expanduser()).resolve()}:{attribute}"
+        model["name"] = f"file:{_absolute(folder, file)}:{attribute}"
+
+
+def _absolute(folder: Path, text: str) -> str:
+    try:
+        return str((folder / Path(text).expanduser()).resolve())
+    except (OSError, RuntimeError, ValueError) as error:  # ~nobody, a NUL, a circle of links
+        raise UserError(f"{text!r} is not a path: {error}") from None
 
 
 def _merge(low: dict[str, Any], high: dict[str, Any], path: str = "") -> dict[str, Any]:
     """`high` over `low`; null takes a key back to its default; another model drops the options of the old one."""
-    merged = {key: _merge(value, {}) if isinstance(value, dict) else value for key, value in low.items()}
+    given = {key: value for key, value in low.items() if value is not None}
+    merged = {key: _merge(value, {}) if isinstance(value, dict) else value for key, value in given.items()}
     for key, value in high.items():
-        mine = merged.get(key)
         if value is None:
             merged.pop(key, None)
-        elif (
-            not isinstance(value, dict)
-            or not isinstance(mine, dict)
-            or (path + key == "model" and value.get("name", mine.get("name")) != mine.get("name"))
-        ):
-            merged[key] = value
+        elif isinstance(value, dict):
+            mine = merged.get(key)
+            below = mine if isinstance(mine, dict) else {}
+            if path + key == "model" and value.get("name", below.get("name")) != below.get("name"):
+                below = {}
+            merged[key] = _merge(below, value, f"{path}{key}.")
         else:
-            merged[key] = _merge(mine, value, f"{path}{key}.")
+            merged[key] = value
     return merged
 
 

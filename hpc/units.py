@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 _SECONDS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "hour": 3600, "hours": 3600, "d": 86400, "days": 86400}
 _GIGABYTES = {"": 1.0, "GB": 1.0, "G": 1.0, "MB": 1e-3, "M": 1e-3, "TB": 1e3, "T": 1e3, "GIB": 1.073741824}
+_LEAST_GB = 1e-3  # SLURM counts in MB, and --mem=0 means the whole node
 
 
 def seconds(value: object) -> int:
@@ -14,7 +16,7 @@ def seconds(value: object) -> int:
     Raises ValueError with the accepted forms.
     """
     if isinstance(value, int | float) and not isinstance(value, bool):
-        total = int(value)
+        total = int(value) if math.isfinite(value) else 0
     else:
         total = _parse_seconds(str(value).strip())
     if total <= 0:
@@ -41,9 +43,10 @@ def _parse_seconds(text: str) -> int:
 def gigabytes(value: object) -> float:
     """Decimal gigabytes from `60`, `60GB`, `500MB`, `1.5T`. Raises ValueError with the accepted forms."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(value).strip())
-    if match is None or match[2].upper() not in _GIGABYTES or float(match[1]) <= 0:
-        raise ValueError(f"{value!r} is not a size; write 60GB, 500MB or a number of GB")
-    return float(match[1]) * _GIGABYTES[match[2].upper()]
+    size = float(match[1]) * _GIGABYTES.get(match[2].upper(), 0) if match else 0.0
+    if not _LEAST_GB <= size < math.inf:
+        raise ValueError(f"{value!r} is not a size of 1 MB or more; write 60GB, 500MB or a number of GB")
+    return size
 
 
 def slurm_time(total: int) -> str:

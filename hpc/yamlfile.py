@@ -36,10 +36,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 reads 1e-3 as text; every learning rate is written so.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True  # a value that stands twice is written twice: the loader reads no aliases
+
+
+# YAML 1.1 reads 1e-3 as text; every learning rate is written so. The dumper must know: a name 1e3 needs quotes.
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def parse(text: str, origin: str) -> Any:
@@ -51,6 +57,10 @@ def parse(text: str, origin: str) -> Any:
         where = f"{origin}, line {mark.line + 1}" if mark is not None else origin
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{where}: {problem}") from None
+    except RecursionError:
+        raise UserError(f"{origin}: nested too deep") from None
+    except ValueError as error:  # of Python's own: the date 2024-13-45, a number of 5000 digits
+        raise UserError(f"{origin}: {error}; put quotes around text") from None
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -64,6 +74,8 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     value = parse(text, str(path))
+    if value is None:
+        raise UserError(f"{path}: is empty; write 'key: value' lines")
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds {type(value).__name__}, not 'key: value' lines")
     return value
@@ -71,4 +83,4 @@ def read(path: Path) -> dict[str, Any]:
 
 def dump(value: Any) -> str:
     """YAML text with the order of keys kept."""
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
+    return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120))
