@@ -19,8 +19,8 @@ class Allocation:
     job_id: str = ""
     cpus_per_task: int = 0
     """0 when nobody said."""
-    gpus: bool = False
-    """Whether the job was given GPUs on this node."""
+    gpus: int | None = None
+    """GPUs that the run asked for on each node; None outside a run."""
     generation: int = 1
     master_addr: str = "127.0.0.1"
     master_port: int = 0
@@ -41,7 +41,7 @@ class Allocation:
             node=node_name(environ),
             job_id=job_id(environ) or "",
             cpus_per_task=int(environ.get("HPC_CPUS_PER_TASK", "0")),
-            gpus=bool(environ.get("SLURM_JOB_GPUS") or environ.get("SLURM_STEP_GPUS")),
+            gpus=int(environ["HPC_GPUS"]) if "HPC_GPUS" in environ else None,
             generation=int(environ.get("HPC_GENERATION", "1")),
             master_addr=environ.get("HPC_MASTER_ADDR", "127.0.0.1"),
             master_port=int(environ.get("HPC_MASTER_PORT", "0")),

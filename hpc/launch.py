@@ -78,7 +78,13 @@ class SlurmRunExecutor(SlurmExecutor):
                 job = self._submit_command("").job_id
             except (FailedJobError, FailedSubmissionError) as error:
                 words = str(error).strip().splitlines()[-1]
-                found = slurm.find_by_comment(self._run.name)
+                try:
+                    found = slurm.find_by_comment(self._run.name)
+                except slurm.SlurmError as silence:
+                    raise UserError(
+                        f"sbatch failed ({words}) and may have submitted all the same ({silence}); "
+                        f"before you repeat it, look for a job with the comment {self._run.name}"
+                    ) from None
                 if found is None:
                     raise UserError(f"sbatch refused {self._run.script}: {words}") from None
                 job = found
@@ -93,12 +99,18 @@ class LocalRunExecutor(LocalExecutor):
         self._run = run
         self.update_parameters(timeout_min=_NO_LIMIT_MIN, signal_delay_s=0)
 
+    def _command(self) -> str:
+        """The script, with the GPUs that are visible here: submitit would hide them."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        gpus = ["-u", "CUDA_VISIBLE_DEVICES"] if visible is None else [f"CUDA_VISIBLE_DEVICES={visible}"]
+        return shlex.join(["env", *gpus, "bash", str(self._run.script)])
+
     def submit_run(self) -> LocalRunJob:
         """Start the run in the background; it outlives this process and its terminal."""
         hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as by nohup
         try:
             with _environment({**os.environ, "HPC_STEP": "local"}), _output_to(self._run.output("local", "controller")):
-                job: LocalJob[Any] = self._submit_command(shlex.join(["bash", str(self._run.script)]))
+                job: LocalJob[Any] = self._submit_command(self._command())
         finally:
             signal.signal(signal.SIGHUP, hangup)
         return LocalRunJob(self.folder, job.job_id, [0], process=job._process)

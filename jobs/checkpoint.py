@@ -98,7 +98,7 @@ def save(
         fsync_folder(folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise StorageError(error.errno, f"checkpoint {final.name} not written: {error.strerror}", str(final)) from error
+        raise StorageError(error.errno, f"checkpoint not written: {error.strerror}", str(final)) from error
     return final
 
 

@@ -21,8 +21,11 @@ class BadNode(RuntimeError):
 
 
 def choose_device(wanted: str, allocation: Allocation) -> torch.device:
-    """The device of this task. Raises BadNode where a GPU is due and torch sees none."""
-    if wanted == "cpu":
+    """The device of this task: CUDA where the run asked for GPUs, or outside a run where there is one.
+
+    Raises BadNode where a GPU is due and torch sees none.
+    """
+    if wanted == "cpu" or (wanted == "auto" and allocation.gpus == 0):
         return torch.device("cpu")
     if torch.cuda.is_available():
         return torch.device("cuda", allocation.local_rank % torch.cuda.device_count())

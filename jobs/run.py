@@ -18,7 +18,7 @@ from hpc.rundir import RunDir  # noqa: E402
 
 def run(path: str) -> ExitCode:
     """Train one run to its end or to a clean stop."""
-    from jobs.checkpoint import Damaged, StorageError
+    from jobs.checkpoint import Damaged
     from jobs.engine import BadNode, Engine, choose_device
     from jobs.train import Stopped, Trainer, wants_determinism
 
@@ -44,8 +44,12 @@ def run(path: str) -> ExitCode:
         trainer.fit()
     except Stopped:
         return ExitCode.STOPPED
-    except StorageError as error:
+    except OSError as error:
         return _fail(error, ExitCode.STORAGE)
+    except FloatingPointError as error:
+        return _fail(error, ExitCode.CRASH)
+    except UserError as error:
+        return _fail(error, ExitCode.BAD_INPUT)
     engine.barrier()
     engine.close()
     return ExitCode.DONE
