@@ -42,8 +42,8 @@ def write_attempt(folder: Path, name: str, start: int, stop: int, attempt: int, 
 
 @pytest.fixture
 def resumed(tmp_path: Path) -> Path:
-    """Steps 0-19 with evaluations at 18, resumed at 16 until 29 with an evaluation at 25."""
-    write_attempt(tmp_path, FIRST, 0, 20, 1, sparse=18)
+    """Steps 0-19 with an evaluation at 16, resumed at 16 until 29 with an evaluation at 25."""
+    write_attempt(tmp_path, FIRST, 0, 20, 1, sparse=16)
     write_attempt(tmp_path, SECOND, 16, 30, 2, sparse=25)
     return tmp_path
 
