@@ -1,0 +1,249 @@
+"""What a report says, once for Markdown and HTML: tables of plain text, figures and notes, run by run."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hpc.journal.compare import difference, is_number, lower_is_better, number, tone
+from hpc.journal.rundata import RunData, Values, flatten, mapping
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_MATRIX_FITS = 24  # classes; a wider table of numbers is read by nobody
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    change: str = ""
+    """The signed difference to the baseline."""
+    tone: str = ""
+    """better, worse or empty."""
+
+
+Row = tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Head:
+    text: str
+    remark: str = ""
+    """Direction of a metric, epoch of a column."""
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    heads: tuple[Head, ...]
+    rows: tuple[Row, ...]
+    words: int = 1
+    """Leading columns of text; the others hold numbers and stand at the right."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    name: str
+    png: bytes
+    """Empty where the file is missing or no PNG."""
+
+    @property
+    def uri(self) -> str:
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode('ascii')}"
+
+
+@dataclass(frozen=True)
+class Section:
+    run: str
+    tables: tuple[Table, ...]
+    figures: tuple[Figure, ...]
+    notes: str
+
+
+@dataclass(frozen=True)
+class Report:
+    overview: Table
+    sections: tuple[Section, ...]
+    other_notes: Mapping[str, str]
+    """Hand-written notes of runs that are not in this report."""
+
+    @property
+    def title(self) -> str:
+        return self.sections[0].run if len(self.sections) == 1 else f"{len(self.sections)} runs"
+
+    @property
+    def baseline(self) -> str:
+        """The run that all are compared with; empty for one run."""
+        return self.sections[0].run if len(self.sections) > 1 else ""
+
+    @property
+    def legend(self) -> str:
+        """What the differences refer to; empty for one run."""
+        return self.baseline and f"Differences in brackets are to the first run, {self.baseline}."
+
+
+def compose(runs: Sequence[RunData], notes: Mapping[str, str]) -> Report:
+    """The report of the runs, the first of them being the baseline; `notes` are the hand-written ones by run."""
+    first = runs[0]
+    sections = [_section(run, first, notes.get(run.run, "")) for run in runs]
+    present = {run.run for run in runs}
+    others = {run: text for run, text in notes.items() if run not in present and text.strip()}
+    return Report(_overview(runs), tuple(sections), others)
+
+
+def _cells(*texts: Any) -> Row:
+    return tuple(Cell(number(text)) for text in texts)
+
+
+def _heads(*texts: str) -> tuple[Head, ...]:
+    return tuple(Head(text) for text in texts)
+
+
+def _overview(runs: Sequence[RunData]) -> Table:
+    first = runs[0]
+    names = _metric_names(runs)
+    scores = [Head(name, _direction(_lower(name, first))) for name in names]
+    heads = (*_heads("Run", "State", "Differs in", "Best epoch", "Step"), *scores, Head("Train samples/s"))
+    rows = []
+    for run in runs:
+        compared = [_compared(run, first, name) for name in names]
+        words = _cells(run.run, run.state, _delta(run), run.best.get("epoch"), run.best.get("step"))
+        speed = _versus(run.speed.get("train"), first.speed.get("train"), lower=False, same=run is first)
+        rows.append((*words, *compared, speed))
+    return Table("Runs", heads, tuple(rows), words=3)
+
+
+def _section(run: RunData, first: RunData, notes: str) -> Section:
+    figures = tuple(Figure(name, _read_png(run, name)) for name in sorted(run.figures))
+    drawn = any("confusion" in figure.name and figure.png for figure in figures)
+    tables = [_facts(run), _metrics(run, first), _per_class(run, first), None if drawn else _confusion(run)]
+    return Section(run.run, tuple(table for table in tables if table), figures, notes)
+
+
+def _read_png(run: RunData, name: str) -> bytes:
+    try:
+        content = run.figures[name].read_bytes()
+    except OSError:
+        return b""
+    return content if content.startswith(_PNG) else b""
+
+
+def _facts(run: RunData) -> Table:
+    launch = mapping(run.experiment.get("launch"))
+    best, result = run.best, run.result
+    share = run.waiting_share
+    pairs = [
+        ("State", run.state),
+        ("Differs in", _delta(run)),
+        ("Task", result.get("task") or run.experiment.get("task")),
+        ("Model", mapping(run.experiment.get("model")).get("name")),
+        ("Best", f"epoch {number(best.get('epoch'))}, step {number(best.get('step'))}" if best else None),
+        ("Checkpoint", best.get("checkpoint")),
+        ("Trained", _progress(run)),
+        ("Chosen by", f"{run.monitor} ({_direction(run.lower)})"),
+        ("Majority class alone", result.get("majority")),
+        ("Train samples/s", run.speed.get("train")),
+        ("Validation samples/s", run.speed.get("validation")),
+        ("Waiting for data", f"{share:.1%} of the training time" if share is not None else None),
+        ("Attempts", f"{run.attempts} ({run.preemptions} stopped by a signal, {run.requeues} requeued)"),
+        ("Instance", launch.get("instance")),
+        ("Nodes", launch.get("nodes")),
+        ("Tasks", run.tasks),
+    ]
+    return Table(
+        "Facts", _heads("Fact", "Value"), tuple(_cells(*pair) for pair in pairs if pair[1] is not None), words=2
+    )
+
+
+def _progress(run: RunData) -> str | None:
+    steps, epochs = run.result.get("steps"), run.result.get("epochs")
+    last = run.last
+    if steps is None and not last:
+        return None
+    return f"{number(epochs or last.get('epoch'))} epochs, {number(steps or last.get('step'))} steps"
+
+
+def _delta(run: RunData) -> str:
+    """As overrides on the command line are written."""
+    flat = flatten(run.delta).items()
+    return ", ".join(f"{key}={value if isinstance(value, str) else _yaml(value)}" for key, value in flat) or "nothing"
+
+
+def _yaml(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+def _metrics(run: RunData, first: RunData) -> Table | None:
+    names = _metric_names([run])
+    last = mapping(run.last.get("metrics"))
+    rows = [
+        (Cell(name), Cell(_direction(_lower(name, run))), _compared(run, first, name), Cell(number(last.get(name))))
+        for name in names
+    ]
+    heads = (*_heads("Metric", "Direction"), _moment("Best", run.best), _moment("Last", run.last))
+    return Table("Validation", heads, tuple(rows), words=2) if rows else None
+
+
+def _moment(word: str, evaluation: Values) -> Head:
+    return Head(word, f"epoch {number(evaluation.get('epoch'))}")
+
+
+def _per_class(run: RunData, first: RunData) -> Table | None:
+    others = {str(row.get("name")): row for row in first.per_class}
+    rows = []
+    for row in run.per_class:
+        other = others.get(str(row.get("name")), {})
+        scores = [
+            _versus(row.get(key), other.get(key), lower=False, same=run is first)
+            for key in ("recall", "precision", "f1")
+        ]
+        rows.append((*_cells(row.get("name"), row.get("support")), *scores))
+    heads = _heads("Class", "Support", "Recall", "Precision", "F1")
+    return Table("Classes, the most difficult first", heads, tuple(rows)) if rows else None
+
+
+def _confusion(run: RunData) -> Table | None:
+    matrix = [row for row in run.result.get("confusion_matrix") or () if isinstance(row, Sequence)]
+    if not matrix or len(matrix) > _MATRIX_FITS:
+        return None
+    names = run.class_names if len(run.class_names) == len(matrix) else [str(k) for k in range(len(matrix))]
+    rows = tuple(_cells(name, *counts) for name, counts in zip(names, matrix, strict=True))
+    return Table("Confusion matrix", _heads("True class / predicted", *names), rows)
+
+
+def _metric_names(runs: Iterable[RunData]) -> list[str]:
+    """All metrics of the runs that are numbers, the monitored one first."""
+    names: dict[str, None] = {}
+    for run in runs:
+        seen = {**mapping(run.best.get("metrics")), **mapping(run.last.get("metrics"))}
+        names |= dict.fromkeys(sorted(seen, key=lambda name: name != run.monitor))
+    return [name for name in names if any(is_number(_best(run, name)) or _last(run, name) for run in runs)]
+
+
+def _best(run: RunData, name: str) -> Any:
+    return mapping(run.best.get("metrics")).get(name)
+
+
+def _last(run: RunData, name: str) -> bool:
+    return is_number(mapping(run.last.get("metrics")).get(name))
+
+
+def _compared(run: RunData, first: RunData, name: str) -> Cell:
+    return _versus(_best(run, name), _best(first, name), _lower(name, run), same=run is first)
+
+
+def _versus(value: Any, baseline: Any, lower: bool, same: bool) -> Cell:
+    """A number with its difference to the baseline's, which has none to itself."""
+    if same:
+        return Cell(number(value))
+    return Cell(number(value), difference(value, baseline), tone(value, baseline, lower))
+
+
+def _lower(name: str, run: RunData) -> bool:
+    return run.lower if name == run.monitor else lower_is_better(name)
+
+
+def _direction(lower: bool) -> str:
+    return "lower is better" if lower else "higher is better"

@@ -1,0 +1,73 @@
+"""The report as Markdown, for a repository or a wiki: tables as GitHub reads them, figures as files beside it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from hpc.journal import notes
+from hpc.journal.content import Figure, Report, Section, Table
+
+_LONGEST = 90  # characters of a name in a file name, of which there are two
+_SPECIAL = re.compile(r"([\\`*\[\]|~$])")
+_EDGE_UNDERSCORE = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+_HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "\n": " ", "\r": " "})
+
+
+def render(report: Report) -> str:
+    """The text of report.md."""
+    parts = [notes.HEADER, f"# Report: {escape(report.title)}", escape(report.legend)]
+    if report.legend:
+        parts.append(_table(report.overview))
+    parts += [part for section in report.sections for part in _section(section, section.run == report.baseline)]
+    if report.other_notes:
+        parts.append("## Notes of runs that are not in this report")
+        parts += [f"### {escape(run)}\n\n{notes.block(run, text)}" for run, text in report.other_notes.items()]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def escape(text: str) -> str:
+    """Text that Markdown and the HTML in it take literally, on one line."""
+    marked = _SPECIAL.sub(r"\\\1", text.translate(_HTML))
+    return _EDGE_UNDERSCORE.sub(r"\\_", marked)
+
+
+def figure_file(run: str, figure: Figure) -> str:
+    """File name of a figure in the report's folder of figures: no two are alike, none leaves the folder."""
+    return f"{_plain(run)}--{_plain(figure.name)}.png"
+
+
+def _plain(name: str) -> str:
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:_LONGEST]
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def _section(section: Section, baseline: bool) -> list[str]:
+    heading = f"## {escape(section.run)}{' (baseline)' if baseline else ''}"
+    tables = [f"### {escape(table.title)}\n\n{_table(table)}" for table in section.tables]
+    figures = [_figure(section.run, figure) for figure in section.figures]
+    return [heading, *tables, *(["### Figures", *figures] if figures else []), "### Notes", _notes(section)]
+
+
+def _notes(section: Section) -> str:
+    return notes.block(section.run, section.notes)
+
+
+def _figure(run: str, figure: Figure) -> str:
+    if not figure.png:
+        return f"Figure {escape(figure.name)}: the file is missing or no PNG."
+    return f"![{escape(figure.name)}](figures/{figure_file(run, figure)})"
+
+
+def _table(table: Table) -> str:
+    rules = ["---" if column < table.words else "---:" for column in range(len(table.heads))]
+    lines = [
+        [_bracketed(head.text, head.remark) for head in table.heads],
+        rules,
+        *([_bracketed(cell.text, cell.change) for cell in row] for row in table.rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _bracketed(text: str, remark: str) -> str:
+    return f"{escape(text)} ({escape(remark)})" if remark else escape(text)

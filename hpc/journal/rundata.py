@@ -1,0 +1,180 @@
+"""One run as the journal sees it: the contents of its files, and the facts drawn from them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hpc.journal.compare import better, is_number, lower_is_better
+
+Values = Mapping[str, Any]
+
+_STATES = {
+    "submit": "submitted, waits to start",
+    "start": "started, no result yet",
+    "checkpoint": "running, no result yet",
+    "signal": "stopping, no result yet",
+    "requeue": "requeued, waits to go on",
+    "end": "ended without a result",
+    "cancel": "cancelled",
+}
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The files of one run as the caller read them; whatever a young or failed run does not have yet is empty."""
+
+    run: str
+    """The run's name with its id: unique in a report."""
+    experiment: Values = field(default_factory=dict)
+    """The resolved experiment."""
+    delta: Values = field(default_factory=dict)
+    """What it differs in from its base: {dotted key: value}, nested mappings too."""
+    result: Values = field(default_factory=dict)
+    """result.json; empty before the run has finished."""
+    metrics: Sequence[Values] = ()
+    """Lines {generation, step, epoch, split, metrics, samples_per_second, waiting_share}, in the order of writing."""
+    events: Sequence[Values] = ()
+    """Lines {time, event, generation, ...}."""
+    figures: Mapping[str, Path] = field(default_factory=dict)
+    """PNG files by name."""
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.result.get("finished"))
+
+    @cached_property
+    def state(self) -> str:
+        """In words; of a run without a result what its last event says."""
+        if self.finished:
+            return "finished"
+        if not self.events:
+            return "no result yet" if self.metrics else "not started"
+        last = max(self.events, key=lambda event: float(event.get("time", 0)))
+        words = _STATES.get(str(last.get("event")), "no result yet")
+        why = last.get("reason", last.get("code"))
+        return words if why is None else f"{words} ({why})"
+
+    @cached_property
+    def validations(self) -> list[Values]:
+        """Validation lines by step: the last line of a step, without those of steps that a resume took back."""
+        kept: dict[int, Values] = {}
+        generation = 0
+        for line in self.metrics:
+            if line.get("split", "validation") != "validation" or not is_number(line.get("step")):
+                continue
+            step, started = int(line["step"]), int(line.get("generation", generation))
+            if started > generation:
+                kept = {old: value for old, value in kept.items() if old < step}
+                generation = started
+            kept[step] = line
+        return [kept[step] for step in sorted(kept)]
+
+    @property
+    def monitor(self) -> str:
+        """The metric that names the best checkpoint."""
+        named = self.result.get("monitor") or mapping(self.experiment.get("train")).get("monitor")
+        if named:
+            return str(named)
+        seen = mapping(self.validations[-1].get("metrics")) if self.validations else {}
+        return "loss" if "loss" in seen and "accuracy" not in seen else "accuracy"
+
+    @property
+    def lower(self) -> bool:
+        """Whether less is better of the monitored metric."""
+        direction = self.result.get("direction")
+        return direction == "min" if direction in ("min", "max") else lower_is_better(self.monitor)
+
+    @cached_property
+    def best(self) -> Values:
+        """{epoch, step, metrics} of the best evaluation; empty where there is none."""
+        if given := mapping(self.result.get("best")):
+            return given
+        best: Values = {}
+        for line in self.validations:
+            value = mapping(line.get("metrics")).get(self.monitor)
+            if is_number(value) and (not best or better(value, best["metrics"][self.monitor], self.lower)):
+                best = line
+        return best
+
+    @property
+    def last(self) -> Values:
+        """{epoch, step, metrics} of the last evaluation; empty where there is none."""
+        return mapping(self.result.get("last")) or (self.validations[-1] if self.validations else {})
+
+    @property
+    def per_class(self) -> list[Values]:
+        """{name, support, precision, recall, f1} of each class, the most difficult (lowest recall) first."""
+        rows = [row for row in self.result.get("per_class") or () if isinstance(row, Mapping)]
+        return sorted(rows, key=lambda row: row["recall"] if is_number(row.get("recall")) else float("inf"))
+
+    @property
+    def class_names(self) -> list[str]:
+        return [str(name) for name in self.result.get("class_names") or ()]
+
+    @property
+    def speed(self) -> Values:
+        """Samples per second by split: the result's, else the median over the evaluations."""
+        if given := mapping(self.result.get("samples_per_second")):
+            return given
+        rates: dict[str, list[float]] = {}
+        for line in self.validations:
+            for split, rate in mapping(line.get("samples_per_second")).items():
+                if is_number(rate) and rate:  # 0: not measured
+                    rates.setdefault(split, []).append(rate)
+        return {split: statistics.median(values) for split, values in rates.items()}
+
+    @property
+    def waiting_share(self) -> float | None:
+        """Share of the training time spent waiting for data; None if unknown."""
+        if is_number(given := self.result.get("waiting_share")):
+            return given
+        shares = [share for line in self.validations if is_number(share := line.get("waiting_share"))]
+        return statistics.median(shares) if shares else None
+
+    @property
+    def attempts(self) -> int:
+        """Starts of the job; several ranks may report one start."""
+        seen = self._generations("start") | {int(line.get("generation", 1)) for line in self.metrics}
+        given = self.result.get("attempts")
+        return int(given) if is_number(given) else len(seen)
+
+    @property
+    def preemptions(self) -> int:
+        """Attempts that a signal stopped."""
+        return len(self._generations("signal"))
+
+    @property
+    def requeues(self) -> int:
+        return len(self._generations("requeue"))
+
+    @property
+    def tasks(self) -> int | None:
+        """Tasks of the allocation, as the experiment asks for them; None if it does not say."""
+        launch = mapping(self.experiment.get("launch"))
+        if not launch:
+            return None
+        return int(launch.get("nodes") or 1) * int(launch.get("tasks_per_node") or launch.get("gpus") or 1)
+
+    def _generations(self, kind: str) -> set[int]:
+        return {int(event.get("generation", 0)) for event in self.events if event.get("event") == kind}
+
+
+def mapping(value: Any) -> Values:
+    """The value if it is a mapping, else an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def flatten(values: Values, prefix: str = "") -> dict[str, Any]:
+    """{dotted key: value} of nested mappings."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
