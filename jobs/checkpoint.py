@@ -83,11 +83,10 @@ def save(
     aside = folder / f".{final.name}.{os.getpid()}"
     try:
         aside.mkdir(parents=True)
-        weights = {key: value.detach().cpu().contiguous() for key, value in model.items()}
         buffer = io.BytesIO()
         torch.save(optimizer, buffer)
         files = {
-            _MODEL: _write(aside / _MODEL, safetensors.torch.save(weights)),
+            _MODEL: _write(aside / _MODEL, safetensors.torch.save(_apart(model))),
             _OPTIMIZER: _write(aside / _OPTIMIZER, buffer.getbuffer()),
             _STATE: _write(aside / _STATE, json.dumps(state).encode()),
         }
@@ -100,6 +99,18 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         raise StorageError(error.errno, f"checkpoint not written: {error.strerror}", str(final)) from error
     return final
+
+
+def _apart(model: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each in memory of its own: safetensors refuses tied weights and views of one tensor."""
+    weights: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for key, value in model.items():
+        weight = value.detach().cpu().contiguous()
+        storage = weight.untyped_storage().data_ptr()
+        weights[key] = weight.clone() if storage in taken else weight
+        taken.add(storage)
+    return weights
 
 
 def _write(path: Path, content: bytes | memoryview) -> dict[str, int]:
@@ -120,14 +131,16 @@ def verify(path: Path) -> Checkpoint:
         manifest = json.loads((path / _MANIFEST).read_text())
         claimed = manifest.pop("sum")
         if claimed != _sum(manifest) or manifest["format"] != _FORMAT:
-            raise Damaged(f"{path.name}: {_MANIFEST} is damaged")
-        expected = (int(manifest["generation"]), int(manifest["step"]))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError("its own sum does not fit")
+        expected = name_of(int(manifest["generation"]), int(manifest["step"]))
+        # Our own names: a manifest's entry never chooses a path.
+        files = {name: dict(manifest["files"][name]) for name in (_MODEL, _OPTIMIZER, _STATE)}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
         raise Damaged(f"{path.name}: {_MANIFEST} is missing or damaged ({error})") from None
-    if path.name != name_of(*expected):
-        raise Damaged(f"{path.name}: its manifest belongs to {name_of(*expected)}")
-    for name in (_MODEL, _OPTIMIZER, _STATE):  # our own names: a manifest's entry never chooses a path
-        _compare(path, name, manifest["files"].get(name, {}))
+    if path.name != expected:
+        raise Damaged(f"{path.name}: its manifest belongs to {expected}")
+    for name, claimed in files.items():
+        _compare(path, name, claimed)
     return Checkpoint(path, manifest)
 
 
@@ -177,7 +190,10 @@ def load_newest(folder: Path, quarantine: Path, keep_bad: bool = False) -> Check
 
 def _quarantine(path: Path, quarantine: Path, reason: str) -> None:
     quarantine.mkdir(exist_ok=True)
-    target = quarantine / path.name
+    target, count = quarantine / path.name, 1
+    while target.exists():  # one brought back from a copy has gone bad again
+        count += 1
+        target = quarantine / f"{path.name}.{count}"
     path.rename(target)
     (target / "reason.txt").write_text(reason + "\n")
     fsync_folder(quarantine)
