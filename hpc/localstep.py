@@ -14,9 +14,11 @@ import sys
 import time
 from types import FrameType
 
-from hpc.preempt import NOTICE, STOP_SIGNALS
+from hpc.preempt import NOTICE, STOP_SIGNALS, ignore_stops
 
 _GRACE_S = 30.0
+_REPEAT_S = 1.0
+"""A rank that was still starting has not heard the first signal; SLURM repeats its TERM, too."""
 _POLL_S = 0.05
 
 
@@ -26,38 +28,50 @@ class Step:
     def __init__(self, command: list[str], tasks: int) -> None:
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._pending: list[int] = []
+        self._told, self._told_at = 0, 0.0
         for number in STOP_SIGNALS:
             signal.signal(number, self._hear)
         for rank in range(tasks):
             environ = {**os.environ, "HPC_RANK": str(rank), "HPC_WORLD_SIZE": str(tasks), "HPC_LOCAL_RANK": str(rank)}
             # A session of its own: Ctrl-C in a terminal reaches the ranks once, through this process.
-            self._ranks.append(subprocess.Popen(command, env=environ, start_new_session=True))
+            rank_process = subprocess.Popen(command, env=environ, start_new_session=True, preexec_fn=ignore_stops)
+            self._ranks.append(rank_process)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._pending.append(number)
 
-    def send(self, number: int) -> None:
+    def tell(self, number: int) -> None:
+        """Send a stop signal to every rank that is still there, and again each second."""
+        self._told, self._told_at = number, time.monotonic()
         for rank in self._ranks:
             if rank.poll() is None:
                 rank.send_signal(number)
+
+    def _kill(self) -> None:
+        """KILL the ranks and all that they started."""
+        for rank in self._ranks:
+            if rank.poll() is None:
+                os.killpg(rank.pid, signal.SIGKILL)
 
     def wait(self, limit_s: float, notice_s: float) -> int:
         """Wait for all ranks; the first exit code that is not 0, as a shell counts (128 + signal)."""
         start = time.monotonic()
         noticed, kill_at, failed = False, start + limit_s, 0
         while any(rank.poll() is None for rank in self._ranks):
-            while self._pending:
-                self.send(self._pending.pop(0))
             now = time.monotonic()
+            while self._pending:
+                self.tell(self._pending.pop(0))
+            if self._told and now >= self._told_at + _REPEAT_S:
+                self.tell(self._told)
             if not noticed and now >= start + limit_s - notice_s:
                 noticed = True
-                self.send(NOTICE)
+                self.tell(NOTICE)
             codes = [rank.returncode for rank in self._ranks if rank.returncode]
             if codes and not failed:
                 failed, kill_at = codes[0], min(kill_at, now + _GRACE_S)
-                self.send(signal.SIGTERM)
+                self.tell(signal.SIGTERM)
             if now >= kill_at:
-                self.send(signal.SIGKILL)
+                self._kill()
             time.sleep(_POLL_S)
         code = failed or next((rank.returncode for rank in self._ranks if rank.returncode), 0)
         return code if code >= 0 else 128 - code

@@ -46,7 +46,7 @@ class StopFlag:
         """Hear the stop signals from now on (main thread only); a fork resets them to be ignored."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._raise)
-        os.register_at_fork(after_in_child=_ignore)
+        os.register_at_fork(after_in_child=ignore_stops)
         return self
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
@@ -67,6 +67,7 @@ class StopFlag:
         return self.cause
 
 
-def _ignore() -> None:
+def ignore_stops() -> None:
+    """Be deaf to the stop signals, and so what this process executes, until it has handlers of its own."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
