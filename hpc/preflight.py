@@ -74,7 +74,11 @@ def _check_sbatch(script: str, findings: Findings) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
         file.write(script)
         file.flush()
-        accepted, words = slurm.test_only(Path(file.name))
+        try:
+            accepted, words = slurm.test_only(Path(file.name))
+        except slurm.SlurmError as error:
+            findings.unchecked.append(str(error))
+            return
     if accepted:
         findings.passed.append(f"sbatch --test-only: {words}")
     else:

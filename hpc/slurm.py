@@ -60,7 +60,7 @@ def available() -> bool:
         return False
     try:
         return _run("sinfo", "--noheader", "--format=%P", timeout=10).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, SlurmError):
         return False
 
 
@@ -99,7 +99,7 @@ def requeue(job: str) -> None:
     that an answer of yes is not mistaken for a failure.
     """
     command = ["bash", "-c", 'trap "" TERM; exec "$@"', "bash", "scontrol", "requeue", job]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    result = _run(*command)
     if result.returncode:
         kind = RequeueDisabled if "disabled" in result.stderr.lower() else SlurmError
         raise kind(f"scontrol requeue {job}: {result.stderr.strip()}")
@@ -107,7 +107,10 @@ def requeue(job: str) -> None:
 
 def cancel(job: str) -> None:
     """Raises UserError with scancel's own words."""
-    result = _run("scancel", job)
+    try:
+        result = _run("scancel", job)
+    except SlurmError as error:
+        raise UserError(str(error)) from None
     if result.returncode:
         raise UserError(f"scancel {job}: {result.stderr.strip()}")
 
@@ -119,6 +122,10 @@ def test_only(script: Path) -> tuple[bool, str]:
     return result.returncode == 0, words
 
 
-def _run(*command: str, timeout: int = _TIMEOUT_S, env: bool = False) -> subprocess.CompletedProcess[str]:
-    environ = allocation.without_job() if env else None
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environ, check=False)
+def _run(*command: str, timeout: float | None = None, env: bool = False) -> subprocess.CompletedProcess[str]:
+    """Raises SlurmError when there is no answer in time: a controller that hangs answers late or never."""
+    environ, limit = allocation.without_job() if env else None, timeout or _TIMEOUT_S
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environ, check=False)
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{' '.join(command)}: no answer within {limit:g} s") from None
