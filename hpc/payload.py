@@ -64,12 +64,13 @@ def snapshot(target: Path) -> None:
     for name, command in (("commit.txt", ("rev-parse", "HEAD")), ("changes.diff", ("diff", "HEAD"))):
         answer = _git(source, *command)
         if answer:
-            (target / name).write_text(answer)
+            (target / name).write_bytes(answer)
 
 
-def _git(folder: Path, *arguments: str) -> str:
+def _git(folder: Path, *arguments: str) -> bytes:
+    """What git answers, byte for byte (a difference may hold any encoding); empty where it cannot."""
     try:
         command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        return subprocess.run(command, capture_output=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return ""
+        return b""

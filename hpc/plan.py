@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc import instances, payload, template, yamlfile
+from hpc.errors import UserError
 from hpc.experiment import Experiment, load
 from hpc.instances import Instance
 from hpc.rundir import RunDir, fsync_folder, next_run, write_text
@@ -37,7 +38,12 @@ def make(file: Path, overrides: list[str], runs: Path) -> Plan:
 def create(plan: Plan) -> RunDir:
     """The run folder, with the snapshot of the code; made under a temporary name: it is there whole or not at all."""
     final = plan.run.path
-    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{final.parent}: no folder for runs can be made ({error.strerror}); choose one with --runs or HPC_RUNS"
+        ) from None
     aside = RunDir(final.with_name(f".{final.name}.{os.getpid()}"))
     try:
         aside.path.mkdir()
@@ -47,12 +53,21 @@ def create(plan: Plan) -> RunDir:
         aside.events.mkdir()
         aside.logs.mkdir()
         payload.snapshot(aside.code)
-        aside.path.rename(final)
+        _rename(aside.path, final)
     except BaseException:
         shutil.rmtree(aside.path, ignore_errors=True)
         raise
     fsync_folder(final.parent)
     return plan.run
+
+
+def _rename(aside: Path, final: Path) -> None:
+    try:
+        aside.rename(final)
+    except OSError:
+        if not final.exists():
+            raise
+        raise UserError(f"{final}: made by another command just now; for an equal run of its own repeat this") from None
 
 
 def reopen(run: RunDir) -> tuple[Experiment, Instance]:

@@ -24,6 +24,7 @@ class RunDir:
         self.code = self.path / "code"
         self.submit = self.path / "submit.json"
         self.state = self.path / "state.json"
+        self.lease = self.path / ".lease"
         self.stop = self.path / "stop.json"
         self.events = self.path / "events"
         self.logs = self.path / "logs"
@@ -91,7 +92,8 @@ def runs_folder(given: Path | None) -> Path:
 
 def all_runs(runs: Path) -> Iterator[RunDir]:
     """Every run in the folder, oldest first."""
-    found = [RunDir(path.parent) for path in runs.glob("*/experiment.yaml")] if runs.is_dir() else []
+    paths = list(runs.glob("[!.]*/experiment.yaml")) if runs.is_dir() else []  # a dot: not whole yet
+    found = [RunDir(path.parent) for path in paths]
     yield from sorted(found, key=lambda run: run.experiment.stat().st_mtime)
 
 
@@ -176,7 +178,7 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a .jsonl file; a torn last line (a writer was killed) is left out."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(line))
         except ValueError:
