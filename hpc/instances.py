@@ -13,7 +13,7 @@ import slurm_templates
 from hpc import yamlfile
 from hpc.errors import UserError, nearest
 from hpc.experiment import Duration, Gigabytes, Launch
-from hpc.units import short_time
+from hpc.units import slurm_time
 
 _SHIPPED = Path(slurm_templates.__file__).parent / "instances"
 
@@ -98,9 +98,10 @@ class Instance(BaseModel):
             if asked > limit
         ]
         if request.time_s > self.time_limit:
-            limit = short_time(self.time_limit)
+            limit = slurm_time(self.time_limit)
             refusals.append(
-                f"launch.time: {short_time(request.time_s)} asked, but {self.name} ends a job after {limit}"
+                f"launch.time: {slurm_time(request.time_s)} asked, but {self.name} ends a job after {limit}; "
+                f"ask for {limit} or less"
             )
         if request.cpus % request.tasks_per_node:
             tasks = request.tasks_per_node
@@ -145,5 +146,5 @@ def find(name: str) -> Instance:
         for fault in error.errors():
             key = ".".join(str(part) for part in fault["loc"])
             hint = f"; {nearest(key, Instance.model_fields)}" if fault["type"] == "extra_forbidden" else ""
-            lines.append(f"{known[name]}: {key}: {fault['msg']}{hint}")
+            lines.append(f"{known[name]}: {key}: {fault['msg'].removeprefix('Value error, ')}{hint}")
         raise UserError("\n".join(lines)) from None
