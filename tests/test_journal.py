@@ -220,16 +220,17 @@ def test_one_run(tmp_path: Path) -> None:
 
 def test_differences_to_the_first_run(tmp_path: Path) -> None:
     runs = [finished("base-1"), finished("other-2", accuracy=0.93, loss=0.36, recalls=(0.9, 0.6, 0.4))]
-    runs.append(RunData("young-3", EXPERIMENT, {"train.seed": 1}, {}, [line(1, 75, 0.5)], EVENTS[:2]))
+    runs.append(RunData("young-3", EXPERIMENT, {f"k{k}": k for k in range(8)}, {}, [line(1, 75, 0.5)], EVENTS[:2]))
     text_path, web_path = write_report(runs, tmp_path)
     text = text_path.read_text()
     overview = table(text, "Differences in brackets")
-    assert overview[0][5:8] == [
+    assert overview[0][4:7] == [
         "accuracy (higher is better)", "f1_macro (higher is better)", "loss (lower is better)"
     ]  # fmt: skip
-    assert [row[5] for row in overview[1:]] == ["0.91", "0.93 (+0.02)", "0.5 (-0.41)"]
-    assert [row[7] for row in overview[1:]] == ["0.31", "0.36 (+0.05)", "0.5 (+0.19)"]
-    assert overview[3][1:3] == ["started, no result yet", "train.seed=1"] and overview[3][6] == "-"
+    assert [row[4] for row in overview[1:]] == ["0.91", "0.93 (+0.02)", "0.5 (-0.41)"]
+    assert [row[6] for row in overview[1:]] == ["0.31", "0.36 (+0.05)", "0.5 (+0.19)"]
+    assert overview[3][1] == "started, no result yet" and overview[3][5] == "-"
+    assert overview[3][-1] == "k0=0, k1=1, k2=2, k3=3, k4=4, k5=5, 2 more below"
     classes = [row[::2][:2] for row in table(text, "### Classes", "other-2")[1:]]
     assert classes == [["thalamus", "0.4 (-0.3)"], ["hippocampus", "0.6 (+0.1)"], ["amygdala", "0.9 (=)"]]
     matrix = table(text, "### Confusion matrix", "other-2")

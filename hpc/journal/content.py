@@ -12,6 +12,7 @@ from hpc.journal.compare import difference, is_number, lower_is_better, number, 
 from hpc.journal.rundata import RunData, Values, flatten, mapping
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_SHOWN = 6  # differences of a run in the overview
 _MATRIX_FITS = 24  # classes; a wider table of numbers is read by nobody
 
 
@@ -39,8 +40,8 @@ class Table:
     title: str
     heads: tuple[Head, ...]
     rows: tuple[Row, ...]
-    words: int = 1
-    """Leading columns of text; the others hold numbers and stand at the right."""
+    words: tuple[int, ...] = (0,)
+    """The columns of text; the others hold numbers and stand at the right."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +106,14 @@ def _overview(runs: Sequence[RunData]) -> Table:
     first = runs[0]
     names = _metric_names(runs)
     scores = [Head(name, _direction(_lower(name, first))) for name in names]
-    heads = (*_heads("Run", "State", "Differs in", "Best epoch", "Step"), *scores, Head("Train samples/s"))
+    heads = (*_heads("Run", "State", "Best epoch", "Step"), *scores, *_heads("Train samples/s", "Differs in"))
     rows = []
     for run in runs:
         compared = [_compared(run, first, name) for name in names]
-        words = _cells(run.run, run.state, _delta(run), run.best.get("epoch"), run.best.get("step"))
+        words = _cells(run.run, run.state, run.best.get("epoch"), run.best.get("step"))
         speed = _versus(run.speed.get("train"), first.speed.get("train"), lower=False, same=run is first)
-        rows.append((*words, *compared, speed))
-    return Table("Runs", heads, tuple(rows), words=3)
+        rows.append((*words, *compared, speed, Cell(_delta(run, at_most=_SHOWN))))
+    return Table("Runs", heads, tuple(rows), words=(0, 1, len(heads) - 1))
 
 
 def _section(run: RunData, first: RunData, notes: str) -> Section:
@@ -152,9 +153,8 @@ def _facts(run: RunData) -> Table:
         ("Nodes", launch.get("nodes")),
         ("Tasks", run.tasks),
     ]
-    return Table(
-        "Facts", _heads("Fact", "Value"), tuple(_cells(*pair) for pair in pairs if pair[1] is not None), words=2
-    )
+    rows = tuple(_cells(*pair) for pair in pairs if pair[1] is not None)
+    return Table("Facts", _heads("Fact", "Value"), rows, words=(0, 1))
 
 
 def _progress(run: RunData) -> str | None:
@@ -165,10 +165,12 @@ def _progress(run: RunData) -> str | None:
     return f"{number(epochs or last.get('epoch'))} epochs, {number(steps or last.get('step'))} steps"
 
 
-def _delta(run: RunData) -> str:
+def _delta(run: RunData, at_most: int | None = None) -> str:
     """As overrides on the command line are written."""
-    flat = flatten(run.delta).items()
-    return ", ".join(f"{key}={value if isinstance(value, str) else _yaml(value)}" for key, value in flat) or "nothing"
+    flat = flatten(run.delta)
+    shown = [f"{key}={value if isinstance(value, str) else _yaml(value)}" for key, value in flat.items()][:at_most]
+    more = [f"{len(flat) - len(shown)} more below"] if len(flat) > len(shown) else []
+    return ", ".join(shown + more) or "nothing"
 
 
 def _yaml(value: Any) -> str:
@@ -183,7 +185,7 @@ def _metrics(run: RunData, first: RunData) -> Table | None:
         for name in names
     ]
     heads = (*_heads("Metric", "Direction"), _moment("Best", run.best), _moment("Last", run.last))
-    return Table("Validation", heads, tuple(rows), words=2) if rows else None
+    return Table("Validation", heads, tuple(rows), words=(0, 1)) if rows else None
 
 
 def _moment(word: str, evaluation: Values) -> Head:

@@ -60,7 +60,7 @@ def _figure(run: str, figure: Figure) -> str:
 
 
 def _table(table: Table) -> str:
-    rules = ["---" if column < table.words else "---:" for column in range(len(table.heads))]
+    rules = ["---" if column in table.words else "---:" for column in range(len(table.heads))]
     lines = [
         [_bracketed(head.text, head.remark) for head in table.heads],
         rules,

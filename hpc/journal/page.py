@@ -11,7 +11,7 @@ _STYLE = """
   :root { --back: #14171a; --text: #e6e9ec; --soft: #9aa4ae; --line: #343b42; --band: #1d2226; --link: #7db7f2;
     --better: #6fcf8f; --worse: #ff8a80; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 76rem; background: var(--back); color: var(--text);
+body { margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 88rem; background: var(--back); color: var(--text);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
 h1, h2, h3 { line-height: 1.25; overflow-wrap: anywhere; }
 h1 { margin: 0 0 .5rem; font-size: 1.75rem; }
@@ -48,14 +48,14 @@ _TEMPLATE = """\
 <div class="wide"><table>
 <thead><tr>
 {%- for head in table.heads %}
-<th scope="col"{% if loop.index0 >= table.words %} class="number"{% endif %}>{{ head.text }}
+<th scope="col"{% if loop.index0 not in table.words %} class="number"{% endif %}>{{ head.text }}
 {%- if head.remark %}<small>{{ head.remark }}</small>{% endif %}</th>
 {%- endfor %}
 </tr></thead>
 <tbody>
 {%- for row in table.rows %}
 {%- set place = loop.index %}
-<tr>{% for cell in row %}<td class="{{ 'words' if loop.index0 < table.words else 'number' }}">
+<tr>{% for cell in row %}<td class="{{ 'words' if loop.index0 in table.words else 'number' }}">
 {%- if table is sameas report.overview and loop.first %}<a href="#run-{{ place }}">{{ cell.text }}</a>
 {%- else %}{{ cell.text }}{% endif %}
 {%- if cell.change %} <span class="change {{ cell.tone }}">({{ cell.change }})</span>{% endif %}</td>{% endfor %}</tr>
