@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
@@ -283,7 +284,7 @@ def _run_data(run: Any) -> Any:
 
 
 @app.command(rich_help_panel="Results")
-def fsck(name: RunName, runs: Runs = None) -> None:
+def fsck(name: RunName, runs: Runs = None, as_json: AsJson = False) -> None:
     """Check a run's event files record by record; exit code 1 when any is damaged."""
     from hpc.logs import fsck as files
     from hpc.rundir import find_run, runs_folder
@@ -292,7 +293,10 @@ def fsck(name: RunName, runs: Runs = None) -> None:
     findings = files.check(run.tensorboard)
     if not findings:
         raise UserError(f"{run.name} has no event files yet; see 'hpc show {run.name}'")
-    _table(["file", "records", "bytes", "last step", "state"], [list(row) for row in files.rows(findings)])
+    if as_json:
+        _print_json([asdict(finding) for finding in findings])
+    else:
+        _table(list(files.TITLES), [list(row) for row in files.rows(findings)])
     raise typer.Exit(files.exit_code(findings))
 
 
