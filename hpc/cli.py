@@ -275,11 +275,11 @@ def report(
 def _run_data(run: Any) -> Any:
     from hpc import yamlfile
     from hpc.journal.report import RunData
-    from hpc.rundir import read_json, read_lines
+    from hpc.rundir import read_json
 
     figures = {path.stem: path for path in sorted(run.figures.glob("*.png"))}
     delta = yamlfile.read(run.delta) if run.delta.exists() else {}
-    metrics, events = read_lines(run.metrics), run.read_events()
+    metrics, events = run.read_metrics(), run.read_events()
     return RunData(run.name, yamlfile.read(run.experiment), delta, read_json(run.result), metrics, events, figures)
 
 

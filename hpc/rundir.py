@@ -66,8 +66,14 @@ class RunDir:
         return max((int(path.name.split("-")[0]) for path in self.events.glob("*.jsonl")), default=0)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """One line per evaluated step: a resumed run may write a step again, and the last line counts."""
-        kept = {(line["step"], line["split"]): line for line in read_lines(self.metrics)}
+        """One line per evaluated step, by step: a later generation takes back the steps from its first line on."""
+        kept: dict[tuple[int, str], dict[str, Any]] = {}
+        newest = 0
+        for line in read_lines(self.metrics):
+            if line["generation"] > newest:
+                newest = line["generation"]
+                kept = {key: old for key, old in kept.items() if key[0] < line["step"]}
+            kept[line["step"], line["split"]] = line
         return [kept[key] for key in sorted(kept)]
 
 
