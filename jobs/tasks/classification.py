@@ -41,8 +41,15 @@ class Classification:
         self._weights = torch.tensor(weights, device=device) if weights else None
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean over the batch, in fp32."""
-        return functional.cross_entropy(outputs.float(), targets, weight=self._weights, label_smoothing=self._smoothing)
+        """Weighted sum over the batch divided by its samples (B >= 1), in fp32.
+
+        torch's own mean divides by the sum of the weights of those samples: it would depend on how samples are cut
+        into batches, parts and ranks, and be NaN where all are of a class of weight 0.
+        """
+        total = functional.cross_entropy(
+            outputs.float(), targets, weight=self._weights, label_smoothing=self._smoothing, reduction="sum"
+        )
+        return total / len(targets)
 
 
 class Counts:
