@@ -1,0 +1,151 @@
+"""A run of seconds for the tests of jobs/: 27 volumes of 8 x 8 x 8, 12 optimizer steps in 3 epochs, on one thread.
+
+    run = make_run(folder, make_data(folder), "train.seed=3")
+    assert train(run, stop_at=5) == "stopped"
+    assert train(run, generation=2) == "done"
+
+A boundary is a place where the loop asks whether to stop: before the first step, after every step and after every
+validation batch. BOUNDARIES of them make an undisturbed run.
+"""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from datasets.writer import VolumeWriter
+from hpc.allocation import Allocation
+from hpc.experiment import Experiment, load
+from hpc.preempt import StopFlag
+from hpc.rundir import RunDir
+from jobs import checkpoint
+from jobs.engine import Engine
+from jobs.train import Stopped, Trainer
+
+SPLITS = {"train": 17, "validation": 6, "test": 4}
+BATCH, EPOCHS = 4, 3
+STEPS_PER_EPOCH, STEPS = 4, 12
+BOUNDARIES = 1 + STEPS + 2 * EPOCHS
+CLASSES = ("early", "late", "none")
+
+# Children are forked from a server that has imported torch once, and never from a process with threads.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch._dynamo", "pytest", "tests.tiny_run"])
+
+
+def make_data(folder: Path, name: str = "scans.h5", seed: int = 7, **relabel: int) -> Path:
+    """Noise with a faint class-dependent bar; `relabel` gives samples (by id) another class."""
+    generator, path = np.random.default_rng(seed), folder / name
+    total = sum(SPLITS.values())
+    with VolumeWriter(path, shape=(1, 8, 8, 8), dtype="int16", num_samples=total, class_names=CLASSES) as writer:
+        for split, count in SPLITS.items():
+            for number in range(count):
+                label = number % len(CLASSES)
+                volume = generator.integers(-40, 40, (1, 8, 8, 8)).astype("int16")
+                volume[:, 2 * label : 2 * label + 2] += 30
+                id = f"{split}{number}"
+                writer.add(volume, relabel.get(id, label), id=id, split=split, scale=0.02)
+    return path
+
+
+def make_run(folder: Path, data: Path, *overrides: str) -> RunDir:
+    """A run folder as the login node leaves it."""
+    run = RunDir(folder)
+    run.path.mkdir(parents=True)
+    model = {"name": "resnet3d_tiny", "width": 4, "layers": 1, "downsample": [], "stem_stride": 2, "dropout": 0.2}
+    values = {
+        "name": "tiny",
+        "model": model,
+        "data": {"file": str(data), "batch_size": BATCH, "augment": {"flip": [0]}, "verify": 0, "threads": 1},
+        "train": {"epochs": EPOCHS, "device": "cpu", "optimizer": {"lr": 0.01}, "scheduler": {"name": "one_cycle"}},
+    }
+    run.experiment.write_text(yaml.safe_dump(values))
+    resolved, _ = load(run.experiment, list(overrides))
+    run.experiment.write_text(yaml.safe_dump(resolved.as_dict()))
+    return run
+
+
+class StopAtBoundary(StopFlag):
+    """Sends its own process a real SIGTERM when the loop asks for the n-th time."""
+
+    def __init__(self, boundary: int | None) -> None:
+        super().__init__()
+        self._boundary, self.asked = boundary, 0
+
+    def agree(self, max_over_ranks: Callable[[int], int]) -> str | None:
+        self.asked += 1
+        if self.asked == self._boundary:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().agree(max_over_ranks)
+
+
+def make_trainer(
+    run: RunDir, generation: int = 1, flag: StopFlag | None = None, allocation: Allocation | None = None
+) -> Trainer:
+    """A trainer before `resume`, on one thread."""
+    experiment: Experiment = load(run.experiment)[0]
+    where = allocation or Allocation(cpus_per_task=1)
+    engine = Engine(where, torch.device("cpu"), deterministic=True)
+    return Trainer(run, experiment, engine, flag or StopFlag(), generation)
+
+
+def train(run: RunDir, generation: int = 1, stop_at: int | None = None, allocation: Allocation | None = None) -> str:
+    """One attempt; "done", or "stopped" when it was stopped at boundary `stop_at`."""
+    flag = StopAtBoundary(stop_at)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
+    flag.install()
+    trainer = make_trainer(run, generation, flag, allocation)
+    try:
+        trainer.resume()
+        trainer.fit()
+        trainer.engine.barrier()
+        return "done"
+    except Stopped:
+        return "stopped"
+    finally:
+        trainer.engine.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def newest(run: RunDir) -> checkpoint.Checkpoint:
+    return checkpoint.verify(next(checkpoint.newest_first(run.checkpoints)))
+
+
+def outcome(run: RunDir) -> dict[str, Any]:
+    """All that must not depend on interruptions: final weights and optimizer byte by byte, metrics, best epoch."""
+    found = newest(run)
+    lines = [
+        {key: value for key, value in line.items() if key not in ("generation", "samples_per_second", "waiting_share")}
+        for line in run.read_metrics()
+    ]
+    moments = found.optimizer()
+    state = found.state()
+    return {
+        "step": found.step,
+        "weights": {key: value.numpy().tobytes() for key, value in found.model().items()},
+        "optimizer": {
+            (number, key): torch.as_tensor(value).numpy().tobytes()
+            for number, entry in moments["state"].items()
+            for key, value in entry.items()
+        },
+        "groups": moments["param_groups"],
+        "metrics": lines,
+        "last": state["last"],
+        "best": {key: value for key, value in state["best"].items() if key != "checkpoint"},
+    }
+
+
+def in_child(function: Callable[..., None], *args: Any) -> int:
+    """Exit code of `function(*args)` in a process of its own (negative: the signal that ended it)."""
+    child = CONTEXT.Process(target=function, args=args)
+    child.start()
+    child.join(60)
+    assert child.exitcode is not None, f"{function.__name__} did not end in 60 s"
+    return child.exitcode
