@@ -19,6 +19,7 @@ from hpc.errors import UserError
 from hpc.journal import compare, notes
 from hpc.journal.markdown import escape
 from hpc.journal.report import RunData, write_report
+from hpc.rundir import RunDir, append_line
 
 CLASSES = ["amygdala", "hippocampus", "thalamus"]
 NASTY = "<script>alert('x')</script> & | `code` *bold* _it_ [a](javascript:b) <!-- /notes -->"
@@ -148,9 +149,12 @@ def test_attempts_count_generations_not_ranks() -> None:
     assert RunData("a", {"launch": {"nodes": 2, "gpus": None, "tasks_per_node": None}}).tasks == 2
 
 
-def test_validations_keep_the_last_of_a_step_and_drop_what_a_resume_took_back() -> None:
+def test_metrics_of_a_run_drop_what_a_resume_took_back(tmp_path: Path) -> None:
     lines = [line(1, 75, 0.5), line(1, 150, 0.9), line(1, 225, 0.99), line(2, 150, 0.6), line(2, 150, 0.7)]
-    run = RunData("a", metrics=[*lines, line(2, 300, 1.0, split="test")])
+    folder = RunDir(tmp_path)
+    for one in [*lines, line(2, 300, 1.0, split="test")]:
+        append_line(folder.metrics, one)
+    run = RunData("a", metrics=folder.read_metrics())
     assert [(one["step"], one["metrics"]["accuracy"]) for one in run.validations] == [(75, 0.5), (150, 0.7)]
     assert (run.best["step"], run.last["step"]) == (150, 150)
 

@@ -61,18 +61,9 @@ class RunData:
 
     @cached_property
     def validations(self) -> list[Values]:
-        """Validation lines by step: the last line of a step, without those of steps that a resume took back."""
-        kept: dict[int, Values] = {}
-        generation = 0
-        for line in self.metrics:
-            if line.get("split", "validation") != "validation" or not is_number(line.get("step")):
-                continue
-            step, started = int(line["step"]), int(line.get("generation", generation))
-            if started > generation:
-                kept = {old: value for old, value in kept.items() if old < step}
-                generation = started
-            kept[step] = line
-        return [kept[step] for step in sorted(kept)]
+        """Validation lines by step."""
+        lines = [m for m in self.metrics if m.get("split", "validation") == "validation" and is_number(m.get("step"))]
+        return sorted(lines, key=lambda line: int(line["step"]))
 
     @property
     def monitor(self) -> str:
