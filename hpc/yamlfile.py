@@ -26,9 +26,10 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str | int):
+            if isinstance(key, bool) or not isinstance(key, str | int):
+                hint = "; put quotes around yes, no, on and off" if isinstance(key, bool) else ""
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"{key!r} is no name for a key", key_node.start_mark
+                    None, None, f"{key!r} is no name for a key{hint}", key_node.start_mark
                 )
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", key_node.start_mark)
@@ -40,6 +41,13 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True  # a value that stands twice is written twice: the loader reads no aliases
 
+    def represent_str(self, text: str) -> Any:
+        """Quoted with escapes where it holds a line break that YAML would read back as another."""
+        style = '"' if re.search("[\r\x85\u2028\u2029]", text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 # YAML 1.1 reads 1e-3 as text; every learning rate is written so. The dumper must know: a name 1e3 needs quotes.
 for _class in (_Loader, _Dumper):
