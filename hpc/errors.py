@@ -13,6 +13,6 @@ class UserError(Exception):
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`did you mean 'x'? ` where a valid name is close, then the list of all valid names."""
     names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
+    close = difflib.get_close_matches(name, names, n=2, cutoff=0.6) or [n for n in names if n.startswith(name)][:2]
     hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
     return f"{hint}valid: {', '.join(names)}"
