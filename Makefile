@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test check clean bench-loader
 
 setup: $(READY)
 
@@ -26,6 +26,9 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-loader: $(READY)
+	$(BIN)/python -m tests.bench.loader
 
 clean:
 	rm -rf $(VENV) demo .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
