@@ -73,7 +73,7 @@ def _options(experiment: Experiment, instance: Instance, request: Request, run: 
     }
     options.update({key: value for key, value in chosen.items() if value is not None})
     for key, value in options.items():
-        if any(ord(letter) < 32 for letter in str(value)):
+        if any(ord(letter) < 32 or ord(letter) == 127 for letter in str(value)):
             raise UserError(f"#SBATCH --{key}: {value!r} carries a line break or control character; write one line")
     return options
 

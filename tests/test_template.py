@@ -1,0 +1,228 @@
+"""The batch script: its text pinned, its quoting run by a real bash, what it refuses, and that plan and submit agree.
+
+A change of the script shows its changed lines here; HPC_ACCEPT_GOLDEN=1 pytest tests/test_template.py accepts them.
+"""
+
+import difflib
+import os
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc import instances, plan, template
+from hpc.errors import UserError
+from hpc.experiment import Experiment, load, validate
+from hpc.instances import Instance
+from hpc.rundir import RunDir
+
+GOLDEN = Path(__file__).parent / "golden" / "job.sbatch"
+PYTHON = "/opt/hpc/bin/python"
+ODD = [
+    "with space",
+    "it's",
+    'double "quote"',
+    "100%j",
+    "a#b # c",
+    "$(touch canary)",
+    "`touch canary`",
+    "${HOME}$HOME",
+    "semi;touch canary&",
+    "back\\slash",
+    "star*?[a]",
+    "-rf",
+    "ünïcode",
+    "!history",
+    "~",
+]
+
+
+def experiment(**launch: Any) -> Experiment:
+    model, data = {"name": "resnet3d"}, {"file": "/data/scans.h5"}
+    values = {"name": "golden", "model": model, "data": data, "launch": {"instance": "cedia-a100-40gb", **launch}}
+    return validate(values, "here")
+
+
+def render(given: Experiment, run: Path, python: str = PYTHON, instance: Instance | None = None) -> str:
+    return template.render(given, instance or instances.find(given.launch.instance), RunDir(run), python)
+
+
+def options(script: str) -> dict[str, str]:
+    """The #SBATCH lines as SLURM reads them: quotes taken off."""
+    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH ")]
+    return {key: "".join(shlex.split(value)) for key, _, value in (line.partition("=") for line in lines)}
+
+
+def test_the_script_is_the_golden_one() -> None:
+    given = experiment(account="neuro", mail="ana@cedia.example", constraint="a100&ib", time="8h", mem="60GB")
+    script = render(given, Path("/scratch/ana/runs/golden-0123abcd"))
+    if os.environ.get("HPC_ACCEPT_GOLDEN") == "1":
+        GOLDEN.write_text(script)
+    wanted = GOLDEN.read_text()
+    changes = "\n".join(
+        difflib.unified_diff(wanted.splitlines(), script.splitlines(), "accepted", "now", lineterm="", n=1)
+    )
+    assert script == wanted, f"\n{changes}\nto accept: HPC_ACCEPT_GOLDEN=1 pytest tests/test_template.py"
+
+
+def test_what_slurm_reads() -> None:
+    read = options(GOLDEN.read_text())
+    assert read["requeue"] == "" and read["open-mode"] == "append"
+    assert read["signal"] == "USR2@120", "no B: the tasks are told, not the batch shell"
+    assert read["gres"] == "gpu:a100:1" and read["mem"] == "60000M" and read["time"] == "480:00"
+    assert read["comment"] == "golden-0123abcd", "the token by which a failed sbatch is looked up"
+    assert read["output"] == "/scratch/ana/runs/golden-0123abcd/logs/%j_0_log.out"
+
+
+def test_every_line_for_sbatch_stands_before_the_first_command() -> None:
+    lines = GOLDEN.read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    assert all(not line.startswith("#SBATCH") for line in lines[first:])
+    assert lines[0] == "#!/usr/bin/env bash"
+
+
+def test_options_that_nobody_set_are_not_there() -> None:
+    read = options(render(experiment(gpus=0, tasks_per_node=2), Path("/r/x-1")))
+    assert not {"gres", "partition", "account", "qos", "reservation", "constraint", "mail-user", "mail-type"} & set(
+        read
+    )
+    assert read["ntasks-per-node"] == "2" and read["cpus-per-task"] == "6"
+
+
+@pytest.mark.parametrize(("time", "notice"), [("8h", 120), ("240s", 120), ("60s", 30), ("1s", 0)])
+def test_the_notice_leaves_half_of_a_short_limit(time: str, notice: int) -> None:
+    script = render(experiment(time=time), Path("/r/x-1"))
+    assert options(script)["signal"] == f"USR2@{notice}" and f"--notice {notice} " in script
+
+
+STUB = """#!/usr/bin/env bash
+printf '%s\\0' "$@" >> "$RECORD"
+printf '\\n' >> "$RECORD"
+[ "$2" != hpc.attempt ] || echo "export HPC_GENERATION=7 HPC_MASTER_ADDR=h HPC_MASTER_PORT=1"
+[ "$2" != hpc.requeue ] || echo end
+"""
+
+
+def played(script: str, folder: Path, **own: str) -> list[list[str]]:
+    """The arguments of every call that the script makes, run by bash in `folder` with `own` in its environment."""
+    path = folder / "job.sbatch"
+    path.write_text(script)
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    environ = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "HPC_"))}
+    environ |= {"RECORD": str(folder / "record"), **own}
+    done = subprocess.run(
+        ["bash", str(path)], cwd=folder, env=environ, capture_output=True, text=True, check=False, timeout=30
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return [line.rstrip("\0").split("\0") for line in (folder / "record").read_text().split("\n") if line]
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_bash_takes_every_path_as_it_is(odd: str, tmp_path: Path) -> None:
+    here = tmp_path / "cwd"
+    python = tmp_path / odd / "python"
+    run = tmp_path / odd / "runs" / "x-1"
+    for folder in (here, run):
+        folder.mkdir(parents=True, exist_ok=True)
+    python.write_text(STUB)
+    python.chmod(0o755)
+    script = render(experiment(account=odd, constraint=odd), run, str(python))
+    calls = played(script, here)
+    assert calls[0] == ["-m", "hpc.attempt", str(run)]
+    assert calls[1][:2] == ["-m", "hpc.localstep"]
+    assert calls[1][calls[1].index("--") + 1 :] == [str(python), "-u", "-m", "jobs.run", str(run)]
+    assert calls[2] == ["-m", "hpc.requeue", str(run), "7", "0", "0"]
+    assert not list(tmp_path.rglob("canary"))
+    read = options(script)
+    assert read["account"] == odd and read["constraint"] == odd
+    assert read["output"] == str(run).replace("%", "%%") + "/logs/%j_0_log.out"
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_srun_is_given_every_path_as_it_is(odd: str, tmp_path: Path) -> None:
+    programs, run, here = tmp_path / "programs", tmp_path / odd / "x-1", tmp_path / "cwd"
+    for folder in (programs, run, here):
+        folder.mkdir(parents=True)
+    for name in ("python", "srun"):
+        (programs / name).write_text(STUB)
+        (programs / name).chmod(0o755)
+    path = f"{programs}:{os.environ['PATH']}"
+    calls = played(render(experiment(), run, str(programs / "python")), here, SLURM_JOB_ID="5", PATH=path)
+    srun = calls[1]
+    slurms = str(run).replace("%", "%%")
+    assert f"--output={slurms}/logs/%j_%t_log.out" in srun and f"--error={slurms}/logs/%j_%t_log.err" in srun
+    assert {"--kill-on-bad-exit=1", "--cpus-per-task=12", "--open-mode=append"} <= set(srun)
+    assert srun[srun.index("-c") + 2 :] == ["bash", str(programs / "python"), "-u", "-m", "jobs.run", str(run)]
+    assert not list(tmp_path.rglob("canary"))
+
+
+@pytest.mark.parametrize("key", ["account", "partition", "qos", "reservation", "constraint", "mail"])
+@pytest.mark.parametrize("bad", ["a\nb", "a\rb", "a\tb", "x\n#SBATCH --wrap=id", "\x1b[1m", "a\x7f"])
+def test_control_characters_are_refused_by_the_name_of_their_option(key: str, bad: str) -> None:
+    with pytest.raises(UserError, match=r"#SBATCH --[a-z-]+: .* carries a line break or control character"):
+        render(experiment(**{key: bad}), Path("/r/x-1"))
+
+
+def test_a_runs_folder_with_a_line_break_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--output: .* carries a line break"):
+        render(experiment(), Path("/r\n#SBATCH --wrap=id/x-1"))
+
+
+def test_the_instances_environment_and_setup_reach_the_tasks(tmp_path: Path) -> None:
+    instance = Instance(
+        name="site",
+        cpus=2,
+        mem_gb=4,
+        time_limit=3600,
+        environment={"ODD": "a 'b' $(touch canary) `id`\nsecond", "HTTPS_PROXY": "http://p:3128"},
+        setup=["greeting=$(echo hello)", 'export GREETING="$greeting world"'],
+    )
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/usr/bin/env bash\nprintf "%s" "$ODD|$HTTPS_PROXY|$GREETING|$OMP_NUM_THREADS" > "$RECORD"\nexit 3\n'
+    )
+    python.chmod(0o755)
+    script = render(experiment(instance="laptop", gpus=0, tasks_per_node=1), tmp_path / "x-1", str(python), instance)
+    (tmp_path / "job.sbatch").write_text(script)
+    environ = {**os.environ, "RECORD": str(tmp_path / "record")}
+    done = subprocess.run(["bash", "job.sbatch"], cwd=tmp_path, env=environ, check=False)
+    assert done.returncode == 3, "an attempt that is refused ends the script with its code"
+    told = (tmp_path / "record").read_text()
+    assert told == "a 'b' $(touch canary) `id`\nsecond|http://p:3128|hello world|2"
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "exp.yaml"
+    path.write_text("name: same\nmodel: {name: m}\ndata: {file: x.h5}\nlaunch: {instance: cedia-a100-40gb}\n")
+    return path
+
+
+def test_plan_and_submit_render_the_same_bytes_and_an_equal_run_gets_its_own_id(file: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    planned, again = (plan.make(file, ["train.seed=1"], runs) for _ in range(2))
+    assert planned.script == again.script and planned.run.path == again.run.path
+    first = plan.create(planned)
+    assert first.path == planned.run.path and first.script.read_text() == planned.script
+    assert load(first.experiment)[0] == planned.experiment
+    second = plan.create(plan.make(file, ["train.seed=1"], runs))
+    assert second.path != first.path and second.experiment.read_text() == first.experiment.read_text()
+    other = plan.make(file, ["train.seed=2"], runs)
+    assert other.run.path not in (first.path, second.path)
+    assert sorted(path.name for path in runs.iterdir()) == sorted([first.name, second.name])
+
+
+def test_two_submissions_at_once_make_one_run_and_one_refusal(file: Path, tmp_path: Path) -> None:
+    planned, late = (plan.make(file, [], tmp_path / "runs") for _ in range(2))
+    run = plan.create(planned)
+    with pytest.raises(UserError, match="made by another command just now"):
+        plan.create(late)
+    assert [path.name for path in run.path.parent.iterdir()] == [run.name]
+
+
+def test_a_runs_folder_that_cannot_be_made_is_refused(file: Path) -> None:
+    with pytest.raises(UserError, match=r"no folder for runs can be made .* --runs or HPC_RUNS"):
+        plan.create(plan.make(file, [], file / "runs"))
