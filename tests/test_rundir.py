@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,9 @@ def test_events_of_all_writers_are_read_by_time_with_their_generation(tmp_path: 
     run.path.mkdir()
     assert run.last_generation() == 0 and run.read_events() == []
     run.event("submit", "login", job="7")
+    time.sleep(0.002)
     run.event("start", "shell", 12, node="n")
+    time.sleep(0.002)
     run.event("signal", "rank0", 12, cause="SIGTERM")
     assert [event["event"] for event in run.read_events()] == ["submit", "start", "signal"]
     assert sorted(path.name for path in run.events.iterdir()) == [
