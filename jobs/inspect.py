@@ -26,6 +26,8 @@ LOOKED_AT = 64
 PER_CLASS = 6
 MAX_CLASSES = 24
 """rows and columns of the montage"""
+TITLE = 32
+"""characters of an id that fit over its picture"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +86,7 @@ def draw_montage(volumes: VolumeFile, path: Path) -> None:
             image = image[..., image.shape[-1] // 2] if image.ndim == 3 else image
             low, high = np.percentile(image, (1, 99))
             axis.imshow(image.T, cmap="gray", origin="lower", vmin=low, vmax=max(high, low + 1e-6))
-            axis.set_title(volumes.ids[sample], fontsize=5)
+            axis.set_title(volumes.ids[sample][-TITLE:], fontsize=5)
         for axis in line:
             axis.set(xticks=[], yticks=[])
             axis.set_frame_on(False)

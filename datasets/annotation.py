@@ -1,0 +1,160 @@
+"""Where classes come from: a table with a row per volume, or an atlas that names the region at a place in the body."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets.nifti import NotNifti, UnusableVolume, Volume, read_volume, volume_id
+from datasets.partition import SPLITS, UNSET
+
+SPLIT_NAMES = {"train": 0, "validation": 1, "val": 1, "valid": 1, "test": 2, "0": 0, "1": 1, "2": 2, "": UNSET}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a table says of one volume; empty cells are None, a free split is -1."""
+
+    label: str | None
+    group: str | None
+    split: int
+
+
+def read_table(path: Path, group_column: str | None = None, need_label: bool = True) -> dict[str, Row]:
+    """Rows by volume id from CSV, TSV or semicolons; columns id, label[, group][, split]. ValueError names the line."""
+    header, lines = _read_rows(path)
+    for column in ("id", *(["label"] if need_label else []), *([group_column] if group_column else [])):
+        _require_column(path, header, column)
+    if not need_label and "label" in header:
+        raise ValueError(f"{path} has a column 'label', but the labels come from the atlas; leave out one of the two")
+    rows: dict[str, Row] = {}
+    for number, cells in lines:
+        where = f"{path} line {number}"
+        name = volume_id(Path(cells["id"]))
+        if not name or (need_label and not cells["label"]):
+            raise ValueError(f"{where} has no {'label' if name else 'id'}; fill the cell or remove the line")
+        if name in rows:
+            raise ValueError(f"{where} gives the id {name!r} a second time; keep one line for each volume")
+        rows[name] = Row(
+            label=cells["label"] if need_label else None,
+            group=cells.get(group_column or "group") or None,
+            split=_parse_split(cells.get("split", ""), where),
+        )
+    if not rows:
+        raise ValueError(f"{path} names no volume; write a line for each: id,{'label' if need_label else 'group'}")
+    return rows
+
+
+def match_rows(table: Path, rows: dict[str, Row], ids: Sequence[str]) -> None:
+    """Refuse (ValueError) rows without a file and files without a row."""
+    for what, extra in (
+        ("no file is given for", [name for name in rows if name not in set(ids)]),
+        ("no line names", [name for name in ids if name not in rows]),
+    ):
+        if extra:
+            close = get_close_matches(extra[0], list(ids) if what.startswith("no file") else list(rows), n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            raise ValueError(f"{table}: {what} {extra[0]!r}{more}{hint}; the id is the file's name without .nii.gz")
+
+
+def sort_names(names: set[str]) -> list[str]:
+    """Class names in order: as numbers if all are whole numbers, else as text."""
+    return sorted(names, key=int) if all(name.lstrip("-").isdigit() for name in names) else sorted(names)
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """A label volume in world space and the class of each of its values."""
+
+    volume: Volume
+    class_names: list[str]
+    class_of: dict[int, int]
+
+    def classes(self, shape: tuple[int, ...], affine: NDArray[Any]) -> NDArray[np.int16]:
+        """Class number at each voxel of a grid, -1 where there is none: the atlas voxel nearest in world position."""
+        grid = np.linalg.inv(self.volume.affine) @ affine
+        lookup = self._lookup()
+        out = np.empty(shape, np.int16)
+        y, z = np.ogrid[: shape[1], : shape[2]]
+        for x in range(shape[0]):  # one plane at a time: memory stays small
+            # half-way positions go up, also when rounding left them a hair below
+            index = [np.floor(g[0] * x + g[1] * y + g[2] * z + g[3] + 0.5 + 1e-6).astype(np.int64) for g in grid[:3]]
+            inside = np.ones(shape[1:], bool)
+            for axis, size in enumerate(self.volume.data.shape):
+                inside &= (index[axis] >= 0) & (index[axis] < size)
+            clipped = tuple(
+                np.clip(places, 0, size - 1) for places, size in zip(index, self.volume.data.shape, strict=True)
+            )
+            out[x] = np.where(inside, lookup[clipped], UNSET)
+        return out
+
+    def _lookup(self) -> NDArray[np.int16]:
+        values, places = np.unique(self.volume.data, return_inverse=True)
+        numbers = np.array([self.class_of.get(int(value), UNSET) for value in values], np.int16)
+        return numbers[places].reshape(self.volume.data.shape)
+
+
+def read_atlas(path: Path, regions: Path) -> Atlas:
+    """Atlas (NIfTI label volume) and regions (table with columns value, label; several values may share a label)."""
+    header, lines = _read_rows(regions)
+    for column in ("value", "label"):
+        _require_column(regions, header, column)
+    labels: dict[int, str] = {}
+    for number, cells in lines:
+        try:
+            value = int(cells["value"])
+        except ValueError:
+            raise ValueError(f"{regions} line {number}: value {cells['value']!r} is not a whole number") from None
+        if value in labels or not cells["label"]:
+            what = f"value {value} occurs twice" if value in labels else "the label is empty"
+            raise ValueError(f"{regions} line {number}: {what}; write one line value,label for each value")
+        labels[value] = cells["label"]
+    if not labels:
+        raise ValueError(f"{regions} names no class; write lines value,label")
+    names = sort_names(set(labels.values()))
+    try:
+        volume = read_volume(path)
+    except UnusableVolume as error:
+        raise NotNifti(f"{path} cannot serve as an atlas: {error}") from error
+    return Atlas(volume, names, {value: names.index(label) for value, label in labels.items()})
+
+
+def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"table {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"table {path} is not UTF-8 text; export it as CSV") from error
+    lines = text.splitlines()
+    if not lines:
+        raise ValueError(f"table {path} is empty; its first line must name the columns")
+    delimiter = next((mark for mark in "\t;" if mark in lines[0]), ",")
+    reader = csv.reader(lines, delimiter=delimiter)
+    header = [cell.strip() for cell in next(reader)]
+    rows = []
+    for cells in reader:
+        if any(cell.strip() for cell in cells):
+            if len(cells) != len(header):
+                raise ValueError(f"{path} line {reader.line_num} has {len(cells)} cells, its header {len(header)}")
+            rows.append((reader.line_num, dict(zip(header, (cell.strip() for cell in cells), strict=True))))
+    return header, rows
+
+
+def _require_column(path: Path, header: list[str], column: str) -> None:
+    if column not in header:
+        close = get_close_matches(column, header, n=1)
+        hint = f" (is it {close[0]!r}?)" if close else ""
+        raise ValueError(f"{path} has no column {column!r}{hint}; its columns are {', '.join(header)}")
+
+
+def _parse_split(text: str, where: str) -> int:
+    if text.lower() not in SPLIT_NAMES:
+        raise ValueError(f"{where}: split {text!r} is unknown; use {', '.join(SPLITS)}")
+    return SPLIT_NAMES[text.lower()]
