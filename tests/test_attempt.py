@@ -1,0 +1,337 @@
+"""Start and end of an attempt: who gets the run, who is refused, and what follows an end."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc import attempt, requeue, slurm
+from hpc.errors import UserError
+from hpc.rundir import RunDir, read_json, write_json, write_text
+from tests.fakeslurm import FakeSlurm, without_slurm
+
+HOST = os.uname().nodename
+
+
+@pytest.fixture(autouse=True)
+def _no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_slurm(monkeypatch)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    run = RunDir(tmp_path / "runs" / "exp-0000aaaa")
+    write_text(run.experiment, "name: exp\n")
+    write_text(run.script, "#!/bin/bash\n#SBATCH --comment=exp-0000aaaa\n")
+    return run
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    fake = FakeSlurm(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", fake.path)
+    return fake
+
+
+@pytest.fixture
+def other() -> Iterator[int]:
+    """The pid of a live process that is not ours."""
+    process = subprocess.Popen(["sleep", "60"])
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+def hold(run: RunDir, **state: Any) -> None:
+    held = {"generation": 1, "job": None, "host": HOST, "node": "n", "pid": 1, "phase": "training", "step": 40}
+    write_json(run.state, {**held, "epoch": 2, "started": 1.0, "time": time.time(), **state})
+
+
+# Start.
+
+
+def test_the_generation_grows_with_every_start_and_the_place_is_kept(run: RunDir) -> None:
+    for generation in (1, 2, 3):
+        values = attempt.begin(run, os.getpid())
+        assert values["HPC_GENERATION"] == str(generation) and int(values["HPC_MASTER_PORT"]) > 0
+        state = read_json(run.state)
+        assert (state["generation"], state["pid"], state["phase"]) == (generation, os.getpid(), "starting")
+        write_json(run.state, {**state, "step": 10 * generation, "epoch": generation})
+    assert (read_json(run.state)["step"], run.last_generation()) == (30, 3)
+    assert [event["event"] for event in run.read_events()] == ["start"] * 3
+
+
+def test_generations_taken_at_once_are_never_shared(run: RunDir) -> None:
+    taken: list[int] = []
+    gate = threading.Barrier(8)
+
+    def take() -> None:
+        gate.wait()
+        for _ in range(10):
+            taken.append(attempt._take_generation(run))
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken) == list(range(1, 81))
+
+
+def test_of_shells_that_start_a_run_at_once_one_gets_it(run: RunDir) -> None:
+    text = '"$0" -m hpc.attempt "$1"; code=$?; echo "code $code"; read -r _'
+    command = ["bash", "-c", text, sys.executable, str(run.path)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    shells = [subprocess.Popen(command, text=True, **pipes) for _ in range(6)]
+    said = []
+    for shell in shells:
+        assert shell.stdout is not None
+        lines: list[str] = []
+        while not lines or not lines[-1].startswith("code "):
+            lines.append(shell.stdout.readline())
+        said.append("".join(lines))
+    for shell in shells:
+        shell.communicate("\n")
+    winners = [words for words in said if words.endswith("code 0\n")]
+    losers = [words for words in said if words.endswith("code 2\n")]
+    assert (len(winners), len(losers)) == (1, 5), said
+    assert f"HPC_GENERATION={read_json(run.state)['generation']}" in winners[0]
+    assert all("exp-0000aaaa is held by process" in words and "Traceback" not in words for words in losers)
+
+
+def test_a_finished_run_is_refused(run: RunDir) -> None:
+    write_json(run.result, {"finished": True})
+    with pytest.raises(UserError, match=r"exp-0000aaaa is finished: .*see 'hpc show exp-0000aaaa'"):
+        attempt.begin(run, os.getpid())
+    assert run.last_generation() == 0 and not run.state.exists()
+
+
+def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run folder"):
+        attempt.begin(RunDir(tmp_path / "nothing"), os.getpid())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_live_holder_here_is_respected_and_its_records_stay(run: RunDir, other: int) -> None:
+    hold(run, pid=other)
+    before = run.state.read_text()
+    with pytest.raises(UserError, match=rf"held by process {other} on {HOST}: .*'hpc cancel exp-0000aaaa'"):
+        attempt.begin(run, os.getpid())
+    assert run.state.read_text() == before and run.last_generation() == 0
+
+
+@pytest.mark.parametrize("phase", ["stopped", "ended"])
+def test_a_holder_that_has_ended_its_attempt_is_none(run: RunDir, other: int, phase: str) -> None:
+    hold(run, pid=other, phase=phase)
+    assert attempt.begin(run, os.getpid())["HPC_GENERATION"] == "1"
+
+
+def test_a_dead_holder_is_taken_over_and_a_zombie_is_dead(run: RunDir) -> None:
+    dead = subprocess.Popen(["true"])
+    while attempt.process_alive(dead.pid):
+        time.sleep(0.01)
+    assert Path(f"/proc/{dead.pid}").exists(), "not waited for yet: a zombie"
+    hold(run, pid=dead.pid)
+    attempt.begin(run, os.getpid())
+    dead.wait()
+    hold(run, pid=dead.pid)
+    attempt.begin(run, os.getpid())
+    assert read_json(run.state)["pid"] == os.getpid()
+
+
+def test_a_holder_on_another_host_counts_while_it_writes(run: RunDir, other: int) -> None:
+    hold(run, host="login2", pid=other)
+    with pytest.raises(UserError, match="on login2"):
+        attempt.begin(run, os.getpid())
+    long_ago = time.time() - 600
+    os.utime(run.state, (long_ago, long_ago))
+    assert attempt.begin(run, os.getpid())
+
+
+def test_the_clock_of_a_holder_elsewhere_does_not_matter(run: RunDir) -> None:
+    """What counts is when its file changed, by the file server's clock."""
+    hold(run, host="login2", time=time.time() - 3600)
+    with pytest.raises(UserError, match="on login2"):
+        attempt.begin(run, os.getpid())
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "COMPLETING", "SUSPENDED", "CONFIGURING"])
+def test_a_holder_on_slurm_is_asked_for(run: RunDir, fake: FakeSlurm, state: str) -> None:
+    hold(run, job="55", host="node9")
+    fake.job("55", state, node="node9")
+    with pytest.raises(UserError, match="held by job 55 on node9"):
+        attempt.begin(run, os.getpid())
+
+
+@pytest.mark.parametrize("state", ["PENDING", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", ""])
+def test_a_holder_that_slurm_no_longer_runs_is_taken_over(run: RunDir, fake: FakeSlurm, state: str) -> None:
+    hold(run, job="55", host="node9")
+    fake.job("56", "RUNNING", comment="another|job, of mine")
+    if state:
+        fake.job("55", state)
+    assert attempt.begin(run, os.getpid())["HPC_GENERATION"] == "1"
+
+
+def test_where_slurm_does_not_answer_the_holder_counts_while_it_writes(run: RunDir, fake: FakeSlurm) -> None:
+    fake.fails("squeue", "slurm_load_jobs error: Unable to contact slurm controller")
+    hold(run, job="55", host="node9")
+    with pytest.raises(UserError, match="held by job 55"):
+        attempt.begin(run, os.getpid())
+    os.utime(run.state, (1, 1))
+    assert attempt.begin(run, os.getpid())
+
+
+def test_a_controller_that_hangs_is_slurms_error_in_words(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.hangs("squeue")
+    monkeypatch.setattr(slurm, "_TIMEOUT_S", 0.2)
+    with pytest.raises(slurm.SlurmError, match=r"squeue .*: no answer within 0.2 s"):
+        slurm.queue()
+
+
+def test_a_requeue_takes_its_own_lease_at_once(run: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "55")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    hold(run, job="55", host="node9")
+    fake.job("55", "RUNNING")
+    attempt.begin(run, os.getpid())
+    state = read_json(run.state)
+    assert (state["job"], state["host"]) == ("55", HOST)
+    assert run.read_events()[-1]["restart"] == 1 and not fake.calls()
+
+
+def test_a_task_of_an_array_holds_by_its_own_name(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in (("JOB_ID", "57"), ("ARRAY_JOB_ID", "55"), ("ARRAY_TASK_ID", "2")):
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    attempt.begin(run, os.getpid())
+    assert read_json(run.state)["job"] == "55_2"
+
+
+def test_a_local_step_inside_a_job_is_no_job(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "55")
+    monkeypatch.setenv("HPC_STEP", "local")
+    attempt.begin(run, os.getpid())
+    assert read_json(run.state)["job"] is None
+
+
+# End.
+
+TOLD = "the batch shell was told to end"
+TABLE = [
+    # stop.json's generation, exit code, told, finished -> again, why
+    (3, 75, False, False, True, "stopped by SIGTERM at step 40"),
+    (3, 143, False, False, True, "stopped by SIGTERM at step 40"),
+    (3, 137, False, False, True, "stopped by SIGTERM at step 40"),
+    (3, 0, False, False, True, "stopped by SIGTERM at step 40"),
+    (3, 75, True, False, False, TOLD),
+    (3, 143, True, False, False, TOLD),
+    (2, 75, False, False, False, "failed with exit code 75"),
+    (2, 143, True, False, False, TOLD),
+    (None, 1, False, False, False, "failed with exit code 1"),
+    (None, 2, False, False, False, "bad input"),
+    (None, 137, False, False, False, "failed with exit code 137"),
+    (None, 143, True, False, False, TOLD),
+    (None, 0, False, True, False, "finished"),
+    (3, 75, False, True, False, "finished"),
+    (None, 143, True, True, False, "finished"),
+]
+
+
+@pytest.mark.parametrize(("stopped", "code", "told", "finished", "again", "why"), TABLE)
+def test_what_follows_an_end(
+    run: RunDir, stopped: int | None, code: int, told: bool, finished: bool, again: bool, why: str
+) -> None:
+    if stopped:
+        write_json(run.stop, {"generation": stopped, "cause": "SIGTERM", "step": 40})
+    if finished:
+        write_json(run.result, {"finished": True})
+    decision, reason = requeue.decide(run, 3, code, told)
+    assert decision is again and reason.startswith(why)
+
+
+@pytest.fixture
+def stopped(run: RunDir) -> RunDir:
+    hold(run, generation=3, job="55")
+    write_json(run.stop, {"generation": 3, "cause": "SIGUSR2", "step": 40})
+    return run
+
+
+def test_here_the_tail_starts_again_by_itself(stopped: RunDir) -> None:
+    assert requeue.finish(stopped, 3, 75, False) == "again"
+    state = read_json(stopped.state)
+    assert (state["phase"], state["code"], state["step"]) == ("stopped", 75, 40)
+    assert [event["event"] for event in stopped.read_events()] == ["end"]
+
+
+def test_an_attempt_that_lost_the_run_touches_nothing(stopped: RunDir) -> None:
+    hold(stopped, generation=4)
+    before = stopped.state.read_text()
+    assert requeue.finish(stopped, 3, 75, False) == "end"
+    assert stopped.state.read_text() == before and not stopped.events.exists()
+
+
+def test_on_slurm_the_tail_asks_scontrol_for_the_task_alone(
+    stopped: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in (("JOB_ID", "57"), ("ARRAY_JOB_ID", "55"), ("ARRAY_TASK_ID", "2")):
+        monkeypatch.setenv(f"SLURM_{key}", value)
+    assert requeue.finish(stopped, 3, 143, False) == "end"
+    assert fake.calls() == ["scontrol requeue 55_2"]
+    assert [event["event"] for event in stopped.read_events()] == ["end", "requeue"]
+
+
+def test_a_shell_that_was_told_asks_for_nothing(
+    stopped: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "55")
+    assert requeue.finish(stopped, 3, 143, True) == "end"
+    assert not fake.calls() and read_json(stopped.state)["phase"] == "stopped"
+
+
+def test_where_requeue_is_refused_the_script_is_submitted_once(
+    stopped: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "55")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "54")
+    fake.fails("scontrol", "Requested operation is presently disabled for job 55")
+    fake.job("55", "RUNNING", comment=stopped.name)
+    requeue.finish(stopped, 3, 75, False)
+    assert fake.jobs() == {"102": "PENDING", "55": "RUNNING"}
+    assert read_json(stopped.submit)["job"] == "102"
+    requeue.finish(stopped, 3, 75, False)
+    assert len(fake.jobs()) == 2, "one that waits under the same token is not submitted twice"
+
+
+@pytest.mark.parametrize("words", ["Job/step already completing or completed", "Invalid job id specified"])
+def test_another_refusal_of_scontrol_submits_nothing(
+    stopped: RunDir, fake: FakeSlurm, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "55")
+    fake.fails("scontrol", words)
+    assert requeue.finish(stopped, 3, 75, False) == "end"
+    assert fake.jobs() == {} and words in capsys.readouterr().err
+
+
+def test_when_nothing_can_be_submitted_the_way_on_is_named(
+    stopped: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "55")
+    fake.fails("scontrol", "Requested operation is presently disabled for job 55")
+    fake.fails("sbatch", "sbatch: error: invalid account")
+    assert requeue.finish(stopped, 3, 75, False) == "end"
+    said = capsys.readouterr().err
+    assert "invalid account" in said and "'hpc resume exp-0000aaaa' goes on from there" in said
+
+
+def test_the_tail_prints_one_word(stopped: RunDir) -> None:
+    command = [sys.executable, "-m", "hpc.requeue", str(stopped.path), "3", "75", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "again\n"
+    assert done.stderr == "exp-0000aaaa: stopped by SIGUSR2 at step 40; starting again\n"
+    assert json.loads(stopped.state.read_text())["phase"] == "stopped"
