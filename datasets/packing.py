@@ -174,7 +174,9 @@ def pack(options: PackOptions, progress: Progress | None = None) -> PackSummary:
         for survey in surveys:
             steps.next(survey.path.name)
             _write(writer, options, survey, dtype, split)
-    return _summarise(options.output, bad, _notes(labels, surveys))
+    summary = _summarise(options.output, bad)
+    summary.notes += _notes(labels, surveys)
+    return summary
 
 
 def find_sources(given: Sequence[Path]) -> dict[str, Path]:
@@ -359,7 +361,7 @@ def _notes(labels: _Labels, surveys: list[_Survey]) -> list[str]:
     return notes
 
 
-def _summarise(path: Path, bad: list[tuple[Path, str]], notes: list[str]) -> PackSummary:
+def _summarise(path: Path, bad: list[tuple[Path, str]]) -> PackSummary:
     volumes = open_volumes(path)
     tally = Counter(zip(volumes.targets.tolist(), volumes.split.tolist(), strict=True))
     counts = {
@@ -367,5 +369,7 @@ def _summarise(path: Path, bad: list[tuple[Path, str]], notes: list[str]) -> Pac
         for number, name in enumerate(volumes.class_names)
     }
     size = path.stat().st_size
+    unlearned = [name for name, splits in counts.items() if not splits[SPLITS[0]]]
+    notes = [f"class {name!r} has no sample in train: a network cannot learn it" for name in unlearned]
     found = volumes.fingerprint
     return PackSummary(path, volumes.shape, volumes.dtype.name, len(volumes), size, found, counts, bad, notes)

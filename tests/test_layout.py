@@ -97,6 +97,16 @@ def test_shards_that_do_not_fit_together_are_refused(path, tmp_path):
         open_volumes([path, path])
 
 
+def test_a_group_in_two_splits_of_two_shards_is_refused(tmp_path):
+    for split in ("train", "test"):
+        with VolumeWriter(
+            tmp_path / f"{split}.h5", shape=SHAPE, dtype="int16", num_samples=1, class_names="a"
+        ) as writer:
+            writer.add(volume(0), 0, id=split, group="donor1", split=split)
+    with pytest.raises(ValueError, match="'donor1' is in train and test"):
+        open_volumes([tmp_path / "train.h5", tmp_path / "test.h5"])
+
+
 def test_an_open_volume_file_holds_no_handle_and_can_be_pickled(path):
     before = len(list(Path("/proc/self/fd").iterdir()))
     volumes = open_volumes(path)

@@ -247,12 +247,27 @@ def test_memory_is_used_again_when_nobody_looks(volumes):
         pass
     places = {batch.inputs.data_ptr() for _ in range(3) for batch in loader}
     assert len(places) < len(loader)
+    lean = set()
+    for batch in loader:
+        lean.add(batch.inputs.data_ptr())
+        del batch
+    assert len(lean) < len(places)  # the loader itself keeps no batch
     held = list(loader)
     assert len({batch.inputs.data_ptr() for batch in held}) == len(loader)
     del held
     for _ in loader:
         pass
     assert len(loader._ring.slots) <= len(places) + 3  # grown for the held ones, then given back
+
+
+def test_breaking_off_again_and_again_takes_no_more_memory(volumes):
+    loader = Loader(volumes, batch_size=2)
+    sizes = set()
+    for _ in range(8):
+        loader.seek(0)
+        next(iter(loader))
+        sizes.add(len(loader._ring.slots))
+    assert max(sizes) <= 4
 
 
 def test_breaking_off_joins_the_threads(volumes):
@@ -350,6 +365,13 @@ def test_a_file_cut_short_while_it_is_read_is_an_error_and_no_hang(tmp_path):
         list(batches)
     with pytest.raises(OSError, match="exchanged since it was opened"):
         list(loader)
+
+
+def test_reads_that_return_less_are_continued(volumes, monkeypatch):
+    whole = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda descriptor, buffers, offset: whole(descriptor, [buffers[0][:7]], offset))
+    for batch in Loader(volumes, batch_size=4):
+        assert all(np.array_equal(x, volume(int(s))) for x, s in zip(batch.inputs, batch.samples, strict=True))
 
 
 def test_a_deleted_file_is_an_error(tmp_path):

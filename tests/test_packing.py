@@ -255,6 +255,16 @@ def test_a_volume_that_cannot_be_used_is_skipped_with_its_reason(scans, tmp_path
     assert len(volumes) == 11 and "s03" not in volumes.ids and volumes.verify() == []
 
 
+def test_a_class_that_cannot_be_learned_is_told(scans, tmp_path, capsys):
+    folder, _ = scans
+    rows = [
+        f"s{number:02d},{'rare' if number == 3 else 'common'},{'test' if number < 5 else ''}" for number in range(12)
+    ]
+    labels = table(tmp_path / "l.csv", rows, "id,label,split")
+    assert run(folder, "-o", tmp_path / "o.h5", "--labels", labels) == 0
+    assert "class 'rare' has no sample in train" in capsys.readouterr().err
+
+
 def test_equal_files_are_told(scans, tmp_path, capsys):
     folder, labels = scans
     (folder / "s04.nii.gz").write_bytes((folder / "s00.nii.gz").read_bytes())
