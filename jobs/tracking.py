@@ -2,7 +2,8 @@
 
 purge_step is given on the first attempt too: TensorBoard's Python loader takes the first SessionLog.START of a run for
 "not a restart". One writer per attempt, in a later second than the last: readers order files by the second in their
-name. A disk that refuses turns logging off with one warning; it never stops training.
+name. A disk that refuses turns the events off with one warning (lines of metrics.jsonl are still tried); it never
+stops training.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 from hpc.rundir import RunDir, append_line
 
 _LOG = logging.getLogger(__name__)
+_SKEW_S = 3.0
 
 
 class Tracker:
@@ -28,13 +30,17 @@ class Tracker:
         self._run = run
         self._generation = generation
         self._writer: SummaryWriter | None = None
+        self._refused = False
         self._attempt(lambda: self._open(resumed_step))
 
     def _open(self, resumed_step: int) -> None:
         folder = self._run.tensorboard
         taken = [int(m[1]) for path in folder.glob("*tfevents*") if (m := re.search(r"tfevents\.(\d+)\.", path.name))]
-        while taken and int(time.time()) <= max(taken):
-            time.sleep(0.05)
+        if taken and max(taken) > time.time() + _SKEW_S:
+            _LOG.warning("a clock is wrong: %s holds events of the future; readers may show old values last", folder)
+        else:
+            while taken and int(time.time()) <= max(taken):
+                time.sleep(0.05)
         # Values of lost steps go; those of the step that was saved stay.
         purge = resumed_step + 1 if resumed_step else 0
         self._writer = SummaryWriter(str(folder), purge_step=purge, filename_suffix=f".g{self._generation:03d}")
@@ -43,13 +49,14 @@ class Tracker:
         try:
             write()
         except OSError as error:
-            _LOG.warning("logging is off for the rest of this attempt: %s", error)
-            self._writer = None
+            if not self._refused:
+                _LOG.warning("TensorBoard events are off for the rest of this attempt: %s", error)
+            self._writer, self._refused = None, True
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One value per tag at a step (steps done so far)."""
-        if (writer := self._writer) is not None:
-            for tag, value in values.items():
+        for tag, value in values.items():
+            if (writer := self._writer) is not None:
                 self._attempt(partial(writer.add_scalar, tag, value, step))
 
     def figure(self, step: int, tag: str, figure: Any) -> None:
