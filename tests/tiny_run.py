@@ -32,6 +32,7 @@ SPLITS = {"train": 17, "validation": 6, "test": 4}
 BATCH, EPOCHS = 4, 3
 STEPS_PER_EPOCH, STEPS = 4, 12
 BOUNDARIES = 1 + STEPS + 2 * EPOCHS
+CHILD_LIMIT_S = 60
 CLASSES = ("early", "late", "none")
 
 # Children are forked from a server that has imported torch once, and never from a process with threads.
@@ -146,6 +147,8 @@ def in_child(function: Callable[..., None], *args: Any) -> int:
     """Exit code of `function(*args)` in a process of its own (negative: the signal that ended it)."""
     child = CONTEXT.Process(target=function, args=args)
     child.start()
-    child.join(60)
-    assert child.exitcode is not None, f"{function.__name__} did not end in 60 s"
+    child.join(CHILD_LIMIT_S)
+    if child.exitcode is None:
+        child.kill()
+        raise AssertionError(f"{function.__name__} did not end in {CHILD_LIMIT_S} s")
     return child.exitcode

@@ -1,0 +1,119 @@
+"""Events as TensorBoard's own reader and ours show them after kills and resumes, and on a disk that is full."""
+
+import logging
+import os
+import resource
+import time
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hpc.logs import series
+from hpc.rundir import RunDir
+from jobs.tracking import Tracker
+from tests.tiny_run import in_child
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    return RunDir(tmp_path)
+
+
+def attempt(run: RunDir, generation: int, resumed: int, last: int, closed: bool = True) -> None:
+    """Log steps resumed + 1 to last, every fourth with an evaluation."""
+    tracker = Tracker(run, generation, resumed)
+    for step in range(resumed + 1, last + 1):
+        tracker.scalars(step, {"step/loss": generation + step / 100})
+        if step % 4 == 0:
+            tracker.scalars(step, {"validation/accuracy": step / 100})
+            tracker.evaluation({"step": step, "split": "validation", "metrics": {"accuracy": step / 100}})
+    if closed:
+        tracker.close()
+    else:
+        tracker.flush()
+
+
+def killed_attempt(folder: str, generation: int, resumed: int, last: int) -> None:
+    attempt(RunDir(folder), generation, resumed, last, closed=False)
+    os._exit(9)
+
+
+def shown(run: RunDir, tag: str) -> list[tuple[int, float]]:
+    """(step, value) as TensorBoard's reader has them; our own reader must agree."""
+    accumulator = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    theirs = [(event.step, round(event.value, 4)) for event in accumulator.Scalars(tag)]
+    ours = series.scalars(run.tensorboard)[tag]
+    assert [step for step, *_ in ours] == [step for step, _ in theirs]
+    return theirs
+
+
+def test_a_resumed_run_shows_each_step_once_with_its_last_value(run: RunDir) -> None:
+    attempt(run, 1, 0, 10)
+    attempt(run, 2, 6, 9)
+    attempt(run, 3, 8, 12)
+    expected = [1.01, 1.02, 1.03, 1.04, 1.05, 1.06, 2.07, 2.08, 3.09, 3.10, 3.11, 3.12]
+    assert shown(run, "step/loss") == list(enumerate(expected, start=1))
+    # the saved step's own evaluation stays, those of lost steps go
+    assert [step for step, _ in shown(run, "validation/accuracy")] == [4, 8, 12]
+    assert [(line["step"], line["generation"]) for line in run.read_metrics()] == [(4, 1), (8, 2), (12, 3)]
+    names = sorted(path.name for path in run.tensorboard.iterdir())
+    assert [name[-5:] for name in names] == [".g001", ".g002", ".g003"]
+    assert len({name.split(".")[3] for name in names}) == 3, "two in one second: readers order them by host name"
+
+
+def test_a_run_killed_before_its_first_save_shows_only_the_second_attempt(run: RunDir) -> None:
+    assert in_child(killed_attempt, str(run.path), 1, 0, 3) == 9
+    attempt(run, 2, 0, 5)
+    assert shown(run, "step/loss") == [(step, 2 + step / 100) for step in range(1, 6)]
+
+
+def test_events_that_were_flushed_survive_a_kill(run: RunDir) -> None:
+    assert in_child(killed_attempt, str(run.path), 1, 0, 7) == 9
+    attempt(run, 2, 7, 9)
+    assert [step for step, _ in shown(run, "step/loss")] == list(range(1, 10))
+
+
+def open_a_second_attempt(folder: str) -> None:
+    Tracker(RunDir(folder), 2, 0).close()
+
+
+def test_a_clock_that_is_ahead_on_another_node_does_not_hold_the_training_up(run: RunDir) -> None:
+    run.tensorboard.mkdir()
+    (run.tensorboard / f"events.out.tfevents.{int(time.time()) + 3600}.node7.1.0.g001").touch()
+    assert in_child(open_a_second_attempt, str(run.path)) == 0
+    assert len(list(run.tensorboard.glob("*.g002"))) == 1
+
+
+def log_on_a_full_disk(folder: str, limit: int) -> None:
+    logging.basicConfig(filename=Path(folder) / "log.txt")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    run = RunDir(Path(folder) / "run")
+    run.path.mkdir()
+    tracker = Tracker(run, 1, 0)
+    for step in range(1, 400):
+        tracker.scalars(step, {"a": 1.0, "b": 2.0})
+        if step % 100 == 0:
+            tracker.figure(step, "figure", Figure())
+            tracker.evaluation({"step": step, "split": "validation", "metrics": {}})
+            tracker.flush()
+    tracker.close()
+    os._exit(17)
+
+
+@pytest.mark.parametrize("limit", [0, 10, 90, 5000])
+def test_a_full_disk_turns_the_events_off_with_one_warning(tmp_path: Path, limit: int) -> None:
+    assert in_child(log_on_a_full_disk, str(tmp_path), limit) == 17
+    if limit >= 5000:  # below, the warning itself finds no room
+        assert (tmp_path / "log.txt").read_text().count("events are off") == 1
+        assert [line["step"] for line in RunDir(tmp_path / "run").read_metrics()] == [100, 200, 300]
+
+
+def test_a_folder_that_cannot_be_made_turns_logging_off(run: RunDir, caplog: pytest.LogCaptureFixture) -> None:
+    run.tensorboard.write_text("a file where the folder should be")
+    tracker = Tracker(run, 1, 0)
+    tracker.scalars(1, {"a": 1.0})
+    tracker.close()
+    assert caplog.text.count("events are off") == 1
