@@ -57,7 +57,7 @@ class Step:
         """Wait for all ranks; the first exit code that is not 0, as a shell counts (128 + signal)."""
         start = time.monotonic()
         noticed, kill_at, failed = False, start + limit_s, 0
-        while any(rank.poll() is None for rank in self._ranks):
+        while None in [rank.poll() for rank in self._ranks]:  # each of them is asked: a live first one hides no failure
             now = time.monotonic()
             while self._pending:
                 self.tell(self._pending.pop(0))
