@@ -40,12 +40,12 @@ class Status:
 
 def statuses(runs: list[RunDir]) -> list[Status]:
     """The state of each run; one squeue for all of them."""
-    jobs: dict[str, slurm.JobInfo] = {}
-    if any(read_json(run.submit).get("cluster") == "slurm" for run in runs):
+    jobs: dict[str, slurm.JobInfo] | None = {}
+    if any(_newest(read_json(run.submit), read_json(run.state))[0] == "slurm" for run in runs):
         try:
             jobs = slurm.queue()
         except (slurm.SlurmError, OSError):
-            jobs = {}
+            jobs = None
     return [_status(run, jobs) for run in runs]
 
 
@@ -53,8 +53,9 @@ def status(run: RunDir) -> Status:
     return statuses([run])[0]
 
 
-def _status(run: RunDir, jobs: dict[str, slurm.JobInfo]) -> Status:
+def _status(run: RunDir, jobs: dict[str, slurm.JobInfo] | None) -> Status:
     submit, state, result = read_json(run.submit), read_json(run.state), read_json(run.result)
+    cluster, job = _newest(submit, state)
     name, detail = _state(run, submit, state, result, jobs)
     best = result.get("best") or state.get("best") or {}
     monitor = result.get("monitor") or state.get("monitor")
@@ -63,8 +64,8 @@ def _status(run: RunDir, jobs: dict[str, slurm.JobInfo]) -> Status:
         run=run.name,
         state=name,
         detail=detail,
-        cluster=str(submit.get("cluster", "")),
-        job=_job(submit, state),
+        cluster=cluster,
+        job=job,
         node=str(state.get("node", "")),
         attempts=run.last_generation(),
         epoch=int(state.get("epoch", 0)),
@@ -75,19 +76,27 @@ def _status(run: RunDir, jobs: dict[str, slurm.JobInfo]) -> Status:
 
 
 def _state(
-    run: RunDir, submit: dict[str, Any], state: dict[str, Any], result: dict[str, Any], jobs: dict[str, slurm.JobInfo]
+    run: RunDir,
+    submit: dict[str, Any],
+    state: dict[str, Any],
+    result: dict[str, Any],
+    jobs: dict[str, slurm.JobInfo] | None,
 ) -> tuple[str, str]:
-    """The state's name and what more there is to say."""
+    """The state's name and what more there is to say. `jobs` is None when SLURM did not answer."""
     if result:
         return "finished", ""
-    info, reason = jobs.get(_job(submit, state)), str(state.get("reason", ""))
+    cluster, job = _newest(submit, state)
+    info = jobs.get(job) if jobs and cluster == "slurm" else None
+    reason = str(state.get("reason", ""))
     if info and info.live:
         if info.state == "PENDING":
             return ("requeued" if run.last_generation() else "pending"), info.reason
         return "running", str(state.get("phase", "starting"))
     if submit.get("cancelled", 0) > state.get("started", 0):
         return "cancelled", reason
-    if not state:
+    if jobs is None and cluster == "slurm" and state.get("phase") not in ("stopped", "ended"):
+        return ("running" if state else "pending"), f"{_heard(state)}SLURM does not answer"
+    if not state or (cluster == "local" and submit.get("time", 0) > state["time"]):
         return _unstarted(submit)
     phase = str(state["phase"])
     if state.get("job") is not None:
@@ -96,10 +105,19 @@ def _state(
     return _local_state(state, phase, reason)
 
 
-def _job(submit: dict[str, Any], state: dict[str, Any]) -> str:
-    """The newest job of a run: one that started after the last submission came from a hand-made sbatch."""
-    newer = state.get("started", 0) > submit.get("time", 0)
-    return str((state.get("job") if newer else None) or submit.get("job") or state.get("job") or "")
+def _newest(submit: dict[str, Any], state: dict[str, Any]) -> tuple[str, str]:
+    """Cluster and job of a run: an attempt that began after the last submission may be a hand-made sbatch or bash."""
+    if state.get("started", 0) > submit.get("time", 0):
+        if state.get("job"):
+            return "slurm", str(state["job"])
+        if submit.get("cluster") != "local":
+            return "local", str(state["pid"])
+    return str(submit.get("cluster", "")), str(submit.get("job", ""))
+
+
+def _heard(state: dict[str, Any]) -> str:
+    age = time.time() - float(state.get("time", 0))
+    return f"on {state['host']}, last heard of {age:.0f} s ago; " if state else ""
 
 
 def _local_state(state: dict[str, Any], phase: str, reason: str) -> tuple[str, str]:
@@ -112,8 +130,7 @@ def _local_state(state: dict[str, Any], phase: str, reason: str) -> tuple[str, s
         return "failed", reason
     if here and not alive:
         return "lost", f"the job ended without a word while {phase}"
-    heard = f"on {state.get('host')}, last heard of {time.time() - float(state['time']):.0f} s ago"
-    return "running", phase if here else heard
+    return "running", phase if here else _heard(state).removesuffix("; ")
 
 
 def _unstarted(submit: dict[str, Any]) -> tuple[str, str]:
@@ -135,13 +152,15 @@ def cancel(run: RunDir) -> str:
     if not live(now.state):
         raise UserError(f"{run.name} is {now.state}: nothing to cancel")
     submit, state = read_json(run.submit), read_json(run.state)
-    if submit.get("cluster") == "slurm" or state.get("job"):
-        job = _job(submit, state)
+    cluster, job = _newest(submit, state)
+    if cluster == "slurm":
         slurm.cancel(job)
         _mark_cancelled(run, submit)
         return f"job {job}"
-    if not state or state.get("host") != socket.gethostname():
-        raise UserError(f"{run.name} runs on {state.get('host') or 'no host yet'}; cancel it there")
+    if now.state == "pending":
+        raise UserError(f"{run.name} is just starting: repeat this in a moment")
+    if state["host"] != socket.gethostname():
+        raise UserError(f"{run.name} runs on {state['host']}; cancel it there")
     _mark_cancelled(run, submit)
     os.kill(int(state["pid"]), signal.SIGTERM)
     return f"process {state['pid']}"
