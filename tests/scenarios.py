@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -87,10 +88,11 @@ ROWS = [
     Row(
         "time-limit",
         "USR2 ahead of the time limit: saved and requeued, never TIMEOUT",
-        f"{TINY} launch.time=60s train.epochs=36\nwait for step 50\nwait for requeue\nmore time\nwait for end",
+        f"{TINY} launch.time=60s\nwait for step 50\nfreeze\nwait for requeue\nmore time\nwait for end",
         cluster={},
         attempts=2,
         causes=("SIGUSR2",),
+        weights="one-task",
     ),
     Row(
         "scancel",
@@ -198,6 +200,20 @@ def _release(play: Playing) -> None:
     play.cluster.release(play.job)
 
 
+def _freeze(play: Playing) -> None:
+    """Stop the tasks' clock until SLURM signals them (CONT, then USR2): the run need not last as long as its limit."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        if _is_rank(path, play.run):
+            os.kill(int(path.parent.name), signal.SIGSTOP)
+
+
+def _is_rank(cmdline: Path, run: Path) -> bool:
+    try:
+        return cmdline.read_bytes().split(b"\0")[1:5] == [b"-u", b"-m", b"jobs.run", str(run).encode()]
+    except OSError:
+        return False
+
+
 def _signal(play: Playing, name: str) -> None:
     if play.cluster:
         play.cluster.run("scancel", f"--signal={name}", play.job)
@@ -231,6 +247,7 @@ _EVENTS: dict[str, Callable[..., Any]] = {
     r"wait for the job to go": lambda play: play.wait(lambda: _queue(play, "CANCELLED|"), "the job is gone"),
     r"preempt": lambda play: _cluster(play).preempt(play.job),
     r"scancel": lambda play: _cluster(play).run("scancel", play.job),
+    r"freeze": _freeze,
     r"signal (\w+)": _signal,
     r"sbatch by hand": _by_hand,
     r"more time": lambda play: _cluster(play).run("scontrol", "update", f"JobId={play.job}", "TimeLimit=30"),
@@ -267,9 +284,9 @@ def _line(playing: Playing, line: str) -> None:
 
 def _check(playing: Playing) -> None:
     row, run = playing.row, playing.run
-    shown = subprocess.run(
-        ["hpc", "ls", "--json"], cwd=playing.folder, env=playing.environment(), capture_output=True, text=True, check=True
-    )
+    command = ["hpc", "ls", "--json"]
+    environ = playing.environment()
+    shown = subprocess.run(command, cwd=playing.folder, env=environ, capture_output=True, text=True, check=True)
     status = next(line for line in json.loads(shown.stdout) if line["run"] == run.name)
     assert status["state"] == row.state, f"state {status['state']}, not {row.state}\n{playing.block()}"
     assert row.attempts in (-1, status["attempts"]), f"{status['attempts']} attempts\n{playing.block()}"

@@ -98,7 +98,10 @@ def test_the_command_line_starts_without_heavy_libraries() -> None:
     assert out.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["hpc.experiment", "hpc.launch", "hpc.preflight", "hpc.ledger", "hpc.journal.report"])
+HPC_MODULES = ["hpc.experiment", "hpc.launch", "hpc.preflight", "hpc.ledger", "hpc.journal.report"]
+
+
+@pytest.mark.parametrize("module", HPC_MODULES)
 def test_no_module_of_hpc_loads_torch(module: str) -> None:
     code = f"import sys, {module}; print([name for name in ('torch', 'numpy', 'h5py') if name in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
