@@ -56,6 +56,14 @@ class Model(BaseModel):
     """None: as many as the data file has."""
 
     @property
+    def source(self) -> tuple[Path, str] | None:
+        """(path, attribute) of file:PATH.py:CLASS."""
+        if not self.name.startswith("file:"):
+            return None
+        path, _, attribute = self.name.removeprefix("file:").rpartition(":")
+        return Path(path), attribute
+
+    @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
 

@@ -47,18 +47,32 @@ def create(plan: Plan) -> RunDir:
     aside = RunDir(final.with_name(f".{final.name}.{os.getpid()}"))
     try:
         aside.path.mkdir()
-        write_text(aside.experiment, yamlfile.dump(plan.experiment.as_dict()))
+        payload.snapshot(aside.code)
+        write_text(aside.experiment, yamlfile.dump(_carry_model(plan, aside)))
         write_text(aside.delta, yamlfile.dump(plan.delta))
         write_text(aside.script, plan.script)
         aside.events.mkdir()
         aside.logs.mkdir()
-        payload.snapshot(aside.code)
         _rename(aside.path, final)
     except BaseException:
         shutil.rmtree(aside.path, ignore_errors=True)
         raise
     fsync_folder(final.parent)
     return plan.run
+
+
+def _carry_model(plan: Plan, aside: RunDir) -> dict[str, Any]:
+    """The experiment as the run has it: a model from the user's own file comes from a copy of that file's folder."""
+    values = plan.experiment.as_dict()
+    source = plan.experiment.model.source
+    if source is not None:
+        path, attribute = source
+        folder = aside.code / "own"
+        folder.mkdir()
+        for module in path.parent.glob("*.py"):
+            shutil.copy2(module, folder / module.name)
+        values["model"]["name"] = f"file:{plan.run.code / folder.name / path.name}:{attribute}"
+    return values
 
 
 def _rename(aside: Path, final: Path) -> None:

@@ -159,7 +159,7 @@ class Playing:
         return self.by_hand or str(self.read("submit.json")["job"])
 
     def environment(self) -> dict[str, str]:
-        own = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_WAIT_POLICY": "passive"}
+        own = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         return {**(self.cluster.environment() if self.cluster else os.environ), **own}
 
     def command(self, text: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc import payload
+from hpc import payload, plan
 from hpc.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,3 +129,19 @@ def test_a_snapshot_runs_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         [sys.executable, "-P", "-c", text], env=environ, capture_output=True, text=True, check=True, cwd="/"
     )
     assert done.stdout.count(str(tmp_path / "code")) == 5
+
+
+def test_a_model_of_ones_own_runs_from_its_copy(tmp_path: Path) -> None:
+    nets = tmp_path / "my nets"
+    nets.mkdir()
+    (nets / "mine.py").write_text("from parts import width\n\n\nclass Net: ...\n")
+    (nets / "parts.py").write_text("width = 2\n")
+    text = "name: own\nmodel: {name: 'file:mine.py:Net', hidden: 4}\ndata: {file: scans.h5}\n"
+    (nets / "own.yaml").write_text(text)
+    run = plan.create(plan.make(nets / "own.yaml", [], tmp_path / "runs"))
+    (nets / "mine.py").write_text("changed\n")
+    experiment, _ = plan.reopen(run)
+    assert experiment.model.source == (run.code / "own" / "mine.py", "Net")
+    assert experiment.model.options == {"hidden": 4}
+    assert "class Net" in (run.code / "own" / "mine.py").read_text()
+    assert (run.code / "own" / "parts.py").exists()
