@@ -55,6 +55,12 @@ class Trainer:
 
     def _build(self) -> None:
         settings, engine, data = self.settings, self.engine, self.experiment.data
+        shares = engine.world_size * settings.accumulate
+        if data.batch_size % shares:
+            raise UserError(
+                f"data.batch_size {data.batch_size} does not divide by {engine.world_size} tasks x "
+                f"{settings.accumulate} parts; use a multiple of {shares}"
+            )
         torch.manual_seed(settings.seed)
         self.model = self.parts.build_model(self.experiment.model.name, self.deterministic).to(engine.device)
         self.parallel = engine.wrap(self.model)
@@ -114,8 +120,9 @@ class Trainer:
         """Train to the end and write result.json. Raises Stopped after a clean stop."""
         self._begin_epoch()
         self._boundary()
-        if self._evaluation_due():
+        if self._evaluation_due():  # a stop came before or during it
             self._finish_epoch()
+            self._save()  # or a kill would have the events show this evaluation twice
         while self.step < self.total_steps:
             self._begin_epoch()
             self.loader.seek(*divmod(self.step, self.steps_per_epoch))
