@@ -1,7 +1,7 @@
 """A run of seconds for the tests of jobs/: 27 volumes of 8 x 8 x 8, 12 optimizer steps in 3 epochs, on one thread.
 
-    run = make_run(folder, make_data(folder), "train.seed=3")
-    assert train(run, stop_at=5) == "stopped"
+    run = make_run(folder / "run", make_data(folder), "train.seed=3")
+    assert train(run, signal_at=5) == "stopped"
     assert train(run, generation=2) == "done"
 
 A boundary is a place where the loop asks whether to stop: before the first step, after every step and after every
@@ -21,7 +21,7 @@ import yaml
 
 from datasets.writer import VolumeWriter
 from hpc.allocation import Allocation
-from hpc.experiment import Experiment, load
+from hpc.experiment import load
 from hpc.preempt import StopFlag
 from hpc.rundir import RunDir
 from jobs import checkpoint
@@ -37,15 +37,16 @@ CLASSES = ("early", "late", "none")
 
 # Children are forked from a server that has imported torch once, and never from a process with threads.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch._dynamo", "pytest", "tests.tiny_run"])
+_EVENTS = "tensorboard.backend.event_processing.event_accumulator"
+CONTEXT.set_forkserver_preload(["torch._dynamo", "pytest", "matplotlib.font_manager", _EVENTS, "tests.tiny_run"])
 
 
-def make_data(folder: Path, name: str = "scans.h5", seed: int = 7, **relabel: int) -> Path:
-    """Noise with a faint class-dependent bar; `relabel` gives samples (by id) another class."""
-    generator, path = np.random.default_rng(seed), folder / name
-    total = sum(SPLITS.values())
+def make_data(folder: Path, splits: dict[str, int] = SPLITS, **relabel: int) -> Path:
+    """scans.h5: noise with a faint class-dependent bar; `relabel` gives samples (by id) another class."""
+    generator, path = np.random.default_rng(7), folder / "scans.h5"
+    total = sum(splits.values())
     with VolumeWriter(path, shape=(1, 8, 8, 8), dtype="int16", num_samples=total, class_names=CLASSES) as writer:
-        for split, count in SPLITS.items():
+        for split, count in splits.items():
             for number in range(count):
                 label = number % len(CLASSES)
                 volume = generator.integers(-40, 40, (1, 8, 8, 8)).astype("int16")
@@ -64,7 +65,7 @@ def make_run(folder: Path, data: Path, *overrides: str) -> RunDir:
         "name": "tiny",
         "model": model,
         "data": {"file": str(data), "batch_size": BATCH, "augment": {"flip": [0]}, "verify": 0, "threads": 1},
-        "train": {"epochs": EPOCHS, "device": "cpu", "optimizer": {"lr": 0.01}, "scheduler": {"name": "one_cycle"}},
+        "train": {"epochs": EPOCHS, "device": "cpu", "optimizer": {"lr": 0.02}, "scheduler": {"name": "one_cycle"}},
     }
     run.experiment.write_text(yaml.safe_dump(values))
     resolved, _ = load(run.experiment, list(overrides))
@@ -72,17 +73,17 @@ def make_run(folder: Path, data: Path, *overrides: str) -> RunDir:
     return run
 
 
-class StopAtBoundary(StopFlag):
-    """Sends its own process a real SIGTERM when the loop asks for the n-th time."""
+class SignalAtBoundary(StopFlag):
+    """Sends its own process a real signal when the loop asks for the n-th time whether to stop."""
 
-    def __init__(self, boundary: int | None) -> None:
+    def __init__(self, boundary: int | None, number: int) -> None:
         super().__init__()
-        self._boundary, self.asked = boundary, 0
+        self._boundary, self._number, self.asked = boundary, number, 0
 
     def agree(self, max_over_ranks: Callable[[int], int]) -> str | None:
         self.asked += 1
         if self.asked == self._boundary:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self._number)
         return super().agree(max_over_ranks)
 
 
@@ -90,29 +91,32 @@ def make_trainer(
     run: RunDir, generation: int = 1, flag: StopFlag | None = None, allocation: Allocation | None = None
 ) -> Trainer:
     """A trainer before `resume`, on one thread."""
-    experiment: Experiment = load(run.experiment)[0]
-    where = allocation or Allocation(cpus_per_task=1)
-    engine = Engine(where, torch.device("cpu"), deterministic=True)
+    experiment = load(run.experiment)[0]
+    engine = Engine(allocation or Allocation(cpus_per_task=1), torch.device("cpu"), deterministic=True)
     return Trainer(run, experiment, engine, flag or StopFlag(), generation)
 
 
-def train(run: RunDir, generation: int = 1, stop_at: int | None = None, allocation: Allocation | None = None) -> str:
-    """One attempt; "done", or "stopped" when it was stopped at boundary `stop_at`."""
-    flag = StopAtBoundary(stop_at)
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)}
-    flag.install()
-    trainer = make_trainer(run, generation, flag, allocation)
+def train(
+    run: RunDir,
+    generation: int = 1,
+    signal_at: int | None = None,
+    number: int = signal.SIGTERM,
+    allocation: Allocation | None = None,
+    save_always: bool = False,
+) -> str:
+    """One attempt, for processes of their own: "done", or "stopped" by the signal at boundary `signal_at`."""
+    trainer = make_trainer(run, generation, SignalAtBoundary(signal_at, number).install(), allocation)
+    if save_always:
+        trainer.settings = trainer.settings.model_copy(update={"checkpoint_every": 0})
     try:
         trainer.resume()
         trainer.fit()
         trainer.engine.barrier()
-        return "done"
     except Stopped:
         return "stopped"
     finally:
         trainer.engine.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return "done"
 
 
 def newest(run: RunDir) -> checkpoint.Checkpoint:

@@ -1,0 +1,175 @@
+"""hpc evaluate says what the training said of the same checkpoint, and leaves predictions that bear it out."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hpc.errors import UserError
+from hpc.experiment import load
+from hpc.preempt import ExitCode
+from hpc.rundir import RunDir, read_json
+from jobs import checkpoint
+from jobs.evaluate import evaluate, find_checkpoint, main
+from jobs.setup import prepare
+from tests import tiny_run
+from tests.tiny_run import CLASSES, SPLITS, in_child
+
+
+def finish(folder: Path) -> None:
+    assert tiny_run.train(RunDir(folder)) == "done"
+    os._exit(0)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """A finished run whose best epoch is not its last."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    run = tiny_run.make_run(folder / "run", tiny_run.make_data(folder), "train.optimizer.lr=0.01")
+    assert in_child(finish, run.path) == 0
+    result = read_json(run.result)
+    assert result["best"]["step"] != result["last"]["step"], "best and last are one: the tests prove less"
+    return run
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("wanted", ["best", "last"])
+def test_the_metrics_are_those_of_the_training(run: RunDir, wanted: str) -> None:
+    result = read_json(run.result)
+    name, scores, names = evaluate(run, "validation", wanted)
+    assert scores.metrics() == pytest.approx(result[wanted]["metrics"], rel=1e-5)
+    assert int(name.split("-s")[1]) == result[wanted]["step"]
+    assert names == list(CLASSES) == result["class_names"]
+    if wanted == "best":
+        assert name == result["best"]["checkpoint"]
+        assert scores.matrix.tolist() == result["confusion_matrix"]
+        assert scores.per_class(names) == result["per_class"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_sample_is_scored_once_and_the_predictions_bear_the_metrics_out(run: RunDir, split: str) -> None:
+    _, scores, _ = evaluate(run, split, "best")
+    assert scores.samples == SPLITS[split], "the last, short batch counts"
+    with np.load(run.prediction(split), allow_pickle=False) as file:
+        ids, targets, given = file["ids"], file["targets"], file["scores"]
+        assert file["class_names"].tolist() == list(CLASSES)
+    assert ids.tolist() == [f"{split}{number}" for number in range(SPLITS[split])]
+    assert targets.tolist() == [number % len(CLASSES) for number in range(SPLITS[split])]
+    np.testing.assert_allclose(given.sum(1), 1, rtol=1e-5)
+    matrix = np.zeros((3, 3), int)
+    np.add.at(matrix, (targets, given.argmax(1)), 1)
+    assert matrix.tolist() == scores.matrix.tolist()
+    loss = -np.log(given[np.arange(len(targets)), targets]).mean()
+    assert scores.loss == pytest.approx(loss, rel=1e-4)
+    assert run.figure(f"confusion_matrix_{split}").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_scores_are_those_of_the_network_on_the_samples_alone(run: RunDir) -> None:
+    """By hand, one sample at a time, without loader or task."""
+    evaluate(run, "test", "best")
+    parts = prepare(load(run.experiment)[0])
+    model = parts.build_model("resnet3d_tiny").eval()
+    model.load_state_dict(find_checkpoint(run, "best").model())
+    volumes = parts.volumes
+    with torch.inference_mode(), np.load(run.prediction("test")) as file:
+        for row, sample in enumerate(volumes.indices("test")):
+            stored, _ = volumes.read(int(sample))
+            inputs = torch.from_numpy(stored * volumes.scale[sample].reshape(-1, 1, 1, 1)).float()
+            scores = model(inputs[None]).softmax(1)[0]
+            np.testing.assert_allclose(scores.numpy(), file["scores"][row], rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpoint_can_be_named(run: RunDir) -> None:
+    for path in checkpoint.newest_first(run.checkpoints):
+        assert find_checkpoint(run, path.name).name == path.name
+
+
+def test_an_unknown_checkpoint_is_told_with_the_nearest_names(run: RunDir) -> None:
+    first = next(checkpoint.newest_first(run.checkpoints)).name
+    with pytest.raises(UserError, match=f"did you mean '{first}'") as caught:
+        find_checkpoint(run, first[:-1] + "9")
+    assert "best" in str(caught.value) and "last" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="did you mean 'best'"):
+        find_checkpoint(run, "bets")
+
+
+def test_a_live_run_is_evaluated_by_its_state(run: RunDir, tmp_path: Path) -> None:
+    """Before result.json there is only state.json; before the first evaluation, not even a best."""
+    live = RunDir(tmp_path / "live")
+    live.path.mkdir()
+    live.checkpoints.symlink_to(run.checkpoints)
+    newest = next(checkpoint.newest_first(run.checkpoints)).name
+    assert find_checkpoint(live, "best").name == newest
+    live.state.write_text(json.dumps({"generation": 1, "best": {}}))
+    assert find_checkpoint(live, "best").name == newest
+    best = read_json(run.result)["best"]["checkpoint"]
+    live.state.write_text(json.dumps({"generation": 1, "best": {"checkpoint": best}}))
+    assert find_checkpoint(live, "best").name == best
+
+
+def test_a_split_without_samples_names_those_that_have_some(tmp_path: Path) -> None:
+    run = tiny_run.make_run(tmp_path / "run", tiny_run.make_data(tmp_path, splits={"train": 6, "validation": 3}))
+    with pytest.raises(UserError, match=r"--split test: .* it has train, validation"):
+        evaluate(run, "test", "best")
+
+
+def test_no_checkpoint_yet(run: RunDir, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        find_checkpoint(RunDir(tmp_path), "best")
+
+
+def test_a_damaged_checkpoint_is_refused_and_left_where_it_is(run: RunDir, tmp_path: Path) -> None:
+    """The reader beside a live job moves nothing."""
+    live = RunDir(tmp_path / "live")
+    shutil.copytree(run.path, live.path)
+    best = live.checkpoints / read_json(run.result)["best"]["checkpoint"]
+    (best / "model.safetensors").write_bytes(b"x")
+    with pytest.raises(checkpoint.Damaged, match=r"model\.safetensors"):
+        evaluate(live, "validation", "best")
+    assert best.exists() and not live.quarantine.exists()
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    return main()
+
+
+def test_the_command_prints_a_table_and_the_same_as_json(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert answer(monkeypatch, str(run.path), "--json") == ExitCode.DONE
+    told: dict[str, Any] = json.loads(capsys.readouterr().out)
+    result = read_json(run.result)
+    assert told["metrics"] == pytest.approx(result["best"]["metrics"], rel=1e-5)
+    assert told["per_class"] == result["per_class"] and told["confusion_matrix"] == result["confusion_matrix"]
+    assert answer(monkeypatch, str(run.path), "--split", "test", "--checkpoint", "last") == ExitCode.DONE
+    table = capsys.readouterr().out
+    assert f"on test: {SPLITS['test']} samples" in table
+    assert all(name in table for name in CLASSES) and str(run.prediction("test")) in table
+
+
+def test_mistakes_are_one_line_and_code_2(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in ([str(tmp_path / "nowhere")], [str(run.path), "--checkpoint", "bets"]):
+        assert answer(monkeypatch, *arguments) == ExitCode.BAD_INPUT
+        told = capsys.readouterr()
+        assert told.out == "" and len(told.err.strip().splitlines()) == 1
+    with pytest.raises(SystemExit) as caught:
+        answer(monkeypatch, str(run.path), "--split", "tset")
+    assert caught.value.code == ExitCode.BAD_INPUT
+    assert "validation" in capsys.readouterr().err
