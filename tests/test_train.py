@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from jobs import checkpoint
 from jobs.setup import check, prepare
 from jobs.train import main as check_main
 from tests import tiny_run
-from tests.tiny_run import BOUNDARIES, CONTEXT, EPOCHS, STEPS, STEPS_PER_EPOCH, in_child, outcome
+from tests.tiny_run import BOUNDARIES, CHILD_LIMIT_S, CONTEXT, EPOCHS, SPLITS, STEPS, STEPS_PER_EPOCH, in_child, outcome
 
 Outcome = dict[str, Any]
 WORKERS = 3  # a resumed attempt spends half of its time waiting for the clock's next second
@@ -168,6 +168,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def run_ranks(function: Callable[..., None], arguments: list[tuple[Any, ...]]) -> list[int | None]:
+    """Exit codes of processes that run together; None for one that hung."""
+    ranks = [CONTEXT.Process(target=function, args=given) for given in arguments]
+    for rank in ranks:
+        rank.start()
+    deadline = time.monotonic() + CHILD_LIMIT_S
+    for rank in ranks:
+        rank.join(max(0, deadline - time.monotonic()))
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    return codes
+
+
 def play_rank(rank: int, world: int, rows: list[tuple[Path, int, int | None, int]]) -> None:
     """Attempts (run, generation, boundary, port) one after another; only the last rank is signalled."""
     for folder, generation, boundary, port in rows:
@@ -193,14 +207,11 @@ def test_ranks_stop_together_and_resume_bit_identical(
     plan = [
         (run.path, generation, boundary, free_port()) for run, generation, boundary in [(runs[0], 1, None), *stopped]
     ]
-    ranks = [CONTEXT.Process(target=play_rank, args=(rank, world, plan)) for rank in range(world)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(60)
-    assert [rank.exitcode for rank in ranks] == [0] * world
+    assert run_ranks(play_rank, [(rank, world, plan) for rank in range(world)]) == [0] * world
     assert [line["step"] for line in runs[1].read_events() if line["event"] == "signal"] == steps
-    assert_same(outcome(runs[1]), outcome(runs[0]))
+    whole = outcome(runs[0])
+    assert np.sum(whole["best"]["matrix"]) == SPLITS["validation"], "every rank's share counts, once"
+    assert_same(outcome(runs[1]), whole)
 
 
 def refuse_shares(folder: Path, rank: int, port: int) -> None:
@@ -214,12 +225,7 @@ def refuse_shares(folder: Path, rank: int, port: int) -> None:
 
 def test_a_batch_that_does_not_divide_by_ranks_and_parts_is_refused(data: Path, tmp_path: Path) -> None:
     run, port = tiny_run.make_run(tmp_path / "run", data, "train.accumulate=4"), free_port()
-    ranks = [CONTEXT.Process(target=refuse_shares, args=(run.path, rank, port)) for rank in (0, 1)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(60)
-    assert [rank.exitcode for rank in ranks] == [40, 40]
+    assert run_ranks(refuse_shares, [(run.path, rank, port) for rank in (0, 1)]) == [40, 40]
 
 
 # Accumulation.
