@@ -74,6 +74,20 @@ def golden(played: dict[Any, "Future[Outcome]"]) -> Outcome:
     return played[()].result()
 
 
+@pytest.fixture(scope="module")
+def killed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """Run folders of all rows, and the futures of their playing."""
+    folder = tmp_path_factory.mktemp("killed")
+    runs = {name: tiny_run.make_run(folder / f"run{number}", data) for number, name in enumerate(KILLS)}
+    with ThreadPoolExecutor(WORKERS) as threads:
+        yield {name: (run, threads.submit(play_kills, name, run)) for name, run in runs.items()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def early_start(played: dict[Any, Any], killed: dict[str, Any]) -> None:
+    """The long rows run beside the other tests, which come first in this file."""
+
+
 def assert_same(found: Outcome, wanted: Outcome) -> None:
     assert found.keys() == wanted.keys()
     for key in wanted:  # the weights last: their difference says least
@@ -84,190 +98,51 @@ def assert_same(found: Outcome, wanted: Outcome) -> None:
         assert not changed, f"{key} differ in {changed}"
 
 
-# Stopped and resumed.
+# The check of an experiment against its data and model (hpc plan's child).
 
 
-def test_the_undisturbed_run_is_what_the_numbers_say(golden: Outcome) -> None:
-    assert golden["step"] == STEPS == EPOCHS * STEPS_PER_EPOCH
-    assert [line["step"] for line in golden["metrics"]] == [4, 8, 12]
-    assert len({line["metrics"]["loss"] for line in golden["metrics"]}) == 3, "nothing is learnt: tests prove nothing"
+def test_the_check_says_what_fits(data: Path, tmp_path: Path) -> None:
+    run = tiny_run.make_run(tmp_path / "run", data)
+    lines = check(load(run.experiment)[0])
+    count = sum(p.numel() for p in prepare(load(run.experiment)[0]).build_model("resnet3d_tiny").parameters())
+    assert "27 samples of 1 x 8 x 8 x 8 int16, 17 train, 6 validation, 4 test, 3 classes" in lines[0]
+    assert lines[1] == f"model: resnet3d_tiny, {count:,} parameters"
 
 
-@pytest.mark.parametrize("stops", STOPS, ids=lambda stops: "-".join(map(str, stops)))
-def test_stopped_anywhere_and_resumed_is_bit_identical(
-    stops: tuple[int, ...], played: dict[Any, "Future[Outcome]"], golden: Outcome
-) -> None:
-    assert_same(played[stops].result(), golden)
-
-
-def attempt(folder: Path, generation: int, boundary: int | None, number: int, save_always: bool) -> None:
-    answer = tiny_run.train(RunDir(folder), generation, boundary, number, save_always=save_always)
-    os._exit(ExitCode.STOPPED if answer == "stopped" else ExitCode.DONE)
-
-
-def shown_steps(run: RunDir, tag: str) -> list[int]:
-    accumulator = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    return [event.step for event in accumulator.Scalars(tag)]
-
-
-# (boundary, signal) of each attempt but the last; whether it saves at every step; step of the last good checkpoint.
-KILLS = {
-    "before the first save": ([(4, signal.SIGKILL)], False, None),
-    "long after a save": ([(10, signal.SIGKILL)], False, 4),
-    "at once after a save": ([(10, signal.SIGKILL)], True, 6),
-    "stopped in a validation, killed when it is done": ([(12, signal.SIGTERM), (4, signal.SIGKILL)], False, 8),
-    "twice with another signal": ([(3, signal.SIGUSR2), (4, signal.SIGKILL)], False, 2),
+FAULTS = {
+    "model.num_classes=4": ["num_classes is 4", "3 classes", "early, late, none"],
+    "data.batch_size=18": ["batch_size is 18", "17 samples"],
+    "train.loss.class_weights=[1, 2]": ["2 weights", "3 classes"],
+    "model.name=resnet3d_tinny": ["resnet3d_tinny", "resnet3d_tiny"],
+    "model.widht=8": ["widht", "width"],
+    "model.width=-1": ["width", "-1"],
+    "data.augment={flipp: [0]}": ["flipp", "flip"],
+    "data.augment={flip: [3]}": ["flip", "3"],
+    "data.file=/no/such/file.h5": ["/no/such/file.h5", "hpc pack"],
+    "model.name=file:wide.py:Wide": ["scores of shape (5,)", "not (3,)"],
 }
 
 
-def play_kills(name: str, run: RunDir) -> None:
-    """The attempts of a row, and one more to the end, each in a process of its own."""
-    attempts, save_always, saved = KILLS[name]
-    for generation, (boundary, number) in enumerate(attempts, start=1):
-        code = in_child(attempt, run.path, generation, boundary, number, save_always)
-        assert code == (-signal.SIGKILL if number == signal.SIGKILL else ExitCode.STOPPED)
-    assert [tiny_run.newest(run).step] == [saved] if saved else not run.checkpoints.exists()
-    assert in_child(attempt, run.path, len(attempts) + 1, None, signal.SIGTERM, save_always) == ExitCode.DONE
-
-
-@pytest.fixture(scope="module")
-def killed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """Run folders of all rows, and the futures of their playing."""
-    folder = tmp_path_factory.mktemp("killed")
-    runs = {name: tiny_run.make_run(folder / f"run{number}", data) for number, name in enumerate(KILLS)}
-    with ThreadPoolExecutor(WORKERS) as threads:
-        yield {name: (run, threads.submit(play_kills, name, run)) for name, run in runs.items()}
-
-
-@pytest.mark.parametrize("name", KILLS)
-def test_killed_and_resumed_is_bit_identical_and_shown_once(name: str, killed: dict[str, Any], golden: Outcome) -> None:
-    run, playing = killed[name]
-    playing.result()
-    assert_same(outcome(run), golden)
-    assert shown_steps(run, "step/loss") == list(range(1, STEPS + 1))
-    assert shown_steps(run, "validation/accuracy") == [4, 8, 12]
-
-
-def test_the_newest_one_damaged_costs_steps_and_no_more(data: Path, tmp_path: Path, golden: Outcome) -> None:
-    run = tiny_run.make_run(tmp_path / "run", data)
-    assert in_child(attempt, run.path, 1, 10, signal.SIGTERM, False) == ExitCode.STOPPED
-    weights = run.checkpoints / "g001-s00000007" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    assert in_child(attempt, run.path, 2, None, signal.SIGTERM, False) == ExitCode.DONE
-    assert_same(outcome(run), golden)
-    assert [path.name for path in run.quarantine.iterdir()] == ["g001-s00000007"]
-
-
-# Ranks.
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def run_ranks(function: Callable[..., None], arguments: list[tuple[Any, ...]]) -> list[int | None]:
-    """Exit codes of processes that run together; None for one that hung."""
-    ranks = [CONTEXT.Process(target=function, args=given) for given in arguments]
-    for rank in ranks:
-        rank.start()
-    deadline = time.monotonic() + CHILD_LIMIT_S
-    for rank in ranks:
-        rank.join(max(0, deadline - time.monotonic()))
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-    return codes
-
-
-def play_rank(rank: int, world: int, rows: list[tuple[Path, int, int | None, int]]) -> None:
-    """Attempts (run, generation, boundary, port) one after another; only the last rank is signalled."""
-    for folder, generation, boundary, port in rows:
-        place = Allocation(rank, world, rank, cpus_per_task=1, master_port=port)
-        mine = boundary if rank == world - 1 else None
-        answer = tiny_run.train(RunDir(folder), generation, mine, allocation=place)
-        assert answer == ("done" if boundary is None else "stopped")
-    os._exit(0)
-
-
-# world size, the boundaries of two stops, the steps they must be at: one in mid-epoch, one in a validation.
-WORLDS = [(2, (4, 3), [3, 4]), (3, (4, 3), [2, 3])]
-
-
-@pytest.mark.parametrize(("world", "boundaries", "steps"), WORLDS, ids=["2 ranks", "3 ranks"])
-def test_ranks_stop_together_and_resume_bit_identical(
-    world: int, boundaries: tuple[int, int], steps: list[int], data: Path, tmp_path: Path
+@pytest.mark.parametrize("override", FAULTS)
+def test_the_check_tells_each_fault_in_one_line(
+    override: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    batch = f"data.batch_size={2 * world}"
-    given = (batch, "train.accumulate=2", "train.epochs=2")
-    runs = [tiny_run.make_run(tmp_path / name, data, *given) for name in ("whole", "stopped")]
-    stopped = [(runs[1], generation, boundary) for generation, boundary in enumerate((*boundaries, None), start=1)]
-    plan = [
-        (run.path, generation, boundary, free_port()) for run, generation, boundary in [(runs[0], 1, None), *stopped]
-    ]
-    assert run_ranks(play_rank, [(rank, world, plan) for rank in range(world)]) == [0] * world
-    assert [line["step"] for line in runs[1].read_events() if line["event"] == "signal"] == steps
-    whole = outcome(runs[0])
-    assert np.sum(whole["best"]["matrix"]) == SPLITS["validation"], "every rank's share counts, once"
-    assert_same(outcome(runs[1]), whole)
+    (tmp_path / "wide.py").write_text(FLAT.replace("Flat(", "Wide(").replace("8, num_classes", "8, 5"))
+    monkeypatch.chdir(tmp_path)
+    run = tiny_run.make_run(tmp_path / "run", data, override)
+    for given, source in ((str(run.path), ""), (str(run.experiment), ""), ("-", run.experiment.read_text())):
+        monkeypatch.setattr(sys, "argv", ["train", "--check", given])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(source))
+        assert check_main() == ExitCode.BAD_INPUT
+        told = capsys.readouterr()
+        assert told.out == "" and len(told.err.splitlines()) == 1, told.err
+        assert all(part in told.err for part in FAULTS[override]), told.err
 
 
-def refuse_shares(folder: Path, rank: int, port: int) -> None:
-    place = Allocation(rank, 2, rank, cpus_per_task=1, master_port=port)
-    try:
-        tiny_run.make_trainer(RunDir(folder), allocation=place)
-    except Exception as error:
-        os._exit(40 if "multiple of 8" in str(error) and "\n" not in str(error) else 41)
-    os._exit(0)
-
-
-def test_a_batch_that_does_not_divide_by_ranks_and_parts_is_refused(data: Path, tmp_path: Path) -> None:
-    run, port = tiny_run.make_run(tmp_path / "run", data, "train.accumulate=4"), free_port()
-    assert run_ranks(refuse_shares, [(run.path, rank, port) for rank in (0, 1)]) == [40, 40]
-
-
-# Accumulation.
-
-FLAT = """
-from torch import nn
-
-class Flat(nn.Sequential):
-    def __init__(self, in_channels, num_classes):
-        super().__init__(nn.Flatten(), nn.Linear(512 * in_channels, 8), nn.Tanh(), nn.Linear(8, num_classes))
-"""
-
-
-def follow(folder: Path, data: Path, parts: int, model: str) -> tuple[list[list[int]], Outcome]:
-    """Sample numbers of every step, and the outcome, of a network that sees each sample alone."""
-    run = tiny_run.make_run(folder, data, f"train.accumulate={parts}", f"model.name={model}")
-    trainer, seen = tiny_run.make_trainer(run), []
-    step = trainer._train_step
-
-    def listen(batch: Any) -> None:
-        seen.append(batch.samples.tolist())
-        step(batch)
-
-    trainer._train_step = listen  # type: ignore[method-assign]
-    trainer.resume()
-    trainer.fit()
-    return seen, outcome(run)
-
-
-def test_accumulated_parts_are_the_same_samples_and_the_same_step(
-    pool: ProcessPoolExecutor, data: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "flat.py").write_text(FLAT)
-    model = f"file:{tmp_path / 'flat.py'}:Flat"
-    jobs = [pool.submit(follow, tmp_path / f"run{parts}", data, parts, model) for parts in (1, 2, 4)]
-    (seen, whole), *others = [job.result() for job in jobs]
-    assert len(seen) == STEPS and all(len(set(epoch)) == 16 for epoch in np.reshape(seen, (EPOCHS, 16)))
-    for samples, result in others:
-        assert samples == seen
-        for name, content in whole["weights"].items():
-            mine, theirs = (np.frombuffer(raw, np.float32) for raw in (result["weights"][name], content))
-            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+def test_data_without_validation_are_refused(tmp_path: Path) -> None:
+    run = tiny_run.make_run(tmp_path / "run", tiny_run.make_data(tmp_path, {"train": 8}))
+    with pytest.raises(UserError, match=r"no validation samples: .*--split"):
+        check(load(run.experiment)[0])
 
 
 # The payload's exit codes, each with one line for the user.
@@ -373,48 +248,178 @@ def hears(pid: int, number: int) -> bool:
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
-# The check of an experiment against its data and model (hpc plan's child).
+# Accumulation.
+
+FLAT = """
+from torch import nn
+
+class Flat(nn.Sequential):
+    def __init__(self, in_channels, num_classes):
+        super().__init__(nn.Flatten(), nn.Linear(512 * in_channels, 8), nn.Tanh(), nn.Linear(8, num_classes))
+"""
 
 
-def test_the_check_says_what_fits(data: Path, tmp_path: Path) -> None:
-    run = tiny_run.make_run(tmp_path / "run", data)
-    lines = check(load(run.experiment)[0])
-    count = sum(p.numel() for p in prepare(load(run.experiment)[0]).build_model("resnet3d_tiny").parameters())
-    assert "27 samples of 1 x 8 x 8 x 8 int16, 17 train, 6 validation, 4 test, 3 classes" in lines[0]
-    assert lines[1] == f"model: resnet3d_tiny, {count:,} parameters"
+def follow(folder: Path, data: Path, parts: int, model: str) -> tuple[list[list[int]], Outcome]:
+    """Sample numbers of every step, and the outcome, of a network that sees each sample alone."""
+    run = tiny_run.make_run(folder, data, f"train.accumulate={parts}", f"model.name={model}")
+    trainer, seen = tiny_run.make_trainer(run), []
+    step = trainer._train_step
+
+    def listen(batch: Any) -> None:
+        seen.append(batch.samples.tolist())
+        step(batch)
+
+    trainer._train_step = listen  # type: ignore[method-assign]
+    trainer.resume()
+    trainer.fit()
+    return seen, outcome(run)
 
 
-FAULTS = {
-    "model.num_classes=4": ["num_classes is 4", "3 classes", "early, late, none"],
-    "data.batch_size=18": ["batch_size is 18", "17 samples"],
-    "train.loss.class_weights=[1, 2]": ["2 weights", "3 classes"],
-    "model.name=resnet3d_tinny": ["resnet3d_tinny", "resnet3d_tiny"],
-    "model.widht=8": ["widht", "width"],
-    "model.width=-1": ["width", "-1"],
-    "data.augment={flipp: [0]}": ["flipp", "flip"],
-    "data.augment={flip: [3]}": ["flip", "3"],
-    "data.file=/no/such/file.h5": ["/no/such/file.h5", "hpc pack"],
-    "model.name=file:wide.py:Wide": ["scores of shape (5,)", "not (3,)"],
+def test_accumulated_parts_are_the_same_samples_and_the_same_step(
+    pool: ProcessPoolExecutor, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "flat.py").write_text(FLAT)
+    model = f"file:{tmp_path / 'flat.py'}:Flat"
+    jobs = [pool.submit(follow, tmp_path / f"run{parts}", data, parts, model) for parts in (1, 2, 4)]
+    (seen, whole), *others = [job.result() for job in jobs]
+    assert len(seen) == STEPS and all(len(set(epoch)) == 16 for epoch in np.reshape(seen, (EPOCHS, 16)))
+    for samples, result in others:
+        assert samples == seen
+        for name, content in whole["weights"].items():
+            mine, theirs = (np.frombuffer(raw, np.float32) for raw in (result["weights"][name], content))
+            np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+# Ranks.
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_ranks(function: Callable[..., None], arguments: list[tuple[Any, ...]]) -> list[int | None]:
+    """Exit codes of processes that run together; None for one that hung."""
+    ranks = [CONTEXT.Process(target=function, args=given) for given in arguments]
+    for rank in ranks:
+        rank.start()
+    deadline = time.monotonic() + CHILD_LIMIT_S
+    for rank in ranks:
+        rank.join(max(0, deadline - time.monotonic()))
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    return codes
+
+
+def play_rank(rank: int, world: int, rows: list[tuple[Path, int, int | None, int]]) -> None:
+    """Attempts (run, generation, boundary, port) one after another; only the last rank is signalled."""
+    for folder, generation, boundary, port in rows:
+        place = Allocation(rank, world, rank, cpus_per_task=1, master_port=port)
+        mine = boundary if rank == world - 1 else None
+        answer = tiny_run.train(RunDir(folder), generation, mine, allocation=place)
+        assert answer == ("done" if boundary is None else "stopped")
+    os._exit(0)
+
+
+# world size, the boundaries of two stops, the steps they must be at: one in mid-epoch, one in a validation.
+WORLDS = [(2, (4, 3), [3, 4]), (3, (4, 3), [2, 3])]
+
+
+@pytest.mark.parametrize(("world", "boundaries", "steps"), WORLDS, ids=["2 ranks", "3 ranks"])
+def test_ranks_stop_together_and_resume_bit_identical(
+    world: int, boundaries: tuple[int, int], steps: list[int], data: Path, tmp_path: Path
+) -> None:
+    batch = f"data.batch_size={2 * world}"
+    given = (batch, "train.accumulate=2", "train.epochs=2")
+    runs = [tiny_run.make_run(tmp_path / name, data, *given) for name in ("whole", "stopped")]
+    stopped = [(runs[1], generation, boundary) for generation, boundary in enumerate((*boundaries, None), start=1)]
+    plan = [
+        (run.path, generation, boundary, free_port()) for run, generation, boundary in [(runs[0], 1, None), *stopped]
+    ]
+    assert run_ranks(play_rank, [(rank, world, plan) for rank in range(world)]) == [0] * world
+    assert [line["step"] for line in runs[1].read_events() if line["event"] == "signal"] == steps
+    whole = outcome(runs[0])
+    assert np.sum(whole["best"]["matrix"]) == SPLITS["validation"], "every rank's share counts, once"
+    assert_same(outcome(runs[1]), whole)
+
+
+def refuse_shares(folder: Path, rank: int, port: int) -> None:
+    place = Allocation(rank, 2, rank, cpus_per_task=1, master_port=port)
+    try:
+        tiny_run.make_trainer(RunDir(folder), allocation=place)
+    except Exception as error:
+        os._exit(40 if "multiple of 8" in str(error) and "\n" not in str(error) else 41)
+    os._exit(0)
+
+
+def test_a_batch_that_does_not_divide_by_ranks_and_parts_is_refused(data: Path, tmp_path: Path) -> None:
+    run, port = tiny_run.make_run(tmp_path / "run", data, "train.accumulate=4"), free_port()
+    assert run_ranks(refuse_shares, [(run.path, rank, port) for rank in (0, 1)]) == [40, 40]
+
+
+# Stopped and resumed.
+
+
+def test_the_undisturbed_run_is_what_the_numbers_say(golden: Outcome) -> None:
+    assert golden["step"] == STEPS == EPOCHS * STEPS_PER_EPOCH
+    assert [line["step"] for line in golden["metrics"]] == [4, 8, 12]
+    assert len({line["metrics"]["loss"] for line in golden["metrics"]}) == 3, "nothing is learnt: tests prove nothing"
+
+
+@pytest.mark.parametrize("stops", STOPS, ids=lambda stops: "-".join(map(str, stops)))
+def test_stopped_anywhere_and_resumed_is_bit_identical(
+    stops: tuple[int, ...], played: dict[Any, "Future[Outcome]"], golden: Outcome
+) -> None:
+    assert_same(played[stops].result(), golden)
+
+
+def attempt(folder: Path, generation: int, boundary: int | None, number: int, save_always: bool) -> None:
+    answer = tiny_run.train(RunDir(folder), generation, boundary, number, save_always=save_always)
+    os._exit(ExitCode.STOPPED if answer == "stopped" else ExitCode.DONE)
+
+
+def shown_steps(run: RunDir, tag: str) -> list[int]:
+    accumulator = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return [event.step for event in accumulator.Scalars(tag)]
+
+
+# (boundary, signal) of each attempt but the last; whether it saves at every step; step of the last good checkpoint.
+KILLS = {
+    "before the first save": ([(4, signal.SIGKILL)], False, None),
+    "long after a save": ([(10, signal.SIGKILL)], False, 4),
+    "at once after a save": ([(10, signal.SIGKILL)], True, 6),
+    "stopped in a validation, killed when it is done": ([(12, signal.SIGTERM), (4, signal.SIGKILL)], False, 8),
+    "twice with another signal": ([(3, signal.SIGUSR2), (4, signal.SIGKILL)], False, 2),
 }
 
 
-@pytest.mark.parametrize("override", FAULTS)
-def test_the_check_tells_each_fault_in_one_line(
-    override: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "wide.py").write_text(FLAT.replace("Flat(", "Wide(").replace("8, num_classes", "8, 5"))
-    monkeypatch.chdir(tmp_path)
-    run = tiny_run.make_run(tmp_path / "run", data, override)
-    for given, source in ((str(run.path), ""), (str(run.experiment), ""), ("-", run.experiment.read_text())):
-        monkeypatch.setattr(sys, "argv", ["train", "--check", given])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(source))
-        assert check_main() == ExitCode.BAD_INPUT
-        told = capsys.readouterr()
-        assert told.out == "" and len(told.err.splitlines()) == 1, told.err
-        assert all(part in told.err for part in FAULTS[override]), told.err
+def play_kills(name: str, run: RunDir) -> None:
+    """The attempts of a row, and one more to the end, each in a process of its own."""
+    attempts, save_always, saved = KILLS[name]
+    for generation, (boundary, number) in enumerate(attempts, start=1):
+        code = in_child(attempt, run.path, generation, boundary, number, save_always)
+        assert code == (-signal.SIGKILL if number == signal.SIGKILL else ExitCode.STOPPED)
+    assert [tiny_run.newest(run).step] == [saved] if saved else not run.checkpoints.exists()
+    assert in_child(attempt, run.path, len(attempts) + 1, None, signal.SIGTERM, save_always) == ExitCode.DONE
 
 
-def test_data_without_validation_are_refused(tmp_path: Path) -> None:
-    run = tiny_run.make_run(tmp_path / "run", tiny_run.make_data(tmp_path, {"train": 8}))
-    with pytest.raises(UserError, match=r"no validation samples: .*--split"):
-        check(load(run.experiment)[0])
+@pytest.mark.parametrize("name", KILLS)
+def test_killed_and_resumed_is_bit_identical_and_shown_once(name: str, killed: dict[str, Any], golden: Outcome) -> None:
+    run, playing = killed[name]
+    playing.result()
+    assert_same(outcome(run), golden)
+    assert shown_steps(run, "step/loss") == list(range(1, STEPS + 1))
+    assert shown_steps(run, "validation/accuracy") == [4, 8, 12]
+
+
+def test_the_newest_one_damaged_costs_steps_and_no_more(data: Path, tmp_path: Path, golden: Outcome) -> None:
+    run = tiny_run.make_run(tmp_path / "run", data)
+    assert in_child(attempt, run.path, 1, 10, signal.SIGTERM, False) == ExitCode.STOPPED
+    weights = run.checkpoints / "g001-s00000007" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert in_child(attempt, run.path, 2, None, signal.SIGTERM, False) == ExitCode.DONE
+    assert_same(outcome(run), golden)
+    assert [path.name for path in run.quarantine.iterdir()] == ["g001-s00000007"]
