@@ -7,6 +7,7 @@ limit and KILL at it, and ends all when one fails (srun's --kill-on-bad-exit). L
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import signal
 import subprocess
@@ -14,12 +15,25 @@ import sys
 import time
 from types import FrameType
 
-from hpc.preempt import NOTICE, STOP_SIGNALS, ignore_stops
+from hpc.preempt import NOTICE, READY, STOP_SIGNALS, ignore_stops
 
 _GRACE_S = 30.0
 _REPEAT_S = 1.0
 """A rank that was still starting has not heard the first signal; SLURM repeats its TERM, too."""
 _POLL_S = 0.05
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
+
+
+def _end_with_parent() -> None:
+    """Linux sends this process TERM when its parent dies: no rank goes on unseen after a kill -9 of its launcher."""
+    if hasattr(_LIBC, "prctl"):
+        _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+def _prepare_rank() -> None:
+    ignore_stops()
+    _end_with_parent()
 
 
 class Step:
@@ -34,7 +48,7 @@ class Step:
         for rank in range(tasks):
             environ = {**os.environ, "HPC_RANK": str(rank), "HPC_WORLD_SIZE": str(tasks), "HPC_LOCAL_RANK": str(rank)}
             # A session of its own: Ctrl-C in a terminal reaches the ranks once, through this process.
-            rank_process = subprocess.Popen(command, env=environ, start_new_session=True, preexec_fn=ignore_stops)
+            rank_process = subprocess.Popen(command, env=environ, start_new_session=True, preexec_fn=_prepare_rank)
             self._ranks.append(rank_process)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
@@ -82,10 +96,15 @@ def main() -> int:
     parser.add_argument("--tasks", type=int, default=1)
     parser.add_argument("--time", type=float, default=float("inf"), help="seconds until KILL")
     parser.add_argument("--notice", type=float, default=0.0, help="seconds of notice by USR2")
+    parser.add_argument("--shell", type=int, help="pid of the batch shell, told when this step hears signals")
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
-    return Step(command, options.tasks).wait(options.time, options.notice)
+    _end_with_parent()
+    step = Step(command, options.tasks)
+    if options.shell:
+        os.kill(options.shell, READY)
+    return step.wait(options.time, options.notice)
 
 
 if __name__ == "__main__":

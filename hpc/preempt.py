@@ -29,6 +29,8 @@ class ExitCode(IntEnum):
 
 NOTICE = signal.SIGUSR2
 """What comes ahead of a time limit (`--signal=USR2@N`)."""
+READY = signal.SIGUSR1
+"""What hpc.localstep sends to the batch shell (never to a rank) once it hears the others."""
 STOP_SIGNALS = (NOTICE, signal.SIGTERM, signal.SIGINT)
 
 

@@ -21,6 +21,8 @@ def decide(run: RunDir, generation: int, code: int, told: bool) -> tuple[bool, s
         return False, "finished"
     stop = read_json(run.stop)
     stopped = stop.get("generation") == generation
+    if told and allocation.job_id() is None:
+        return False, f"cancelled or interrupted; 'hpc resume {run.name}' goes on"
     if told:
         return False, "the batch shell was told to end: SLURM requeued the job, or it was cancelled"
     if stopped:
@@ -38,8 +40,12 @@ def finish(run: RunDir, generation: int, code: int, told: bool) -> str:
         return "end"  # a later attempt holds the run; its records are not ours to touch
     stopped = read_json(run.stop).get("generation") == generation
     phase = "stopped" if stopped else "ended"
-    write_json(run.state, {**state, "phase": phase, "code": code, "reason": reason, "time": round(time.time(), 3)})
-    run.event("end", "shell", generation, code=code, told=told, again=again, reason=reason)
+    ended = {**state, "phase": phase, "code": code, "reason": reason, "time": round(time.time(), 3)}
+    try:
+        write_json(run.state, ended)
+        run.event("end", "shell", generation, code=code, told=told, again=again, reason=reason)
+    except OSError as error:  # a full disk takes the record, not the decision
+        print(f"{run.name}: the end of this attempt is not recorded ({error})", file=sys.stderr)
     print(f"{run.name}: {reason}; {'starting again' if again else 'not started again'}", file=sys.stderr)
     if not again:
         return "end"

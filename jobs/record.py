@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,21 @@ class Recorder:
         resumed, self._total, self._per_epoch = steps
         self._tracker = Tracker(run, generation, resumed)
         self._written_at = 0.0
+        self._refused = False
 
     def event(self, kind: str, **fields: Any) -> None:
-        self._run.event(kind, "rank0", self._generation, **fields)
+        self._quietly(partial(self._run.event, kind, "rank0", self._generation, **fields))
+
+    def _quietly(self, write: Callable[[], None]) -> None:
+        """A full disk takes these records, never the training."""
+        try:
+            write()
+        except OSError as error:
+            if not self._refused:
+                _LOG.warning("progress is not recorded for now: %s", error)
+            self._refused = True
+        else:
+            self._refused = False
 
     def step(self, step: int, loss: float, accuracy: float, rate: float) -> None:
         """One optimizer step, over all ranks."""
@@ -53,9 +66,12 @@ class Recorder:
             raise UserError(
                 f"{self._run.name} is held by generation {held['generation']}, not by this {self._generation}"
             )
+        if held.get("phase") in ("ended", "stopped"):
+            raise UserError(f"{self._run.name}: its batch script has ended this attempt; nothing more is written")
         progress = {"phase": phase, "step": step, "epoch": step // self._per_epoch, "steps": self._total}
         monitored = {"monitor": self._monitor, "best": _without_matrix(best or {})}
-        write_json(self._run.state, {**held, **progress, **monitored, "time": round(time.time(), 3)})
+        state = {**held, **progress, **monitored, "time": round(time.time(), 3)}
+        self._quietly(partial(write_json, self._run.state, state))
 
     def evaluation(
         self, step: int, scores: Scores, train: dict[str, float], speed: dict[str, float], waiting: float

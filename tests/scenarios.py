@@ -59,6 +59,22 @@ ROWS = [
         weights="one-task",
     ),
     Row(
+        "local-cancel",
+        "cancelled as it starts: it stops, and does not come back",
+        "$ hpc submit tiny.yaml launch.cluster=local\nwait for attempt\n$ hpc cancel tiny\nwait for silence\n$ hpc ls",
+        state="cancelled",
+        causes=("SIGTERM",),
+    ),
+    Row(
+        "local-kill",
+        "kill -9 of the batch shell: the ranks save and leave; resume goes on",
+        "$ hpc submit tiny.yaml launch.cluster=local\nwait for step 50\nsignal KILL\nwait for silence\n"
+        "$ hpc resume tiny\nwait for end",
+        attempts=2,
+        causes=("SIGTERM",),
+        weights="one-task",
+    ),
+    Row(
         "preempted-at-once",
         "GraceTime 0: SIGTERM to shell and tasks; SLURM requeues, we do not",
         f"{TINY} launch.partition=gpu\nwait for step 50\npreempt\nwait for requeue\n$ hpc ls\nwait for end",
@@ -124,7 +140,8 @@ ROWS = [
         "no-requeue",
         "where requeue is refused, the same script is submitted once more, under the same token",
         f"partition gpu DOWN\n{TINY}\n$ hpc cancel tiny\nwait for the job to go\npartition gpu UP\n"
-        "$ sed -i s/--requeue/--no-requeue/ runs/*/job.sbatch\nsbatch by hand\nwait for step 50\nsignal USR2\nwait for end\n$ hpc ls",
+        "$ sed -i s/--requeue/--no-requeue/ runs/*/job.sbatch\n"
+        "sbatch by hand\nwait for step 50\nsignal USR2\nwait for end\n$ hpc ls",
         cluster={},
         attempts=2,
         causes=("SIGUSR2",),
@@ -211,9 +228,13 @@ def _freeze(play: Playing, step: str) -> None:
         return int(play.read("state.json").get("step", 0)) >= int(step) or bool(attempted and _queue(play, "PENDING"))
 
     play.wait(there, f"step {step}, or stopped before")
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        if _is_rank(path, play.run):
-            os.kill(int(path.parent.name), signal.SIGSTOP)
+    for rank in _ranks(play):
+        os.kill(rank, signal.SIGSTOP)
+
+
+def _ranks(play: Playing) -> list[int]:
+    """Pids of the run's ranks on this machine."""
+    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if _is_rank(path, play.run)]
 
 
 def _is_rank(cmdline: Path, run: Path) -> bool:
@@ -251,6 +272,8 @@ _EVENTS: dict[str, Callable[..., Any]] = {
     r"wait for step (\d+)": lambda play, step: play.wait(
         lambda: int(play.read("state.json").get("step", 0)) >= int(step), f"step {step}"
     ),
+    r"wait for attempt": lambda play: play.wait(lambda: play.read("state.json"), "the first attempt has begun"),
+    r"wait for silence": lambda play: play.wait(lambda: not _ranks(play), "no rank is left"),
     r"wait for end": lambda play: play.wait(lambda: play.read("result.json"), "result.json is there"),
     r"wait for requeue": _release,
     r"wait for the job to go": lambda play: play.wait(lambda: _queue(play, "CANCELLED|"), "the job is gone"),

@@ -245,14 +245,26 @@ TABLE = [
 
 @pytest.mark.parametrize(("stopped", "code", "told", "finished", "again", "why"), TABLE)
 def test_what_follows_an_end(
-    run: RunDir, stopped: int | None, code: int, told: bool, finished: bool, again: bool, why: str
+    run: RunDir,
+    monkeypatch: pytest.MonkeyPatch,
+    stopped: int | None,
+    code: int,
+    told: bool,
+    finished: bool,
+    again: bool,
+    why: str,
 ) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     if stopped:
         write_json(run.stop, {"generation": stopped, "cause": "SIGTERM", "step": 40})
     if finished:
         write_json(run.result, {"finished": True})
     decision, reason = requeue.decide(run, 3, code, told)
     assert decision is again and reason.startswith(why)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    local = "cancelled or interrupted; 'hpc resume" if why is TOLD else why
+    decision, reason = requeue.decide(run, 3, code, told)
+    assert decision is again and reason.startswith(local)
 
 
 @pytest.fixture

@@ -10,8 +10,11 @@ import pytest
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hpc.errors import UserError
+from hpc.experiment import validate
 from hpc.logs import series
-from hpc.rundir import RunDir
+from hpc.rundir import RunDir, read_json, write_json
+from jobs.record import Recorder
 from jobs.tracking import Tracker
 from tests.tiny_run import in_child
 
@@ -117,3 +120,28 @@ def test_a_folder_that_cannot_be_made_turns_logging_off(run: RunDir, caplog: pyt
     tracker.scalars(1, {"a": 1.0})
     tracker.close()
     assert caplog.text.count("events are off") == 1
+
+
+def test_a_record_that_cannot_be_written_warns_once_and_stops_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunDir(tmp_path)
+    experiment = validate({"name": "a", "model": {"name": "m"}, "data": {"file": "f"}}, "test")
+    recorder = Recorder(run, experiment, ["a", "b"], 1, (0, 10, 5))
+    run.events.write_text("a file where a folder should be")
+    recorder.event("checkpoint", step=1)
+    recorder.event("checkpoint", step=2)
+    assert len([r for r in caplog.records if "not recorded" in r.message]) == 1
+    run.events.unlink()
+    recorder.event("checkpoint", step=3)
+    assert [event["step"] for event in run.read_events()] == [3]
+
+
+def test_an_attempt_that_its_script_has_ended_writes_no_progress(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    experiment = validate({"name": "a", "model": {"name": "m"}, "data": {"file": "f"}}, "test")
+    recorder = Recorder(run, experiment, ["a", "b"], 1, (0, 10, 5))
+    write_json(run.state, {"generation": 1, "phase": "ended", "code": 137})
+    with pytest.raises(UserError, match="ended this attempt"):
+        recorder.state("training", 3, None, force=True)
+    assert read_json(run.state)["code"] == 137
