@@ -138,6 +138,9 @@ def _read_rows(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]
     delimiter = next((mark for mark in "\t;" if mark in lines[0]), ",")
     reader = csv.reader(lines, delimiter=delimiter)
     header = [cell.strip() for cell in next(reader)]
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice:
+        raise ValueError(f"{path} has the column {twice!r} {header.count(twice)} times; keep one of them")
     rows = []
     for cells in reader:
         if any(cell.strip() for cell in cells):

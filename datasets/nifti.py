@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 orientations: Any = nibabel.orientations  # untyped
 
 SUFFIXES = (".nii.gz", ".nii")
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class NotNifti(ValueError):
@@ -50,20 +51,22 @@ def check_header(path: Path) -> None:
 def read_volume(path: Path) -> Volume:
     """The volume of a NIfTI file in RAS, dtype as stored, or float32 where the header scales.
 
-    Raises NotNifti, or UnusableVolume for 4D files, colour or complex voxels, NaN or infinite voxels, and broken data.
+    Raises NotNifti, or UnusableVolume for 4D files, colour or complex voxels, voxels that are NaN, infinite or beyond
+    float32's range, and broken data.
     """
     image = _load(path)
     shape = image.shape[:3] if len(image.shape) > 3 and set(image.shape[3:]) == {1} else image.shape
     _check_shape(shape, image.get_data_dtype())
     try:
-        data = _voxels(image).reshape(shape)
+        data: NDArray[Any] = np.asanyarray(image.dataobj).reshape(shape)
         orientation = orientations.io_orientation(image.affine)
     except (OSError, EOFError, zlib.error, ValueError, np.linalg.LinAlgError) as error:
         raise UnusableVolume(f"broken data ({' '.join(str(error).split())})") from error
     if np.isnan(orientation).any():
         raise UnusableVolume("its affine is singular: no direction in space; repair the header")
-    if data.dtype.kind == "f" and not np.isfinite(data).all():
-        raise UnusableVolume(f"{np.count_nonzero(~np.isfinite(data))} voxels are NaN or infinite; repair or mask them")
+    _check_values(data)
+    scaled = (image.dataobj.slope, image.dataobj.inter) != (1.0, 0.0)
+    data = data.astype(np.float32 if scaled else data.dtype.newbyteorder("="), copy=False)
     affine = image.affine @ orientations.inv_ornt_aff(orientation, shape)
     return Volume(np.ascontiguousarray(orientations.apply_orientation(data, orientation)), affine)
 
@@ -104,7 +107,11 @@ def _check_shape(shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         raise UnusableVolume(f"its voxels are {dtype}; only integers and real numbers can be packed")
 
 
-def _voxels(image: Any) -> NDArray[Any]:
-    data: NDArray[Any] = np.asanyarray(image.dataobj)
-    scaled = (image.dataobj.slope, image.dataobj.inter) != (1.0, 0.0)
-    return data.astype(np.float32 if scaled else data.dtype.newbyteorder("="), copy=False)
+def _check_values(data: NDArray[Any]) -> None:
+    if data.dtype.kind != "f":
+        return
+    if not np.isfinite(data).all():
+        raise UnusableVolume(f"{np.count_nonzero(~np.isfinite(data))} voxels are NaN or infinite; repair or mask them")
+    extreme = float(max(data.min(), data.max(), key=abs))
+    if abs(extreme) > LARGEST:
+        raise UnusableVolume(f"its value {extreme:g} is beyond float32's range of +-{LARGEST:.3g}; rescale or mask it")

@@ -42,7 +42,7 @@ from datasets.prepare import (
     resolve_dtype,
     store,
 )
-from datasets.writer import VolumeWriter
+from datasets.writer import VolumeWriter, require_replaceable
 
 Progress = Callable[[int, int, str], None]
 """called with volumes done, volumes to do (both passes), and the name of the next file"""
@@ -153,12 +153,14 @@ class _Labels:
 def pack(options: PackOptions, progress: Progress | None = None) -> PackSummary:
     """Write `options.output` and say what is in it. ValueError (one line) for a user's mistake, nothing left behind."""
     sources = find_sources(options.sources)
+    _protect_inputs(options, list(sources.values()))
+    require_replaceable(options.output)
     labels = _read_labels(options, list(sources))
     steps = _Steps(2 * len(sources), progress)
     surveys, bad = _survey_all(options, sources, labels, steps)
     if not surveys:
         raise ValueError(f"no volume can be packed; the first, {bad[0][0]}: {bad[0][1]}")
-    _require_all_classes(labels, surveys)
+    _require_all_classes(labels, surveys, bad)
     shape = _common_shape(options, surveys)
     dtype = resolve_dtype(options.dtype, [survey.intensities for survey in surveys])
     split = iter(_split(options, surveys).tolist())
@@ -224,6 +226,13 @@ def _expand(entry: Path) -> list[Path]:
     if not files:
         raise NotNifti(f"{entry} holds no .nii or .nii.gz file; give another folder")
     return files
+
+
+def _protect_inputs(options: PackOptions, sources: list[Path]) -> None:
+    target = options.output.resolve()
+    for path in (*sources, options.labels, options.atlas, options.regions):
+        if path is not None and path.resolve() == target:
+            raise ValueError(f"--output {options.output} would overwrite the input {path}; give another name")
 
 
 def _read_labels(options: PackOptions, ids: list[str]) -> _Labels:
@@ -297,11 +306,14 @@ def _draw(among: NDArray[Any], rooms: tuple[int, ...], count: int, key: tuple[in
     return [tuple(int(axis) for axis in corner) for corner in np.stack(np.unravel_index(chosen, rooms), axis=1)]
 
 
-def _require_all_classes(labels: _Labels, surveys: list[_Survey]) -> None:
+def _require_all_classes(labels: _Labels, surveys: list[_Survey], bad: list[tuple[Path, str]]) -> None:
     present = {place.label for survey in surveys for place in survey.places}
     missing = [name for number, name in enumerate(labels.class_names) if number not in present]
     if missing:
-        raise ValueError(f"class {missing[0]!r} has no sample in any usable volume; remove it or add a volume with it")
+        skipped = "".join(f"; {path} was skipped: {reason}" for path, reason in bad)
+        raise ValueError(
+            f"class {missing[0]!r} has no sample in any usable volume; remove it or add a volume with it{skipped}"
+        )
 
 
 def _common_shape(options: PackOptions, surveys: list[_Survey]) -> tuple[int, ...]:

@@ -15,6 +15,8 @@ from datasets import layout
 from datasets.partition import SPLITS, check_groups
 
 PAGE = 4096
+SIGNATURE = b"\x89HDF\r\n\x1a\n"
+"""first bytes of an HDF5 file"""
 
 
 class VolumeWriter:
@@ -115,9 +117,7 @@ class VolumeWriter:
             raise ValueError(f"dtype {self.dtype} cannot be stored; use {', '.join(layout.INPUT_DTYPES)}")
         if len(self.shape) < 3 or min(self.shape) < 1 or self.num_samples < 1:
             raise ValueError(f"{self.num_samples} samples of shape {self.shape} cannot be stored; need (C, *spatial)")
-        if self.path.is_dir() or not self.path.parent.is_dir():
-            what = "is a folder" if self.path.is_dir() else "cannot be written: its folder does not exist"
-            raise ValueError(f"{self.path} {what}; give the name of a file in an existing folder")
+        require_replaceable(self.path)
 
     def _create(self) -> None:
         num, channels = self.num_samples, self.shape[0]
@@ -181,6 +181,24 @@ class VolumeWriter:
             self._file.close()
         finally:
             self._temporary.unlink(missing_ok=True)
+
+
+def require_replaceable(path: Path) -> None:
+    """Refuse (ValueError) a name that cannot be written, or that would destroy something else than an HDF5 file."""
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else "cannot be written: its folder does not exist"
+        raise ValueError(f"{path} {what}; give the name of a file in an existing folder")
+    if path.exists() and not _is_hdf5(path):
+        raise ValueError(
+            f"{path} exists and is not an HDF5 file, so it is not replaced; give another name or remove it"
+        )
+
+
+def _is_hdf5(path: Path) -> bool:
+    if not path.is_file():  # a device or a pipe: reading could wait for ever
+        return False
+    with path.open("rb") as file:
+        return file.read(len(SIGNATURE)) == SIGNATURE
 
 
 def _sync(path: Path) -> None:

@@ -26,8 +26,8 @@ LOOKED_AT = 64
 PER_CLASS = 6
 MAX_CLASSES = 24
 """rows and columns of the montage"""
-TITLE = 32
-"""characters of an id that fit over its picture"""
+TITLE = 18
+"""characters of an id that fit over its picture; ids tend to differ at their end"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +86,7 @@ def draw_montage(volumes: VolumeFile, path: Path) -> None:
             image = image[..., image.shape[-1] // 2] if image.ndim == 3 else image
             low, high = np.percentile(image, (1, 99))
             axis.imshow(image.T, cmap="gray", origin="lower", vmin=low, vmax=max(high, low + 1e-6))
-            axis.set_title(volumes.ids[sample][-TITLE:], fontsize=5)
+            axis.set_title(_shorten(volumes.ids[sample]), fontsize=5)
         for axis in line:
             axis.set(xticks=[], yticks=[])
             axis.set_frame_on(False)
@@ -162,6 +162,10 @@ def _montage_rows(volumes: VolumeFile) -> dict[str, list[int]]:
         spread = np.unique(np.linspace(0, max(len(samples) - 1, 0), PER_CLASS).round().astype(int))
         rows[name] = samples[spread].tolist() if len(samples) else []
     return rows
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= TITLE else "..." + name[3 - TITLE :]
 
 
 def _show(facts: dict[str, Any]) -> None:

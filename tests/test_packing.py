@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import nibabel
@@ -108,8 +109,7 @@ def test_whole_volumes_from_a_table(scans, tmp_path, capsys):
         foreground = original[original > 0]
         wanted = (original - foreground.mean()) / foreground.std()
         assert np.allclose(stored * volumes.scale[number] + volumes.offset[number], wanted, atol=1e-4)
-    entry = volumes.source[0]
-    assert entry == {
+    assert volumes.source[0] == {
         "name": "s00.nii.gz",
         "size": (folder / "s00.nii.gz").stat().st_size,
         "sha256": hashlib.sha256((folder / "s00.nii.gz").read_bytes()).hexdigest(),
@@ -255,11 +255,20 @@ def test_a_volume_that_cannot_be_used_is_skipped_with_its_reason(scans, tmp_path
     assert len(volumes) == 11 and "s03" not in volumes.ids and volumes.verify() == []
 
 
+@pytest.mark.parametrize("value", [1e39, -1e300])
+def test_a_value_beyond_float32_makes_a_volume_unusable(scans, tmp_path, capsys, value):
+    folder, labels = scans
+    data = world((6, 7, 8)).astype(np.float64)
+    data[1, 2, 3] = value
+    save(folder / "s03.nii.gz", data)
+    assert run(folder, "-o", tmp_path / "o.h5", "--labels", labels) == 1
+    assert f"s03.nii.gz: its value {value:g} is beyond float32's range" in capsys.readouterr().err
+    assert "s03" not in open_volumes(tmp_path / "o.h5").ids
+
+
 def test_a_class_that_cannot_be_learned_is_told(scans, tmp_path, capsys):
     folder, _ = scans
-    rows = [
-        f"s{number:02d},{'rare' if number == 3 else 'common'},{'test' if number < 5 else ''}" for number in range(12)
-    ]
+    rows = [f"s{n:02d},{'rare' if n == 3 else 'common'},{'test' if n < 5 else ''}" for n in range(12)]
     labels = table(tmp_path / "l.csv", rows, "id,label,split")
     assert run(folder, "-o", tmp_path / "o.h5", "--labels", labels) == 0
     assert "class 'rare' has no sample in train" in capsys.readouterr().err
@@ -312,6 +321,13 @@ def all_bad(folder, labels):
     return [folder, "--labels", labels]
 
 
+def class_lost(folder, labels):
+    spoil_cut(folder)
+    save(folder / "s05.nii.gz", np.full((6, 7, 8), np.nan, np.float32))
+    labels.write_text(labels.read_text().replace("s03,sick", "s03,rare").replace("s05,sick", "s05,rare"))
+    return [folder, "--labels", labels]
+
+
 def edit_table(old, new):
     def build(folder, labels):
         labels.write_text(labels.read_text().replace(old, new, 1))
@@ -333,6 +349,11 @@ WRONG = {
     "id twice in the files": (twice_a_file, "two files have the id 's01'"),
     "no class": (edit_table("well", ""), "line 2 has no label"),
     "no column": (edit_table("label", "lable"), r"no column 'label' \(is it 'lable'\?\)"),
+    "column twice": (edit_table("id,label,patient", "id,label,label"), "has the column 'label' 2 times"),
+    "class lost": (
+        class_lost,
+        r"class 'rare' has no .*s03.nii.gz was skipped: broken data \(.*s05.nii.gz was skipped: 336 voxels are NaN",
+    ),
     "no labels": (with_options(), "give --labels TABLE"),
     "no table": (with_options("--labels", "absent.csv"), "absent.csv cannot be read"),
     "bad group": (with_options("--labels", "T", "--group", "patent"), r"\(is it 'patient'\?\)"),
@@ -371,6 +392,26 @@ def test_an_output_in_a_missing_folder_is_refused(scans, tmp_path, capsys):
     assert "its folder does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("victim", ["source", "link", "labels", "atlas", "regions", "other", "empty"])
+def test_what_is_no_hdf5_file_is_never_overwritten(atlas, tmp_path, capsys, victim):
+    folder, options = atlas
+    labels = table(tmp_path / "l.csv", ["one,p1", "two,p2"], "id,group")
+    target = {"source": folder / "two.nii.gz", "labels": labels, "atlas": options[1], "regions": options[3]}.get(victim)
+    if target is None:
+        target = tmp_path / "target.h5"
+        target.symlink_to(folder / "one.nii.gz") if victim == "link" else target.write_text(
+            "" if victim == "empty" else "notes"
+        )
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    arguments = [folder, "--labels", labels, *options, "--patch", 4, "--per-class", 5, "--split", "50/50/0"]
+    assert run(*arguments, "-o", folder / ".." / target.relative_to(tmp_path)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ("exists and is not an HDF5 file" if victim in ("other", "empty") else "would overwrite the input") in line
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    for _ in range(2):  # an older volume file is replaced
+        assert run(*arguments, "-o", tmp_path / "new.h5") == 0
+
+
 def test_one_group_cannot_fill_three_splits(atlas, tmp_path, capsys):
     folder, options = atlas
     assert run(folder / "one.nii.gz", "-o", tmp_path / "o.h5", *options, "--patch", 4, "--per-class", 5) == 2
@@ -403,6 +444,22 @@ def test_inspect_says_what_is_in_the_file(scans, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert inspect.main([str(out)]) == 0
     assert "12 samples of 1x6x7x8 int16, classification" in capsys.readouterr().out
+
+
+def test_titles_of_neighbouring_pictures_do_not_overlap(scans, tmp_path, monkeypatch):
+    folder, _ = scans
+    for path in list(folder.iterdir()):
+        path.rename(folder / f"sub-{path.name[:3]}_SESSION-BASELINE_SPACE-MNI152NLIN2009_{path.name}")
+    labels = table(tmp_path / "l.csv", [f"{path.name},{n % 2}" for n, path in enumerate(folder.iterdir())])
+    assert run(folder, "-o", tmp_path / "o.h5", "--labels", labels) == 0
+    drawn = []
+    monkeypatch.setattr("matplotlib.pyplot.close", drawn.append)
+    inspect.draw_montage(open_volumes(tmp_path / "o.h5"), tmp_path / "o.png")
+    monkeypatch.undo()
+    titles = [axis.title for axis in drawn[0].axes[: inspect.PER_CLASS]]
+    boxes = [title.get_window_extent() for title in titles]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    assert all(re.fullmatch(r"\.\.\..*_s\d\d", title.get_text()) for title in titles)
 
 
 def test_inspect_finds_damage_and_refuses_what_is_no_volume_file(scans, tmp_path, capsys):
