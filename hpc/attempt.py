@@ -22,6 +22,7 @@ from hpc.errors import UserError
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, read_json, write_json
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SILENT_S = 60
 """A holder that nobody can be asked about is gone when its state.json, written each second, is older than this."""
 
@@ -66,6 +67,7 @@ def _begin(run: RunDir, shell_pid: int) -> dict[str, str]:
             "host": host,
             "node": allocation.node_name(),
             "pid": shell_pid,
+            "process_start": process_start(shell_pid),
             "phase": "starting",
             "step": state.get("step", 0),
             "epoch": state.get("epoch", 0),
@@ -94,7 +96,8 @@ def _mine(state: dict[str, Any], job: str | None, shell_pid: int) -> bool:
     """A requeue of the same job, or the same local shell after its own restart, takes its own lease at once."""
     if job is not None:
         return bool(state.get("job") == job)
-    return state.get("job") is None and state.get("host") == socket.gethostname() and state.get("pid") == shell_pid
+    here = state.get("job") is None and state.get("host") == socket.gethostname()
+    return here and state.get("pid") == shell_pid and state.get("process_start") == process_start(shell_pid)
 
 
 def _alive(run: RunDir, state: dict[str, Any]) -> bool:
@@ -106,7 +109,9 @@ def _alive(run: RunDir, state: dict[str, Any]) -> bool:
         except (slurm.SlurmError, OSError):
             return _heard(run)  # no controller to ask from here
         return info is not None and info.live and info.state != "PENDING"
-    return process_alive(int(state["pid"])) if state.get("host") == socket.gethostname() else _heard(run)
+    if state.get("host") == socket.gethostname():
+        return same_process(int(state["pid"]), state.get("process_start"))
+    return _heard(run)
 
 
 def _heard(run: RunDir) -> bool:
@@ -116,10 +121,33 @@ def _heard(run: RunDir) -> bool:
 
 def process_alive(pid: int) -> bool:
     """Whether a process of this host exists (a zombie is none)."""
+    return _stat(pid)[:1] not in ([], ["Z"])
+
+
+def process_start(pid: int) -> str:
+    """Boot id and start of a process in clock ticks since then, unchanged by exec; empty where there is no process."""
+    fields = _stat(pid)
+    return f"{_BOOT_ID.read_text().strip()} {fields[19]}" if fields else ""
+
+
+def same_process(pid: int, start: str | None) -> bool:
+    """Whether the process recorded with its start is still there: its bare number may be another's by now."""
+    return bool(start) and process_alive(pid) and process_start(pid) == start
+
+
+def _stat(pid: int) -> list[str]:
+    """Fields 3 (state) and later of /proc/PID/stat, field 22 the start; the name before them may hold blanks."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
-        return False
+        return []
+
+
+def record_submission(run: RunDir, cluster: str, job: str) -> None:
+    """submit.json and its event; of a local job, whose number is a pid, with the process's start."""
+    here = {"process_start": process_start(int(job))} if cluster == "local" else {}
+    write_json(run.submit, {"cluster": cluster, "job": job, "time": round(time.time(), 3), **here})
+    run.event("submit", "login", cluster=cluster, job=job)
 
 
 def main() -> int:

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 from hpc import ledger
+from hpc.attempt import record_submission
 from hpc.preempt import STOP_SIGNALS
-from hpc.rundir import RunDir, read_json, write_json
+from hpc.rundir import RunDir, read_json
 
 _POLL_S = 0.3
 
@@ -23,8 +24,7 @@ def train(run: RunDir) -> int:
     process = subprocess.Popen(
         ["bash", str(run.script)], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
-    write_json(run.submit, {"cluster": "local", "job": str(process.pid), "time": round(time.time(), 3)})
-    run.event("submit", "login", cluster="local", job=str(process.pid))
+    record_submission(run, "local", str(process.pid))
     for number in STOP_SIGNALS:
         signal.signal(number, lambda received, _: process.send_signal(received))
     assert process.stdout is not None

@@ -21,8 +21,9 @@ from submitit.local.local import LocalExecutor, LocalJob
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
 from hpc import allocation, slurm
+from hpc.attempt import record_submission
 from hpc.errors import UserError
-from hpc.rundir import RunDir, read_json, write_json
+from hpc.rundir import RunDir, read_json
 
 _NO_LIMIT_MIN = 60 * 24 * 3650  # hpc.localstep keeps the time limit: it starts afresh with every attempt
 
@@ -151,8 +152,7 @@ def submit(run: RunDir, cluster: str) -> SlurmRunJob | LocalRunJob:
     run.logs.mkdir(exist_ok=True)
     executor = SlurmRunExecutor(run) if cluster == "slurm" else LocalRunExecutor(run)
     job = executor.submit_run()
-    write_json(run.submit, {"cluster": cluster, "job": job.job_id, "time": round(time.time(), 3)})
-    run.event("submit", "login", cluster=cluster, job=job.job_id)
+    record_submission(run, cluster, job.job_id)
     return job
 
 

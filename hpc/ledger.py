@@ -7,10 +7,12 @@ import signal
 import socket
 import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from hpc import slurm
-from hpc.attempt import process_alive
+from hpc import slurm, yamlfile
+from hpc.attempt import same_process
 from hpc.errors import UserError
 from hpc.rundir import RunDir, read_json, write_json
 
@@ -21,7 +23,7 @@ class Status:
 
     run: str
     state: str
-    """finished, running, pending, requeued, stopped, failed, cancelled, lost, or planned."""
+    """finished, running, pending, requeued, stopped, failed, cancelled, lost, planned, or damaged."""
     detail: str
     cluster: str
     job: str
@@ -38,25 +40,88 @@ class Status:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class _Records:
+    """What a run's files say, each field of the kind that is expected."""
+
+    submit: dict[str, Any]
+    state: dict[str, Any]
+    result: dict[str, Any]
+    generation: int
+    made: float
+
+
+_NUMBER = (int, float)
+_KINDS: dict[str, dict[str, Any]] = {
+    "submit": {"cluster": str, "job": str, "time": _NUMBER, "cancelled": _NUMBER},
+    "state": {
+        "phase": str,
+        "pid": int,
+        "host": str,
+        "time": _NUMBER,
+        "started": _NUMBER,
+        "step": int,
+        "epoch": int,
+        "best": dict,
+        "job": (str, NoneType),
+    },
+    "result": {"best": dict},
+}
+_NEEDED = {"state": ("phase", "pid", "host", "time")}
+
+
+def _read(run: RunDir) -> _Records | str:
+    """The records of a run, or what is damaged about them, in a sentence."""
+    try:
+        yamlfile.read(run.experiment)
+        submit, state, result = (_read_record(getattr(run, name), name) for name in _KINDS)
+        return _Records(submit, state, result, run.last_generation(), run.experiment.stat().st_mtime)
+    except (UserError, OSError) as error:
+        return " ".join(str(error).split())
+
+
+def _read_record(path: Path, name: str) -> dict[str, Any]:
+    record = read_json(path)
+    wrong = [key for key, kind in _KINDS[name].items() if key in record and not isinstance(record[key], kind)]
+    missing = [key for key in _NEEDED.get(name, ()) if record and key not in record]
+    if name == "submit" and record.get("cluster") == "local" and not str(record.get("job", "")).isdecimal():
+        wrong.append("job")
+    if "best" not in wrong and not isinstance(record.get("best", {}).get("metrics", {}), dict):
+        wrong.append("best")
+    if wrong or missing:
+        faults = [f"{key!r} is not what belongs there" for key in wrong] + [f"{key!r} is missing" for key in missing]
+        raise UserError(f"{path}: damaged ({', '.join(faults)}); remove it or restore it from a copy")
+    return record
+
+
 def statuses(runs: list[RunDir]) -> list[Status]:
-    """The state of each run; one squeue for all of them."""
+    """The state of each run; one squeue for all of them. One whose files are damaged does not hide the others."""
+    found = [(run, _read(run)) for run in runs]
     jobs: dict[str, slurm.JobInfo] | None = {}
-    if any(_newest(read_json(run.submit), read_json(run.state))[0] == "slurm" for run in runs):
+    if any(isinstance(told, _Records) and _newest(told.submit, told.state)[0] == "slurm" for _, told in found):
         try:
             jobs = slurm.queue()
         except (slurm.SlurmError, OSError):
             jobs = None
-    return [_status(run, jobs) for run in runs]
+    return [_damaged(run, told) if isinstance(told, str) else _status(run, told, jobs) for run, told in found]
+
+
+def _damaged(run: RunDir, fault: str) -> Status:
+    try:
+        age = time.time() - run.experiment.stat().st_mtime
+    except OSError:
+        age = 0.0
+    return Status(run.name, "damaged", fault, "", "", "", attempts=0, epoch=0, step=0, metric="", age_s=age)
 
 
 def status(run: RunDir) -> Status:
     return statuses([run])[0]
 
 
-def _status(run: RunDir, jobs: dict[str, slurm.JobInfo] | None) -> Status:
-    submit, state, result = read_json(run.submit), read_json(run.state), read_json(run.result)
+def _status(run: RunDir, told: _Records, jobs: dict[str, slurm.JobInfo] | None) -> Status:
+    submit, state, result = told.submit, told.state, told.result
     cluster, job = _newest(submit, state)
-    name, detail = _state(run, submit, state, result, jobs)
+    name, detail = _state(told, jobs)
     best = result.get("best") or state.get("best") or {}
     monitor = result.get("monitor") or state.get("monitor")
     value = best.get("metrics", {}).get(monitor)
@@ -67,30 +132,25 @@ def _status(run: RunDir, jobs: dict[str, slurm.JobInfo] | None) -> Status:
         cluster=cluster,
         job=job,
         node=str(state.get("node", "")),
-        attempts=run.last_generation(),
+        attempts=told.generation,
         epoch=int(state.get("epoch", 0)),
         step=int(state.get("step", 0)),
-        metric=f"{monitor} {value:.4f}" if value is not None else "",
-        age_s=time.time() - float(state.get("time") or submit.get("time") or run.experiment.stat().st_mtime),
+        metric=f"{monitor} {value:.4f}" if isinstance(value, _NUMBER) else "",
+        age_s=time.time() - float(state.get("time") or submit.get("time") or told.made),
     )
 
 
-def _state(
-    run: RunDir,
-    submit: dict[str, Any],
-    state: dict[str, Any],
-    result: dict[str, Any],
-    jobs: dict[str, slurm.JobInfo] | None,
-) -> tuple[str, str]:
+def _state(told: _Records, jobs: dict[str, slurm.JobInfo] | None) -> tuple[str, str]:
     """The state's name and what more there is to say. `jobs` is None when SLURM did not answer."""
-    if result:
+    submit, state = told.submit, told.state
+    if told.result:
         return "finished", ""
     cluster, job = _newest(submit, state)
     info = jobs.get(job) if jobs and cluster == "slurm" else None
     reason = str(state.get("reason", ""))
     if info and info.live:
         if info.state == "PENDING":
-            return ("requeued" if run.last_generation() else "pending"), info.reason
+            return ("requeued" if told.generation else "pending"), info.reason
         return "running", str(state.get("phase", "starting"))
     if submit.get("cancelled", 0) > state.get("started", 0):
         return "cancelled", reason
@@ -123,7 +183,7 @@ def _heard(state: dict[str, Any]) -> str:
 def _local_state(state: dict[str, Any], phase: str, reason: str) -> tuple[str, str]:
     """Of a run outside SLURM, by the process that holds it."""
     here = state.get("host") == socket.gethostname()
-    alive = here and process_alive(int(state["pid"]))
+    alive = here and same_process(state["pid"], state.get("process_start"))
     if phase == "stopped":
         return ("requeued" if alive else "stopped"), reason
     if phase == "ended":
@@ -138,7 +198,7 @@ def _unstarted(submit: dict[str, Any]) -> tuple[str, str]:
         return "planned", "not submitted"
     if submit.get("cluster") == "slurm":
         return "lost", "no attempt has started, and the job is gone"
-    alive = process_alive(int(submit["job"]))
+    alive = same_process(int(submit["job"]), submit.get("process_start"))
     return ("pending", "starting") if alive else ("failed", "the batch script ended before its first attempt")
 
 
@@ -149,6 +209,8 @@ def live(state: str) -> bool:
 def cancel(run: RunDir) -> str:
     """End a run for good: scancel, or TERM to its local batch shell. Raises UserError when there is nothing to end."""
     now = status(run)
+    if now.state == "damaged":
+        raise UserError(now.detail)
     if not live(now.state):
         raise UserError(f"{run.name} is {now.state}: nothing to cancel")
     submit, state = read_json(run.submit), read_json(run.state)
@@ -161,8 +223,10 @@ def cancel(run: RunDir) -> str:
         raise UserError(f"{run.name} is just starting: repeat this in a moment")
     if state["host"] != socket.gethostname():
         raise UserError(f"{run.name} runs on {state['host']}; cancel it there")
+    if not same_process(state["pid"], state.get("process_start")):
+        raise UserError(f"{run.name} has ended just now: nothing to cancel")
     _mark_cancelled(run, submit)
-    os.kill(int(state["pid"]), signal.SIGTERM)
+    os.kill(state["pid"], signal.SIGTERM)
     return f"process {state['pid']}"
 
 

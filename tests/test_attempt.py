@@ -51,7 +51,8 @@ def other() -> Iterator[int]:
 
 def hold(run: RunDir, **state: Any) -> None:
     held = {"generation": 1, "job": None, "host": HOST, "node": "n", "pid": 1, "phase": "training", "step": 40}
-    write_json(run.state, {**held, "epoch": 2, "started": 1.0, "time": time.time(), **state})
+    start = attempt.process_start(int(state.get("pid", 1)))
+    write_json(run.state, {**held, "process_start": start, "epoch": 2, "started": 1.0, "time": time.time(), **state})
 
 
 # Start.
@@ -144,6 +145,30 @@ def test_a_dead_holder_is_taken_over_and_a_zombie_is_dead(run: RunDir) -> None:
     hold(run, pid=dead.pid)
     attempt.begin(run, os.getpid())
     assert read_json(run.state)["pid"] == os.getpid()
+
+
+@pytest.mark.parametrize("start", ["", None, "another-boot 4711"])
+def test_a_holder_whose_number_another_process_has_by_now_is_dead(run: RunDir, other: int, start: str | None) -> None:
+    hold(run, pid=other, process_start=start)
+    assert attempt.begin(run, os.getpid())["HPC_GENERATION"] == "1"
+
+
+def test_a_processs_start_outlives_exec_and_tells_it_from_others(other: int) -> None:
+    command = 'read -r _; exec -a "odd ) (name" sleep 60'
+    shell = subprocess.Popen(["bash", "-c", command], stdin=subprocess.PIPE)
+    try:
+        before = attempt.process_start(shell.pid)
+        assert before and before == attempt.process_start(shell.pid) != attempt.process_start(os.getpid())
+        assert shell.stdin is not None
+        shell.stdin.write(b"go\n")
+        shell.stdin.flush()
+        while b"odd" not in Path(f"/proc/{shell.pid}/cmdline").read_bytes():
+            time.sleep(0.01)
+        assert attempt.same_process(shell.pid, before)
+    finally:
+        shell.kill()
+        shell.wait()
+    assert not attempt.same_process(shell.pid, before) and attempt.process_start(shell.pid) == ""
 
 
 def test_a_holder_on_another_host_counts_while_it_writes(run: RunDir, other: int) -> None:

@@ -1,6 +1,7 @@
 """Submission: what sbatch is given, the token after a failed one, no doubles; and the same script run here."""
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 from submitit.core.utils import UncompletedJobError
 
 from hpc import allocation, launch, slurm
+from hpc.attempt import same_process
 from hpc.errors import UserError
 from hpc.rundir import RunDir, read_json, write_json, write_text
 from tests.fakeslurm import FakeSlurm, without_slurm
@@ -119,6 +121,32 @@ def test_here_the_same_script_runs_under_bash_and_its_result_is_result_json(run:
     assert job.result() == {"best": 1}
     assert "told local" in run.output(job.job_id, "0").read_text()
     assert read_json(run.submit)["job"] == job.job_id and not list(run.path.rglob("*.pkl"))
+
+
+def test_a_local_job_is_recorded_with_the_start_of_its_process(run: RunDir) -> None:
+    write_text(run.script, "exec sleep 60\n")
+    job = launch.submit(run, "local")
+    start = read_json(run.submit)["process_start"]
+    assert start and same_process(int(job.job_id), start)
+    job.cancel()
+    job.wait()
+    assert not same_process(int(job.job_id), start)
+
+
+def test_training_in_the_foreground_records_its_process_too(run: RunDir) -> None:
+    """The script sees its own record: its pid with its start."""
+    text = (
+        "import sys; from pathlib import Path; from hpc.attempt import same_process; from hpc.rundir import read_json"
+    )
+    text += "; told = read_json(Path(sys.argv[1])); sys.exit(not same_process(int(told['job']), told['process_start']))"
+    script = f"while [ ! -e {run.name} ]; do sleep 0.05; cp {run.submit.name} {run.name} 2>/dev/null; done\n"
+    check = shlex.join([sys.executable, "-c", text, run.submit.name])
+    write_text(run.script, f'cd "$(dirname "$0")"\n{script}{check}\n')
+    run.logs.mkdir()
+    command = "import sys; from hpc import foreground; from hpc.rundir import RunDir"
+    command += "; sys.exit(foreground.train(RunDir(sys.argv[1])))"
+    done = subprocess.run([sys.executable, "-c", command, str(run.path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_run_without_a_result_says_where_its_output_is(run: RunDir) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from hpc import ledger, slurm
+from hpc.attempt import process_start
 from hpc.errors import UserError
 from hpc.rundir import RunDir, read_json, write_json, write_text
 from tests.fakeslurm import FakeSlurm, without_slurm
@@ -50,14 +51,16 @@ def dead() -> int:
 
 
 def submitted(run: RunDir, cluster: str, job: object, when: float = NOW, **more: Any) -> None:
-    write_json(run.submit, {"cluster": cluster, "job": str(job), "time": when, **more})
+    here = {"process_start": process_start(int(str(job)))} if cluster == "local" else {}
+    write_json(run.submit, {"cluster": cluster, "job": str(job), "time": when, **here, **more})
 
 
 def held(run: RunDir, **state: Any) -> None:
     """An attempt that began after the submission."""
     run.event("start", "shell", 1)
     common = {"generation": 1, "job": None, "host": HOST, "node": "n", "pid": 1, "step": 40, "epoch": 2}
-    write_json(run.state, {**common, "started": NOW + 5, "time": NOW + 50, **state})
+    start = process_start(int(state.get("pid", 1)))
+    write_json(run.state, {**common, "process_start": start, "started": NOW + 5, "time": NOW + 50, **state})
 
 
 def told(run: RunDir) -> tuple[str, str]:
@@ -213,6 +216,65 @@ def test_a_run_on_another_host_says_when_it_was_last_heard_of(run: RunDir) -> No
     held(run, phase="training", host="login2", time=time.time() - 30)
     state, detail = told(run)
     assert state == "running" and detail in ("on login2, last heard of 30 s ago", "on login2, last heard of 31 s ago")
+
+
+@pytest.mark.parametrize("start", ["", None, "another-boot 4711"])
+def test_a_number_that_another_process_has_by_now_is_no_run(
+    run: RunDir, alive: subprocess.Popen[bytes], start: str | None
+) -> None:
+    submitted(run, "local", alive.pid, process_start=start)
+    assert told(run) == ("failed", "the batch script ended before its first attempt")
+    submitted(run, "local", 4711)
+    held(run, phase="training", pid=alive.pid, process_start=start)
+    assert told(run) == ("lost", "the job ended without a word while training")
+    with pytest.raises(UserError, match="is lost: nothing to cancel"):
+        ledger.cancel(run)
+    assert alive.poll() is None
+
+
+def test_a_process_that_changes_hands_while_it_is_cancelled_is_left_alone(
+    run: RunDir, alive: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted(run, "local", 4711)
+    held(run, phase="training", pid=alive.pid)
+    before = ledger.status(run)
+    held(run, phase="training", pid=alive.pid, process_start="another-boot 4711")
+    monkeypatch.setattr(ledger, "status", lambda run: before)
+    with pytest.raises(UserError, match="has ended just now: nothing to cancel"):
+        ledger.cancel(run)
+    assert alive.poll() is None and "cancelled" not in read_json(run.submit)
+
+
+# Damage.
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("state.json", b'{"phase": "tr', "state.json: damaged"),
+        ("state.json", b'{"phase": "training"}', "state.json: damaged ('pid' is missing, 'host' is missing"),
+        ("state.json", b'{"phase": "x", "pid": "4", "host": "h", "time": 1}', "'pid' is not what belongs there"),
+        ("state.json", b'{"phase": "x", "pid": 4, "host": "h", "time": null}', "'time' is not what belongs there"),
+        ("submit.json", b"\xff\x00", "submit.json: damaged"),
+        ("submit.json", b'{"cluster": "local", "job": "x"}', "submit.json: damaged ('job' is not what belongs there)"),
+        ("submit.json", b'{"cluster": "local", "time": 1}', "submit.json: damaged ('job' is not what belongs there)"),
+        ("result.json", b"[]", "result.json: holds list"),
+        ("result.json", b'{"best": {"metrics": 3}}', "result.json: damaged ('best' is not what belongs there)"),
+        ("experiment.yaml", b"name: [", "experiment.yaml, line 1"),
+        ("experiment.yaml", b"", "experiment.yaml: is empty"),
+    ],
+)
+def test_a_damaged_run_is_told_with_its_reason_and_hides_no_other(
+    tmp_path: Path, run: RunDir, file: str, content: bytes, words: str
+) -> None:
+    (run.path / file).write_bytes(content)
+    other = RunDir(run.path.with_name("exp-0000bbbb"))
+    write_text(other.experiment, "name: exp\n")
+    damaged, whole = ledger.statuses([run, other])
+    assert (damaged.state, whole.state) == ("damaged", "planned")
+    assert words in damaged.detail and "\n" not in damaged.detail
+    with pytest.raises(UserError, match=file):
+        ledger.cancel(run)
 
 
 # Cancel.
