@@ -23,6 +23,7 @@ from hpc.errors import UserError, nearest
 Duration = Annotated[int, BeforeValidator(units.seconds)]
 Gigabytes = Annotated[float, BeforeValidator(units.gigabytes)]
 Positive = Annotated[int, Field(ge=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -89,7 +90,7 @@ class Optimizer(Section):
     name: Literal["adam", "adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
 
     @model_validator(mode="after")
@@ -99,7 +100,7 @@ class Optimizer(Section):
 
 
 class Scheduler(Section):
-    """The learning rate as a function of the step alone (jobs/schedule.py)."""
+    """The learning rate as a function of the step alone (jobs/optimize.py)."""
 
     name: Literal["constant", "cosine", "exponential", "one_cycle"] = "constant"
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
@@ -121,7 +122,14 @@ class Loss(Section):
     name: Literal["cross_entropy"] = "cross_entropy"
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     class_weights: Literal["balanced"] | list[float] | None = None
-    """balanced: inverse frequency in the training split; or one weight per class."""
+    """balanced: inverse frequency in the training split; or one weight per class, 0 to leave one out."""
+
+    @field_validator("class_weights")
+    @classmethod
+    def _check_weights(cls, weights: Any) -> Any:
+        if isinstance(weights, list) and not (all(weight >= 0 for weight in weights) and any(weights)):
+            raise ValueError(f"{weights} are no weights: finite numbers of 0 or more, not all 0")
+        return weights
 
 
 class Train(Section):
