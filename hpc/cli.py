@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -31,6 +33,8 @@ ExperimentFile = Annotated[
     Path, typer.Argument(help="The experiment, a YAML file.", metavar="EXPERIMENT", show_default=False)
 ]
 RunName = Annotated[str, typer.Argument(help="A run: its name, id, or path.", metavar="RUN", show_default=False)]
+_NARROW, _NAME, _DETAIL, _GAP = 100, 32, 12, 2
+"""Widths: of a terminal that shows less; of a name and of a detail where there is little room; between two columns."""
 _PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
@@ -45,13 +49,19 @@ def _print_json(value: Any) -> None:
 def _table(columns: list[str], rows: list[list[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+        table.add_row(*map(Text, row))
+    Console(width=_width()).print(table)
+
+
+def _width() -> int:
+    """Columns of the terminal (COLUMNS first), or 200 where the output is none."""
+    return shutil.get_terminal_size((200, 24)).columns
 
 
 def _passes_on(name: str, module: str, words: str) -> Callable[..., None]:
@@ -112,7 +122,7 @@ def _prepare(file: Path, overrides: list[str] | None, runs: Path | None, cluster
     if findings.refusals:
         raise UserError("\n".join(findings.refusals))
     _report(findings)
-    return plan.create(planned), where
+    return plan.create_next(planned), where
 
 
 @app.command(rich_help_panel="Run")
@@ -146,12 +156,16 @@ def resume(name: RunName, runs: Runs = None) -> None:
 
     run = find_run(runs_folder(runs), name)
     now = ledger.status(run)
+    if now.state == "damaged":
+        raise UserError(f"{run.name} is damaged: {now.detail}")
     if ledger.live(now.state) or now.state == "finished":
         raise UserError(f"{run.name} is {now.state}: nothing to resume")
     experiment, _ = plan.reopen(run)
     cluster = launch.choose_cluster(experiment.launch.cluster)
+    newest = run.newest_checkpoint()
     job = launch.submit(run, cluster)
-    _say(f"{run.name}  job {job.job_id} ({cluster})  goes on from step {now.step}")
+    whence = f"goes on from checkpoint {newest}" if newest else "from the start: it has no checkpoint yet"
+    _say(f"{run.name}  job {job.job_id} ({cluster})  {whence}")
 
 
 @app.command("ls", rich_help_panel="Watch")
@@ -167,16 +181,51 @@ def list_runs(runs: Runs = None, as_json: AsJson = False) -> None:
     elif not found:
         _say(f"no runs in {folder}; start one with 'hpc submit EXPERIMENT.yaml'")
     else:
-        columns = ["run", "state", "epoch", "step", "best", "attempts", "job", "changed", ""]
-        _table(columns, [_row(status) for status in found])
+        _table(*_fitted([_row(status) for status in found], _width()))
 
 
-def _row(status: Any) -> list[str]:
+def _row(status: Any) -> dict[str, str]:
     from hpc.units import short_time
 
-    numbers = [str(status.epoch), str(status.step), status.metric, str(status.attempts)]
-    job, age = f"{status.cluster} {status.job}".strip(), f"{short_time(status.age_s)} ago"
-    return [status.run, status.state, *numbers, job, age, status.detail]
+    return {
+        "run": status.run,
+        "state": status.state,
+        "epoch": str(status.epoch),
+        "step": str(status.step),
+        "best": status.metric,
+        "attempts": str(status.attempts),
+        "job": f"{status.cluster} {status.job}".strip(),
+        "changed": f"{short_time(status.age_s)} ago",
+        "": " ".join(status.detail.split()),
+    }
+
+
+def _fitted(rows: list[dict[str, str]], width: int) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of one line each: in a narrow terminal columns are left out, and long texts are cut."""
+    sizes = {title: max(len(title), *(len(row[title]) for row in rows)) for title in rows[0]}
+    shown = [title for title in sizes if width >= _NARROW or title not in ("attempts", "job", "changed")]
+    if sum(sizes.values()) + _GAP * len(sizes) > width:
+        sizes["run"] = min(sizes["run"], _NAME)
+    for title in ("changed", "attempts", "job", "epoch", "best", "step", ""):
+        detail = min(sizes[""], _DETAIL) if "" in shown else 0
+        if sum(sizes[t] for t in shown if t) + detail + _GAP * (len(shown) - 1) > width and title in shown:
+            shown.remove(title)
+    room = {title: sizes[title] for title in shown}
+    for title, shorten in (("", _cut), ("run", _cut_middle)):
+        if title in room:
+            taken = sum(room[t] for t in shown if t != title) + _GAP * (len(shown) - 1)
+            room[title] = min(room[title], max(width - taken, 0))
+            rows = [{**row, title: shorten(row[title], room[title])} for row in rows]
+    return shown, [[row[title] for title in shown] for row in rows]
+
+
+def _cut(text: str, room: int) -> str:
+    return text if len(text) <= room else text[: max(room - 3, 0)] + "..."
+
+
+def _cut_middle(name: str, room: int) -> str:
+    """A run's name with its id, by which it is found."""
+    return name if len(name) <= room else f"{name[: max(room - 11, 0)]}..{name[-9:]}"
 
 
 @app.command(rich_help_panel="Watch")
@@ -268,15 +317,20 @@ def report(
 
     folder = runs_folder(runs)
     found = [find_run(folder, name) for name in names] if names else list(all_runs(folder))
-    for path in write_report([_run_data(run) for run in found], out):
+    for path in write_report([data for run in found if (data := _run_data(run))], out):
         _say(str(path))
 
 
 def _run_data(run: Any) -> Any:
-    from hpc import yamlfile
+    """What the journal needs of a run; None, and a line on stderr, of one whose files are damaged."""
+    from hpc import ledger, yamlfile
     from hpc.journal.report import RunData
     from hpc.rundir import read_json
 
+    status = ledger.status(run)
+    if status.state == "damaged":
+        print(f"{run.name} is left out: {status.detail}", file=sys.stderr)
+        return None
     figures = {path.stem: path for path in sorted(run.figures.glob("*.png"))}
     delta = yamlfile.read(run.delta) if run.delta.exists() else {}
     metrics, events = run.read_metrics(), run.read_events()
@@ -361,6 +415,9 @@ def _quiet(call: Callable[[], Any]) -> Callable[[], int]:
 
 def main() -> None:
     """The entry point: a user's mistake is one clear line and exit code 2, never a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is escaped
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(_quiet(app)())
 
 

@@ -77,7 +77,7 @@ def _read(run: RunDir) -> _Records | str:
         submit, state, result = (_read_record(getattr(run, name), name) for name in _KINDS)
         return _Records(submit, state, result, run.last_generation(), run.experiment.stat().st_mtime)
     except (UserError, OSError) as error:
-        return " ".join(str(error).split())
+        return " ".join(str(error).replace(f"{run.path}{os.sep}", "").split())
 
 
 def _read_record(path: Path, name: str) -> dict[str, Any]:
@@ -210,7 +210,7 @@ def cancel(run: RunDir) -> str:
     """End a run for good: scancel, or TERM to its local batch shell. Raises UserError when there is nothing to end."""
     now = status(run)
     if now.state == "damaged":
-        raise UserError(now.detail)
+        raise UserError(f"{run.name} is damaged: {now.detail}")
     if not live(now.state):
         raise UserError(f"{run.name} is {now.state}: nothing to cancel")
     submit, state = read_json(run.submit), read_json(run.state)

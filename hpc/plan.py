@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,12 @@ from hpc.errors import UserError
 from hpc.experiment import Experiment, load
 from hpc.instances import Instance
 from hpc.rundir import RunDir, fsync_folder, next_run, write_text
+
+_TRIES = 3
+
+
+class Taken(UserError):
+    """Another command has made the run of this name meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +38,54 @@ def make(file: Path, overrides: list[str], runs: Path) -> Plan:
     """Resolve the experiment and render its script. Raises UserError."""
     experiment, delta = load(file, overrides)
     instance = instances.find(experiment.launch.instance)
-    run = next_run(runs, experiment.name, experiment.as_dict())
+    return _place(experiment, delta, instance, runs)
+
+
+def _place(experiment: Experiment, delta: dict[str, Any], instance: Instance, runs: Path) -> Plan:
+    try:
+        run = next_run(runs, experiment.name, experiment.as_dict())
+    except OSError as error:
+        raise _refusal(runs, error) from None
     return Plan(experiment, delta, instance, run, template.render(experiment, instance, run, sys.executable))
 
 
+def create_next(plan: Plan) -> RunDir:
+    """`create`, under the next free name where an equal run has been made since the plan."""
+    for _ in range(_TRIES - 1):
+        try:
+            return create(plan)
+        except Taken:
+            plan = _place(plan.experiment, plan.delta, plan.instance, plan.run.path.parent)
+    return create(plan)
+
+
 def create(plan: Plan) -> RunDir:
-    """The run folder, with the snapshot of the code; made under a temporary name: it is there whole or not at all."""
+    """The run folder, with the snapshot of the code; made under a temporary name: it is there whole or not at all.
+
+    Raises Taken where it is there already, UserError where it cannot be written.
+    """
     final = plan.run.path
+    missing = [folder for folder in final.parents if not folder.exists()]
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
+        _fill(plan, RunDir(final.with_name(f".{final.name}.{os.getpid()}")))
+        fsync_folder(final.parent)
     except OSError as error:
-        raise UserError(
-            f"{final.parent}: no folder for runs can be made ({error.strerror}); choose one with --runs or HPC_RUNS"
-        ) from None
-    aside = RunDir(final.with_name(f".{final.name}.{os.getpid()}"))
+        for folder in missing:
+            with suppress(OSError):  # never made, or another command's run is in it
+                folder.rmdir()
+        raise _refusal(final.parent, error) from None
+    return plan.run
+
+
+def _refusal(runs: Path, error: OSError) -> UserError:
+    reason = error.strerror
+    if isinstance(error, shutil.Error):  # copytree's list of (source, target, words)
+        reason = str(error.args[0][0][2])
+    return UserError(f"{runs}: no folder for runs can be made ({reason}); choose one with --runs or HPC_RUNS")
+
+
+def _fill(plan: Plan, aside: RunDir) -> None:
     try:
         aside.path.mkdir()
         payload.snapshot(aside.code)
@@ -53,12 +94,10 @@ def create(plan: Plan) -> RunDir:
         write_text(aside.script, plan.script)
         aside.events.mkdir()
         aside.logs.mkdir()
-        _rename(aside.path, final)
+        _rename(aside.path, plan.run.path)
     except BaseException:
         shutil.rmtree(aside.path, ignore_errors=True)
         raise
-    fsync_folder(final.parent)
-    return plan.run
 
 
 def _carry_model(plan: Plan, aside: RunDir) -> dict[str, Any]:
@@ -81,7 +120,7 @@ def _rename(aside: Path, final: Path) -> None:
     except OSError:
         if not final.exists():
             raise
-        raise UserError(f"{final}: made by another command just now; for an equal run of its own repeat this") from None
+        raise Taken(f"{final}: made by another command just now; for an equal run of its own repeat this") from None
 
 
 def reopen(run: RunDir) -> tuple[Experiment, Instance]:

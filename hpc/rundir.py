@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,7 +64,12 @@ class RunDir:
 
     def last_generation(self) -> int:
         """The highest generation that any attempt has taken; 0 before the first."""
-        return max((int(path.name.split("-")[0]) for path in self.events.glob("*.jsonl")), default=0)
+        return max((int(path.name.split("-")[0]) for path in self.events.glob("[0-9][0-9][0-9]*-*.jsonl")), default=0)
+
+    def newest_checkpoint(self) -> str | None:
+        """Name of the last checkpoint that was saved; its sums are compared by the job alone."""
+        found = [re.fullmatch(r"g(\d+)-s(\d+)", path.name) for path in self.checkpoints.glob("g*-s*")]
+        return max((m for m in found if m), key=lambda m: (int(m[1]), int(m[2])), default=[None])[0]
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """One line per evaluated step, by step: a later generation takes back the steps from its first line on."""

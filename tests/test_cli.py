@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +14,10 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+
+from hpc import plan
+from hpc.attempt import process_alive
+from hpc.rundir import RunDir, write_json, write_text
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,12 +79,12 @@ class Done:
     """What the command left in its folder or in TMPDIR."""
 
 
-def hpc(folder: Path, command: str) -> Done:
+def hpc(folder: Path, command: str, **more: str) -> Done:
     """`hpc COMMAND` in a folder, by the installed entry point."""
     temporary = folder / "tmp"
     before = set(folder.rglob("*"))
     environ = {key: value for key, value in os.environ.items() if not key.startswith(("HPC_", "SLURM_"))}
-    environ |= {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)}
+    environ |= {"TMPDIR": str(temporary), "PYTHONPATH": str(ROOT), **more}
     done = subprocess.run(
         [str(BIN / "hpc"), *command.split()], cwd=folder, env=environ, capture_output=True, text=True, check=False
     )
@@ -154,6 +159,146 @@ def test_with_no_runs_the_way_on_is_named(tmp_path: Path) -> None:
     listed = hpc(tmp_path, "ls")
     assert (listed.code, listed.err) == (0, "") and "start one with 'hpc submit EXPERIMENT.yaml'" in listed.out
     assert json.loads(hpc(tmp_path, "ls --json").out) == []
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """Four runs that have ended, one of them damaged, one with a long name."""
+    runs = tmp_path / "runs"
+    long = "a-name-of-some-length-for-a-run-that-is-listed-12345678"
+    for name in ("tiny-0000aaaa", "tiny-0000bbbb", "tiny-0000cccc", long):
+        run = RunDir(runs / name)
+        write_text(run.experiment, "name: tiny\nmodel: {name: resnet3d_tiny}\ndata: {file: x.h5}\n")
+        best = {"metrics": {"balanced_accuracy": 0.7917}}
+        state = {"host": "h", "pid": 1, "phase": "ended", "time": 1.0, "step": 12340, "monitor": "balanced_accuracy"}
+        write_json(run.state, {**state, "best": best, "reason": REASON})
+    (runs / "tiny-0000bbbb" / "state.json").write_text('{"phase": ')
+    return runs
+
+
+REASON = "failed with exit code 1 [/odd] of extraordinary circumstances"
+
+
+def test_a_damaged_run_is_listed_as_such_and_left_out_of_the_report(tmp_path: Path, runs: Path) -> None:
+    listed = json.loads(hpc(tmp_path, "ls --json").out)
+    assert {one["run"][-8:]: one["state"] for one in listed} == {
+        "0000aaaa": "failed",
+        "0000bbbb": "damaged",
+        "0000cccc": "failed",
+        "12345678": "failed",
+    }
+    done = hpc(tmp_path, "report -o journal")
+    assert done.code == 0 and done.out.splitlines() == ["journal/report.md", "journal/report.html"]
+    assert done.err.startswith("tiny-0000bbbb is left out: state.json: damaged") and done.err.count("\n") == 1
+    text = (tmp_path / "journal" / "report.md").read_text()
+    assert "tiny-0000aaaa" in text and "tiny-0000bbbb" not in text
+    for command in ("report tiny-0000bbbb", "resume 0000bbbb", "cancel 0000bbbb"):
+        refused = hpc(tmp_path, command)
+        assert refused.code == 2 and "state.json: damaged" in refused.err and "Traceback" not in refused.err
+    assert not (runs / "tiny-0000bbbb" / "submit.json").exists()
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 99, 100, 120, 200])
+def test_the_list_has_a_line_for_each_run_at_any_width_and_whole_words(tmp_path: Path, runs: Path, width: int) -> None:
+    head, *lines = hpc(tmp_path, "ls", COLUMNS=str(width)).out.splitlines()
+    assert len(lines) == 4 and all(len(line) <= width for line in lines)
+    titles = {"attempts", "job", "changed"}
+    assert titles <= set(head.split()) if width == 200 else width >= 100 or not titles & set(head.split())
+    if width < 40:
+        return
+    for line, name, state in zip(sorted(lines), sorted(path.name for path in runs.iterdir()), STATES, strict=True):
+        assert line.split()[0].endswith(name[-8:]) and line.split()[1] == state
+    for line in lines if width >= 80 else []:
+        detail = line.rstrip()[line.rindex("failed") :] if "damaged" not in line else REASON
+        assert detail == REASON or (detail.endswith("...") and len(detail) > 9 and REASON.startswith(detail[:-3]))
+    assert width < 200 or any(line.rstrip().endswith(REASON) for line in lines)
+
+
+STATES = ["failed", "failed", "damaged", "failed"]
+
+
+def test_what_the_terminals_encoding_lacks_is_escaped(tmp_path: Path) -> None:
+    listed = hpc(tmp_path, "ls --runs ünruns", PYTHONIOENCODING="ascii")
+    assert (listed.code, listed.err) == (0, "") and "\\xfcnruns; start one with" in listed.out
+
+
+def test_resume_says_from_where_it_goes_on(tmp_path: Path, runs: Path) -> None:
+    run = RunDir(runs / "tiny-0000aaaa")
+    text = EXPERIMENT.replace("scans.h5", str(tmp_path / "scans.h5"))
+    write_text(run.experiment, text)
+    write_text(run.script, "exit 0\n")
+    done = hpc(tmp_path, "resume 0000aaaa")
+    assert done.code == 0 and done.out.endswith("(local)  from the start: it has no checkpoint yet\n"), done.err
+    (run.checkpoints / "g001-s00000040").mkdir(parents=True)
+    submitted = int(json.loads(run.submit.read_text())["job"])
+    while process_alive(submitted):
+        time.sleep(0.02)
+    done = hpc(tmp_path, "resume 0000aaaa")
+    assert done.code == 0 and done.out.endswith("(local)  goes on from checkpoint g001-s00000040\n"), done.err
+
+
+# The run folder.
+
+
+@pytest.fixture
+def planned(tmp_path: Path) -> plan.Plan:
+    (tmp_path / "tiny.yaml").write_text(EXPERIMENT)
+    return plan.make(tmp_path / "tiny.yaml", [], tmp_path / "new" / "runs")
+
+
+def test_equal_submissions_at_once_get_a_run_each(planned: plan.Plan) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(plan.create_next, planned).result()
+    second, third = plan.create_next(planned), plan.create_next(planned)
+    assert len({first.path, second.path, third.path}) == 3 and first.path == planned.run.path
+    for run in (first, second, third):
+        assert f"--comment={run.name}" in run.script.read_text()
+    assert len(list(first.path.parent.iterdir())) == 3
+
+
+def test_a_run_name_that_is_always_taken_ends_after_three_tries(
+    planned: plan.Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan.create(planned)
+    asked: list[Path] = []
+
+    def late(runs: Path, name: str, resolved: object) -> RunDir:
+        asked.append(runs)
+        return planned.run
+
+    monkeypatch.setattr(plan, "next_run", late)
+    with pytest.raises(plan.Taken, match="made by another command just now"):
+        plan.create_next(planned)
+    assert len(asked) == 2 and [path.name for path in planned.run.path.parent.iterdir()] == [planned.run.name]
+
+
+CREATE = """
+import resource, sys
+from pathlib import Path
+from hpc import plan
+from hpc.errors import UserError
+planned = plan.make(Path("tiny.yaml"), [], Path(sys.argv[1]).absolute())
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), -1))
+try:
+    plan.create(planned)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("folder", "limit"), [("new/runs", 5000), ("new/runs", 20), ("/proc", -1)])
+def test_a_folder_that_takes_no_run_is_refused_in_one_line_with_nothing_left(
+    tmp_path: Path, folder: str, limit: int
+) -> None:
+    """A limit of file sizes stops the copies as a full disk does; /proc takes no folder, not even of root."""
+    (tmp_path / "tiny.yaml").write_text(EXPERIMENT)
+    command = [sys.executable, "-c", CREATE, folder, str(limit)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith(str(tmp_path / folder) + ": ") and done.stdout.count("\n") == 1
+    assert ("File too large" if limit > 0 else "No such file") in done.stdout
+    assert "choose one with --runs or HPC_RUNS" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
 def test_instances_lists_what_can_be_asked_for(tmp_path: Path) -> None:

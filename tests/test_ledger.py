@@ -273,7 +273,7 @@ def test_a_damaged_run_is_told_with_its_reason_and_hides_no_other(
     damaged, whole = ledger.statuses([run, other])
     assert (damaged.state, whole.state) == ("damaged", "planned")
     assert words in damaged.detail and "\n" not in damaged.detail
-    with pytest.raises(UserError, match=file):
+    with pytest.raises(UserError, match=f"exp-0000aaaa is damaged: {file}"):
         ledger.cancel(run)
 
 

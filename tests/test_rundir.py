@@ -212,6 +212,24 @@ def test_the_runs_folder_is_the_option_then_the_variable_then_runs(
     assert rundir.runs_folder(Path("given")) == tmp_path / "given"
 
 
+def test_the_newest_checkpoint_is_of_the_last_generation_and_step(tmp_path: Path) -> None:
+    run = make(tmp_path, "x-1")
+    assert run.newest_checkpoint() is None
+    for name in ("g002-s00000030", "g001-s00000900", "g002-s00000200", ".g003-s00000300.4711", "g003-s1.old"):
+        (run.checkpoints / name).mkdir(parents=True)
+    assert run.newest_checkpoint() == "g002-s00000200"
+    (run.checkpoints / "g1000-s00000001").mkdir()
+    assert run.newest_checkpoint() == "g1000-s00000001"
+
+
+def test_a_stray_file_among_the_events_is_no_generation(tmp_path: Path) -> None:
+    run = make(tmp_path, "x-1")
+    run.event("start", "shell", 2)
+    (run.events / "copy-of-002.jsonl").touch()
+    (run.events / "1000-shell.jsonl").touch()
+    assert run.last_generation() == 1000
+
+
 def test_a_later_attempt_takes_back_the_steps_from_its_first_line_on(tmp_path: Path) -> None:
     run = make(tmp_path, "x-1")
     for generation, step, value in ((1, 10, 1), (1, 20, 2), (1, 30, 3), (2, 20, 4), (2, 20, 5)):
