@@ -41,6 +41,13 @@ class Row:
 
 ROWS = [
     Row(
+        "pack",
+        "scans and a table into one HDF5 file, its checksums compared",
+        "$ hpc pack scans/*.nii -o packed.h5 --labels scans/labels.csv --split 70/15/15\n"
+        "$ hpc inspect packed.h5 --verify --png montage.png",
+        state="no run",
+    ),
+    Row(
         "one-task",
         "an undisturbed run here, in the foreground",
         "$ hpc train tiny.yaml launch.cluster=local",
@@ -318,7 +325,10 @@ def _line(playing: Playing, line: str) -> None:
 
 
 def _check(playing: Playing) -> None:
-    row, run = playing.row, playing.run
+    row = playing.row
+    if row.state == "no run":
+        return
+    run = playing.run
     command = ["hpc", "ls", "--json"]
     environ = playing.environment()
     shown = subprocess.run(command, cwd=playing.folder, env=environ, capture_output=True, text=True, check=True)

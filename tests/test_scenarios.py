@@ -60,7 +60,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, "Futur
                 continue
             folder = base / row.name
             folder.mkdir()
-            (folder / "scans.h5").symlink_to(base / "scans.h5")
+            for name in ("scans.h5", "scans"):
+                (folder / name).symlink_to(base / name)
             text = EXPERIMENT if row.cluster is not None else EXPERIMENT.replace("cedia-a100-40gb, gpus: 1", "laptop")
             (folder / "tiny.yaml").write_text(text)
             started[row.name] = pool.submit(play, row, folder, started)
