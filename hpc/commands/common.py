@@ -1,0 +1,52 @@
+"""What all commands share: the Typer app, options that stand on several commands, tables and JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="SLURM batch jobs for 3D networks: checked before they queue, preempted without losing a step.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Runs = Annotated[Path | None, typer.Option("--runs", help="Folder of the runs (HPC_RUNS; default: runs).")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: train.epochs=20 ...", show_default=False)]
+ExperimentFile = Annotated[
+    Path, typer.Argument(help="The experiment, a YAML file.", metavar="EXPERIMENT", show_default=False)
+]
+RunName = Annotated[str, typer.Argument(help="A run: its name, id, or path.", metavar="RUN", show_default=False)]
+
+
+def say(text: str = "") -> None:
+    print(text)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1))
+
+
+def table(columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console(width=width()).print(table)
+
+
+def width() -> int:
+    """Columns of the terminal (COLUMNS first), or 200 where the output is none."""
+    return shutil.get_terminal_size((200, 24)).columns

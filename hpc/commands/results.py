@@ -1,0 +1,86 @@
+"""Commands on what runs have left: evaluation, TensorBoard, the journal, the event files."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hpc.commands.common import AsJson, RunName, Runs, app, print_json, say, table
+from hpc.errors import UserError
+
+
+@app.command(rich_help_panel="Results", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def evaluate(context: typer.Context, name: RunName, runs: Runs = None) -> None:
+    """Evaluate a run's best checkpoint on a split (--split validation|test|train, --checkpoint NAME)."""
+    from hpc import payload
+    from hpc.rundir import find_run, runs_folder
+
+    run = find_run(runs_folder(runs), name)
+    raise typer.Exit(payload.child("jobs.evaluate", [str(run.path), *context.args]))
+
+
+@app.command(rich_help_panel="Results")
+def board(
+    runs: Runs = None,
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 0,
+) -> None:
+    """Open TensorBoard on the runs, on 127.0.0.1, with every confusion matrix kept."""
+    from hpc import board
+    from hpc.rundir import runs_folder
+
+    board.serve(runs_folder(runs), port)
+
+
+@app.command(rich_help_panel="Results")
+def report(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Runs, the baseline first (all).", metavar="[RUN]...")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of report.md and report.html.")] = Path("report"),
+    runs: Runs = None,
+) -> None:
+    """Write the journal: Markdown, and one self-contained HTML page. Hand-written notes are kept."""
+    from hpc.journal.report import write_report
+    from hpc.rundir import all_runs, find_run, runs_folder
+
+    folder = runs_folder(runs)
+    found = [find_run(folder, name) for name in names] if names else list(all_runs(folder))
+    for path in write_report([data for run in found if (data := _run_data(run))], out):
+        say(str(path))
+
+
+def _run_data(run: Any) -> Any:
+    """What the journal needs of a run; None, and a line on stderr, of one whose files are damaged."""
+    from hpc import ledger, yamlfile
+    from hpc.journal.report import RunData
+    from hpc.rundir import read_json
+
+    status = ledger.status(run)
+    if status.state == "damaged":
+        print(f"{run.name} is left out: {status.detail}", file=sys.stderr)
+        return None
+    figures = {path.stem: path for path in sorted(run.figures.glob("*.png"))}
+    delta = yamlfile.read(run.delta) if run.delta.exists() else {}
+    metrics, events = run.read_metrics(), run.read_events()
+    return RunData(run.name, yamlfile.read(run.experiment), delta, read_json(run.result), metrics, events, figures)
+
+
+@app.command(rich_help_panel="Results")
+def fsck(name: RunName, runs: Runs = None, as_json: AsJson = False) -> None:
+    """Check a run's event files record by record; exit code 1 when any is damaged."""
+    from hpc.logs import fsck as files
+    from hpc.rundir import find_run, runs_folder
+
+    run = find_run(runs_folder(runs), name)
+    findings = files.check(run.tensorboard)
+    if not findings:
+        raise UserError(f"{run.name} has no event files yet; see 'hpc show {run.name}'")
+    if as_json:
+        print_json([asdict(finding) for finding in findings])
+    else:
+        table(list(files.TITLES), [list(row) for row in files.rows(findings)])
+    raise typer.Exit(files.exit_code(findings))
