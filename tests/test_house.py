@@ -98,7 +98,7 @@ def test_the_command_line_starts_without_heavy_libraries() -> None:
     assert out.stdout.strip() == "[]"
 
 
-HPC_MODULES = ["hpc.experiment", "hpc.launch", "hpc.preflight", "hpc.ledger", "hpc.journal.report"]
+HPC_MODULES = ["hpc.experiment", "hpc.submission", "hpc.preflight", "hpc.ledger", "hpc.journal.report"]
 
 
 @pytest.mark.parametrize("module", HPC_MODULES)

@@ -15,11 +15,11 @@ from hpc.preempt import ExitCode
 @app.command(rich_help_panel="Run")
 def plan(file: ExperimentFile, overrides: Overrides = None, runs: Runs = None) -> None:
     """Print the resolved experiment and the exact batch script, then every refusal. Exit code 2 on a refusal."""
-    from hpc import launch, plan, preflight, yamlfile
+    from hpc import plan, preflight, submission, yamlfile
     from hpc.rundir import runs_folder
 
     planned = plan.make(file, overrides or [], runs_folder(runs))
-    cluster = launch.choose_cluster(planned.experiment.launch.cluster)
+    cluster = submission.choose_cluster(planned.experiment.launch.cluster)
     say(f"# {planned.run.path} on {cluster}: the experiment as resolved\n")
     say(yamlfile.dump(planned.experiment.as_dict()))
     say("# the batch script, byte for byte\n")
@@ -45,11 +45,11 @@ def _report(findings: Any) -> None:
 
 def _prepare(file: Path, overrides: list[str] | None, runs: Path | None, cluster: str | None) -> tuple[Any, str]:
     """Plan, check, and make the run folder; refusals end the command with exit code 2 and nothing made."""
-    from hpc import launch, plan, preflight
+    from hpc import plan, preflight, submission
     from hpc.rundir import runs_folder
 
     planned = plan.make(file, overrides or [], runs_folder(runs))
-    where = cluster or launch.choose_cluster(planned.experiment.launch.cluster)
+    where = cluster or submission.choose_cluster(planned.experiment.launch.cluster)
     findings = preflight.check(planned.experiment, planned.instance, where, planned.script)
     if findings.refusals:
         raise UserError("\n".join(findings.refusals))
@@ -60,10 +60,10 @@ def _prepare(file: Path, overrides: list[str] | None, runs: Path | None, cluster
 @app.command(rich_help_panel="Run")
 def submit(file: ExperimentFile, overrides: Overrides = None, runs: Runs = None, as_json: AsJson = False) -> None:
     """Check, then submit one job: SLURM where sbatch answers, else submitit's local executor."""
-    from hpc import launch
+    from hpc import submission
 
     run, cluster = _prepare(file, overrides, runs, None)
-    job = launch.submit(run, cluster)
+    job = submission.submit(run, cluster)
     if as_json:
         print_json({"run": run.name, "path": str(run.path), "cluster": cluster, "job": job.job_id})
     else:
@@ -83,7 +83,7 @@ def train(file: ExperimentFile, overrides: Overrides = None, runs: Runs = None) 
 @app.command(rich_help_panel="Run")
 def resume(name: RunName, runs: Runs = None) -> None:
     """Submit a stopped, failed or cancelled run again; it goes on from its newest good checkpoint."""
-    from hpc import launch, ledger, plan
+    from hpc import ledger, plan, submission
     from hpc.rundir import find_run, runs_folder
 
     run = find_run(runs_folder(runs), name)
@@ -93,9 +93,9 @@ def resume(name: RunName, runs: Runs = None) -> None:
     if ledger.live(now.state) or now.state == "finished":
         raise UserError(f"{run.name} is {now.state}: nothing to resume")
     experiment, _ = plan.reopen(run)
-    cluster = launch.choose_cluster(experiment.launch.cluster)
+    cluster = submission.choose_cluster(experiment.launch.cluster)
     newest = run.newest_checkpoint()
-    job = launch.submit(run, cluster)
+    job = submission.submit(run, cluster)
     whence = f"goes on from checkpoint {newest}" if newest else "from the start: it has no checkpoint yet"
     say(f"{run.name}  job {job.job_id} ({cluster})  {whence}")
 

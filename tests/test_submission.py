@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from submitit.core.utils import UncompletedJobError
 
-from hpc import allocation, launch, slurm
+from hpc import allocation, slurm
 from hpc.attempt import same_process
 from hpc.errors import UserError
 from hpc.rundir import RunDir, read_json, write_json, write_text
@@ -35,7 +35,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 
 
 def test_sbatch_is_given_the_runs_own_script(run: RunDir, fake: FakeSlurm) -> None:
-    job = launch.submit(run, "slurm")
+    job = submission.submit(run, "slurm")
     assert fake.jobs() == {job.job_id: "PENDING"}
     assert read_json(run.submit)["job"] == job.job_id and read_json(run.submit)["cluster"] == "slurm"
     given = Path(fake.calls()[-1].removeprefix("sbatch "))
@@ -46,7 +46,7 @@ def test_sbatch_is_given_the_runs_own_script(run: RunDir, fake: FakeSlurm) -> No
 def test_a_failed_sbatch_that_did_submit_is_found_by_its_token(run: RunDir, fake: FakeSlurm) -> None:
     fake.job("90", "RUNNING", comment="exp-0000bbbb")
     fake.fails("sbatch", "Socket timed out on send/recv operation")
-    job = launch.submit(run, "slurm")
+    job = submission.submit(run, "slurm")
     assert fake.jobs() == {"102": "PENDING", "90": "RUNNING"} and job.job_id == "102"
     assert len([call for call in fake.calls() if call.startswith("sbatch")]) == 1, "asked for once only"
 
@@ -55,7 +55,7 @@ def test_an_old_job_of_the_same_token_is_not_taken_for_it(run: RunDir, fake: Fak
     fake.job("90", "CANCELLED", comment=run.name)
     fake.fails("sbatch", "sbatch: error: Invalid account or account/partition combination specified")
     with pytest.raises(UserError, match=r"sbatch refused .*: .*Invalid account") as caught:
-        launch.submit(run, "slurm")
+        submission.submit(run, "slurm")
     assert "\n" not in str(caught.value)
     assert not run.submit.exists() and fake.jobs() == {"90": "CANCELLED"}
 
@@ -64,7 +64,7 @@ def test_when_nobody_answers_the_doubt_is_told(run: RunDir, fake: FakeSlurm) -> 
     fake.fails("sbatch", "Socket timed out on send/recv operation")
     fake.fails("squeue", "Unable to contact slurm controller")
     with pytest.raises(UserError, match=r"may have submitted all the same .*comment exp-0000aaaa"):
-        launch.submit(run, "slurm")
+        submission.submit(run, "slurm")
 
 
 def test_a_job_submitted_from_a_job_does_not_inherit_it(
@@ -76,25 +76,25 @@ def test_a_job_submitted_from_a_job_does_not_inherit_it(
         monkeypatch.setenv(key, value)
     sbatch = fake.folder / "bin" / "sbatch"
     sbatch.write_text(sbatch.read_text().replace("me=", "env > env; me=", 1))
-    launch.submit(run, "slurm")
+    submission.submit(run, "slurm")
     seen = (fake.folder / "env").read_text()
     assert "SLURM_CONF=/etc/slurm.conf" in seen and "SLURM_JOB_ID" not in seen and "SLURM_ARRAY" not in seen
     assert os.environ["SLURM_JOB_ID"] == "5", "ours is as before"
 
 
 def test_the_cluster_is_slurm_where_it_answers(fake: FakeSlurm) -> None:
-    assert [launch.choose_cluster(wanted) for wanted in ("auto", "slurm", "local")] == ["slurm", "slurm", "local"]
+    assert [submission.choose_cluster(wanted) for wanted in ("auto", "slurm", "local")] == ["slurm", "slurm", "local"]
     fake.fails("sinfo", "Unable to contact slurm controller")
-    assert launch.choose_cluster("auto") == "local"
+    assert submission.choose_cluster("auto") == "local"
     with pytest.raises(UserError, match=r"launch.cluster is slurm, but sbatch or its controller does not answer here"):
-        launch.choose_cluster("slurm")
+        submission.choose_cluster("slurm")
 
 
 def test_a_controller_that_hangs_is_no_cluster(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.hangs("sinfo")
     answer = slurm._run
     monkeypatch.setattr(slurm, "_run", lambda *command, timeout=None, env=False: answer(*command, timeout=0.2))
-    assert launch.choose_cluster("auto") == "local"
+    assert submission.choose_cluster("auto") == "local"
 
 
 def test_squeue_is_asked_for_whole_fields(fake: FakeSlurm) -> None:
@@ -117,7 +117,7 @@ def wait(condition: Any) -> None:
 
 def test_here_the_same_script_runs_under_bash_and_its_result_is_result_json(run: RunDir) -> None:
     write_text(run.script, 'echo "told $HPC_STEP"; echo \'{"best": 1}\' > "$(dirname "$0")/result.json"\n')
-    job = launch.submit(run, "local")
+    job = submission.submit(run, "local")
     assert job.result() == {"best": 1}
     assert "told local" in run.output(job.job_id, "0").read_text()
     assert read_json(run.submit)["job"] == job.job_id and not list(run.path.rglob("*.pkl"))
@@ -125,7 +125,7 @@ def test_here_the_same_script_runs_under_bash_and_its_result_is_result_json(run:
 
 def test_a_local_job_is_recorded_with_the_start_of_its_process(run: RunDir) -> None:
     write_text(run.script, "exec sleep 60\n")
-    job = launch.submit(run, "local")
+    job = submission.submit(run, "local")
     start = read_json(run.submit)["process_start"]
     assert start and same_process(int(job.job_id), start)
     job.cancel()
@@ -152,16 +152,14 @@ def test_training_in_the_foreground_records_its_process_too(run: RunDir) -> None
 def test_a_run_without_a_result_says_where_its_output_is(run: RunDir) -> None:
     write_text(run.script, "exit 3\n")
     with pytest.raises(UncompletedJobError, match="exp-0000aaaa left no result; its output is in"):
-        launch.submit(run, "local").result()
+        submission.submit(run, "local").result()
 
 
 def test_the_submitting_command_ends_at_once_and_leaves_no_pipe_open(run: RunDir, tmp_path: Path) -> None:
     """Whoever reads its output must not wait for the run."""
     flag = tmp_path / "go"
     write_text(run.script, f'while [ ! -e {flag} ]; do sleep 0.05; done; echo done > "$(dirname "$0")/result.json"\n')
-    text = (
-        "import sys; from hpc import launch; from hpc.rundir import RunDir; launch.submit(RunDir(sys.argv[1]), 'local')"
-    )
+    text = "import sys; from hpc import submission; from hpc.rundir import RunDir; submission.submit(RunDir(sys.argv[1]), 'local')"
     done = subprocess.run(
         [sys.executable, "-c", text, str(run.path)], capture_output=True, text=True, check=True, timeout=20
     )
@@ -171,7 +169,7 @@ def test_the_submitting_command_ends_at_once_and_leaves_no_pipe_open(run: RunDir
 
 
 def test_the_result_of_a_finished_run_can_be_asked_for_on_slurm(run: RunDir, fake: FakeSlurm) -> None:
-    job = launch.submit(run, "slurm")
+    job = submission.submit(run, "slurm")
     write_json(run.result, {"best": 2})
     fake.job(job.job_id, "COMPLETED")
     assert job.result() == {"best": 2}
