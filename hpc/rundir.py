@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,22 @@ class RunDir:
         self.metrics = self.path / "metrics.jsonl"
         self.figures = self.path / "figures"
         self.predictions = self.path / "predictions"
+        self.usage = self.path / "usage"
         self.result = self.path / "result.json"
 
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def in_sweep(self) -> bool:
+        """Whether this run is a row of a sweep, in whose folder it is."""
+        return is_sweep(self.path.parent)
+
+    @property
+    def runs(self) -> Path:
+        """The folder of all runs."""
+        return self.path.parent.parent if self.in_sweep else self.path.parent
 
     def output(self, job: str = "%j", task: str = "%t", stream: str = "out") -> Path:
         """Output of one task, submitit's name for it; attempts of a job follow each other in it."""
@@ -83,6 +94,14 @@ class RunDir:
         return [kept[key] for key in sorted(kept)]
 
 
+ROWS = "rows.txt"
+"""In a sweep's folder, one line per row: the name of the row's run folder."""
+
+
+def is_sweep(path: Path) -> bool:
+    return (path / ROWS).is_file()
+
+
 def run_id(resolved: dict[str, Any], count: int) -> str:
     """8 hex digits of (resolved experiment, number of equal runs before)."""
     text = json.dumps([resolved, count], sort_keys=True)
@@ -91,8 +110,9 @@ def run_id(resolved: dict[str, Any], count: int) -> str:
 
 def next_run(runs: Path, name: str, resolved: dict[str, Any]) -> RunDir:
     """The folder that the next run of this experiment will have, so that plan and submit render the same bytes."""
+    taken = {run.name for run in all_runs(runs) if run.in_sweep}
     count = 0
-    while (path := runs / f"{name}-{run_id(resolved, count)}").exists():
+    while (path := runs / f"{name}-{run_id(resolved, count)}").exists() or path.name in taken:
         count += 1
     return RunDir(path)
 
@@ -102,11 +122,21 @@ def runs_folder(given: Path | None) -> Path:
     return Path(given or os.environ.get("HPC_RUNS") or "runs").resolve()
 
 
-def all_runs(runs: Path) -> Iterator[RunDir]:
-    """Every run in the folder, oldest first."""
-    paths = list(runs.glob("[!.]*/experiment.yaml")) if runs.is_dir() else []  # a dot: not whole yet
-    found = [RunDir(path.parent) for path in paths]
-    yield from sorted(found, key=lambda run: run.experiment.stat().st_mtime)
+def all_runs(runs: Path) -> list[RunDir]:
+    """Every run in the folder, oldest first; the rows of a sweep follow each other in its order."""
+    found: list[tuple[float, list[RunDir]]] = []
+    for path in runs.glob("[!.]*") if runs.is_dir() else []:  # a dot: not whole yet
+        with suppress(FileNotFoundError, NotADirectoryError):
+            found.append(((path / "experiment.yaml").stat().st_mtime, [RunDir(path)]))
+            continue
+        with suppress(FileNotFoundError, NotADirectoryError):
+            found.append(((path / ROWS).stat().st_mtime, rows(path)))
+    return [run for _, several in sorted(found, key=lambda pair: pair[0]) for run in several]
+
+
+def rows(sweep: Path) -> list[RunDir]:
+    """The runs of a sweep, in its order."""
+    return [RunDir(sweep / name) for name in (sweep / ROWS).read_text().split()]
 
 
 def find_run(runs: Path, name: str) -> RunDir:
@@ -114,7 +144,7 @@ def find_run(runs: Path, name: str) -> RunDir:
     direct = RunDir(name)
     if direct.experiment.is_file():
         return direct
-    known = list(all_runs(runs))
+    known = all_runs(runs)
     found = [run for run in known if run.name == name] or [
         run for run in known if run.name.startswith(name) or run.name.endswith(f"-{name}")
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from submitit.core.utils import UncompletedJobError
 
-from hpc import allocation, slurm
+from hpc import allocation, slurm, submission
 from hpc.attempt import same_process
 from hpc.errors import UserError
 from hpc.rundir import RunDir, read_json, write_json, write_text
@@ -159,7 +159,7 @@ def test_the_submitting_command_ends_at_once_and_leaves_no_pipe_open(run: RunDir
     """Whoever reads its output must not wait for the run."""
     flag = tmp_path / "go"
     write_text(run.script, f'while [ ! -e {flag} ]; do sleep 0.05; done; echo done > "$(dirname "$0")/result.json"\n')
-    text = "import sys; from hpc import submission; from hpc.rundir import RunDir; submission.submit(RunDir(sys.argv[1]), 'local')"
+    text = "import sys; from hpc import rundir, submission; submission.submit(rundir.RunDir(sys.argv[1]), 'local')"
     done = subprocess.run(
         [sys.executable, "-c", text, str(run.path)], capture_output=True, text=True, check=True, timeout=20
     )
