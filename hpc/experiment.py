@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -236,24 +237,37 @@ def _section(loc: tuple[Any, ...]) -> type[BaseModel]:
     return section
 
 
-def load(path: Path, overrides: list[str] | None = None) -> tuple[Experiment, dict[str, Any]]:
-    """The resolved experiment of a YAML file and its delta: what differs from the base, as {dotted key: value}.
+class Source:
+    """An experiment's file and its base, read once; any number of variants are resolved from it."""
 
-    Without `base:` the delta is what the overrides change. Raises UserError.
-    """
-    values, base = _read_layers(path, ())
-    final = _merge(values, {})
-    # Another model drops the options of the old one, not those that were asked for with it.
-    for override in sorted(overrides or [], key=lambda text: not text.startswith("model.name=")):
-        _apply(final, override)
-    experiment = validate(final, str(path))
-    reference = base if base is not None else values
-    before = _flatten(validate(reference, str(path)).as_dict()) if _complete(reference) else {}
-    after = _flatten(experiment.as_dict())
-    if before.get("model.name") != after["model.name"]:  # the options of another model are no difference
-        before = {key: value for key, value in before.items() if not key.startswith("model.") or key in after}
-    delta = {key: after.get(key) for key in sorted(after.keys() | before.keys()) if after.get(key) != before.get(key)}
-    return experiment, delta
+    def __init__(self, path: Path) -> None:
+        """Raises UserError."""
+        self._path = path
+        self._values, base = _read_layers(path, ())
+        reference = base if base is not None else self._values
+        self._before = _flatten(validate(reference, str(path)).as_dict()) if _complete(reference) else {}
+
+    def resolve(self, overrides: Sequence[str] = ()) -> tuple[Experiment, dict[str, Any]]:
+        """The experiment with `overrides` (a.b=c), and its delta: what differs from the base, {dotted key: value}.
+
+        Without `base:` the delta is what the overrides change. Raises UserError.
+        """
+        final = _merge(self._values, {})
+        # Another model drops the options of the old one, not those that were asked for with it.
+        for override in sorted(overrides, key=lambda text: not text.startswith("model.name=")):
+            _apply(final, override)
+        experiment = validate(final, str(self._path))
+        after = _flatten(experiment.as_dict())
+        before = self._before
+        if before.get("model.name") != after["model.name"]:  # the options of another model are no difference
+            before = {key: value for key, value in before.items() if not key.startswith("model.") or key in after}
+        keys = sorted(after.keys() | before.keys())
+        return experiment, {key: after.get(key) for key in keys if after.get(key) != before.get(key)}
+
+
+def load(path: Path, overrides: Sequence[str] | None = None) -> tuple[Experiment, dict[str, Any]]:
+    """The resolved experiment of a YAML file, and its delta. Raises UserError."""
+    return Source(path).resolve(overrides or ())
 
 
 def _complete(values: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,22 +61,42 @@ def create_next(plan: Plan) -> RunDir:
 
 
 def create(plan: Plan) -> RunDir:
-    """The run folder, with the snapshot of the code; made under a temporary name: it is there whole or not at all.
+    """The run folder, with the snapshot of the code. Raises Taken where it is there already, and UserError."""
+    make_whole(plan.run.path, lambda aside: _fill(plan, RunDir(aside)))
+    return plan.run
+
+
+def _fill(plan: Plan, aside: RunDir) -> None:
+    payload.snapshot(aside.code)
+    experiment = Carrier(aside.code, plan.run.code).carry(plan.experiment)
+    write_text(aside.experiment, yamlfile.dump(experiment))
+    write_text(aside.delta, yamlfile.dump(plan.delta))
+    write_text(aside.script, plan.script)
+    aside.events.mkdir()
+    aside.logs.mkdir()
+
+
+def make_whole(final: Path, fill: Callable[[Path], None]) -> None:
+    """A folder that `fill` makes under a temporary name: it is there whole or not at all.
 
     Raises Taken where it is there already, UserError where it cannot be written.
     """
-    final = plan.run.path
     missing = [folder for folder in final.parents if not folder.exists()]
+    aside = final.with_name(f".{final.name}.{os.getpid()}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        _fill(plan, RunDir(final.with_name(f".{final.name}.{os.getpid()}")))
+        aside.mkdir()
+        fill(aside)
+        _rename(aside, final)
         fsync_folder(final.parent)
-    except OSError as error:
+    except BaseException as error:
+        shutil.rmtree(aside, ignore_errors=True)
         for folder in missing:
             with suppress(OSError):  # never made, or another command's run is in it
                 folder.rmdir()
-        raise _refusal(final.parent, error) from None
-    return plan.run
+        if isinstance(error, OSError):
+            raise _refusal(final.parent, error) from None
+        raise
 
 
 def _refusal(runs: Path, error: OSError) -> UserError:
@@ -85,33 +106,31 @@ def _refusal(runs: Path, error: OSError) -> UserError:
     return UserError(f"{runs}: no folder for runs can be made ({reason}); choose one with --runs or HPC_RUNS")
 
 
-def _fill(plan: Plan, aside: RunDir) -> None:
-    try:
-        aside.path.mkdir()
-        payload.snapshot(aside.code)
-        write_text(aside.experiment, yamlfile.dump(_carry_model(plan, aside)))
-        write_text(aside.delta, yamlfile.dump(plan.delta))
-        write_text(aside.script, plan.script)
-        aside.events.mkdir()
-        aside.logs.mkdir()
-        _rename(aside.path, plan.run.path)
-    except BaseException:
-        shutil.rmtree(aside.path, ignore_errors=True)
-        raise
+class Carrier:
+    """Takes models from the user's own files into a snapshot, each folder of them once."""
 
+    def __init__(self, aside: Path, final: Path) -> None:
+        """`aside`: where the snapshot is made; `final`: where it will be."""
+        self._aside, self._final = aside, final
+        self._folders: dict[Path, str] = {}
 
-def _carry_model(plan: Plan, aside: RunDir) -> dict[str, Any]:
-    """The experiment as the run has it: a model from the user's own file comes from a copy of that file's folder."""
-    values = plan.experiment.as_dict()
-    source = plan.experiment.model.source
-    if source is not None:
-        path, attribute = source
-        folder = aside.code / "own"
-        folder.mkdir()
-        for module in path.parent.glob("*.py"):
-            shutil.copy2(module, folder / module.name)
-        values["model"]["name"] = f"file:{plan.run.code / folder.name / path.name}:{attribute}"
-    return values
+    def carry(self, experiment: Experiment) -> dict[str, Any]:
+        """The experiment as its run has it: file: names the copy, which has the other modules of its folder beside."""
+        values = experiment.as_dict()
+        source = experiment.model.source
+        if source is not None:
+            path, attribute = source
+            values["model"]["name"] = f"file:{self._final / self._copied(path.parent) / path.name}:{attribute}"
+        return values
+
+    def _copied(self, folder: Path) -> str:
+        if folder not in self._folders:
+            name = f"own{len(self._folders) or ''}"
+            (self._aside / name).mkdir()
+            for module in folder.glob("*.py"):
+                shutil.copy2(module, self._aside / name / module.name)
+            self._folders[folder] = name
+        return self._folders[folder]
 
 
 def _rename(aside: Path, final: Path) -> None:
