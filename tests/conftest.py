@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.fakeslurm import fake, run  # noqa: F401  fixtures, for every test file that has none of its own
 from tests.slurm.cluster import Cluster, obstacle, reap
 
 UNTESTED = "submission, preemption, requeue and cancellation on a real SLURM"
