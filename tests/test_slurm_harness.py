@@ -10,7 +10,8 @@ from tests.slurm.cluster import Cluster, ClusterError
 
 pytestmark = pytest.mark.slurm
 
-CLUSTER_PY = Path(__file__).parent / "slurm" / "cluster.py"
+ROOT = Path(__file__).parent.parent
+BY_HAND = [sys.executable, "-m", "tests.slurm"]
 
 # Batch shell and tasks log their signals; a task leaves with 75 soon after TERM or USR2, as ours do.
 BATCH = """#!/bin/bash
@@ -115,14 +116,14 @@ def test_a_failed_wait_shows_queue_and_logs(slurm_cluster: Cluster) -> None:
 
 
 def test_what_a_killed_session_left_is_reaped_and_the_living_stay(slurm_cluster: Cluster) -> None:
-    shell = subprocess.Popen([sys.executable, CLUSTER_PY, "--shell"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    shell = subprocess.Popen([*BY_HAND, "--shell"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
     assert shell.stdout
     folder = Path(shell.stdout.readline().decode().split("=")[1].split()[0]).parent
     slurmctld = int((folder / "pids").read_text().split()[-3])
     shell.kill()
     shell.communicate()
     assert Path(f"/proc/{slurmctld}/exe").exists(), "the daemons outlive a killed session"
-    reaped = subprocess.run([sys.executable, CLUSTER_PY, "--reap"], capture_output=True, text=True, check=True)
+    reaped = subprocess.run([*BY_HAND, "--reap"], capture_output=True, text=True, check=True, cwd=ROOT)
     assert str(folder) in reaped.stdout
     assert not folder.exists()
     assert not Path(f"/proc/{slurmctld}/cmdline").exists() or not Path(f"/proc/{slurmctld}/cmdline").read_bytes()

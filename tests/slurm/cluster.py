@@ -1,71 +1,102 @@
-"""A real SLURM cluster of two nodes with faked A100s on this machine: `sudo python tests/slurm/cluster.py --shell`.
+"""A real SLURM cluster with faked A100s on this machine: for tests, and for a shell.
 
-For tests it is the session fixture `slurm_cluster` (tests/conftest.py). By hand, `--shell` prints the line to export
-and keeps the cluster until Ctrl-C or the end of its input; `--reap` stops what a killed session left behind.
+For tests it is the session fixture `slurm_cluster` (tests/conftest.py), or a `Cluster(...)` of their own; several may
+run side by side. By hand: `sudo .venv/bin/python -m tests.slurm --shell`.
 
-One slurmctld, two slurmd (`-N node0`, `-N node1`), and a munged of its own unless one answers already. No accounting
-database. Everything lives in one temporary folder, on free ports; each daemon leads its own session and is stopped by
-its own pid. The nodes' names resolve for jobs (a private mount of /etc/hosts around each slurmd), as on a real cluster.
+One slurmctld, one slurmd per node (`-N node0`, ...), a munged of its own unless one answers already and, when asked, an
+accounting database. Everything lives in one temporary folder, on free ports; each daemon leads its own session and is
+stopped by its own pid. The nodes' names resolve for jobs (a private mount of /etc/hosts around each slurmd), as on a
+real cluster.
 """
 
-import argparse
 import os
-import random
 import shutil
 import signal
 import socket
 import stat
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Template
 from types import TracebackType
 from typing import Self, TypeVar
 
+from tests.slurm import accounting as database
+from tests.slurm.processes import (
+    ClusterError,
+    free_ports,
+    kill_child,
+    kill_mount_namespace,
+    listens,
+    munge_answers,
+    new_folder,
+    reap,
+    search_path,
+    sweep,
+)
+
+__all__ = ["Cluster", "ClusterError", "obstacle", "reap"]
+
 T = TypeVar("T")
 
-PREFIX = "slurm-cluster-"
-NODES = ("node0", "node1")
 CPUS = 12
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged", "unmunge", "unshare")
 CONF = Path(__file__).with_name("slurm.conf.in")
-SBIN = "/usr/sbin:/sbin"
 # Mounts a hosts file of its own over /etc/hosts, seen by this slurmd and its jobs only, then becomes slurmd.
 IN_NODE = ("unshare", "--mount", "--propagation", "slave", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"')
+MEASURED = ("JobAcctGatherType=jobacct_gather/linux", "JobAcctGatherFrequency=1")
 
 
-class ClusterError(RuntimeError):
-    """The cluster did not do what it was asked; the message ends with the tails of queue and logs."""
-
-
-def obstacle() -> str | None:
+def obstacle(*, accounting: bool = False) -> str | None:
     """Says in a few words why no cluster can be started here and what helps; None when one can be started."""
     if os.geteuid() != 0:
         return "not root; run this as root"
-    missing = [name for name in PROGRAMS if shutil.which(name, path=_path()) is None]
+    wanted = PROGRAMS + (database.PROGRAMS if accounting else ())
+    missing = [name for name in wanted if shutil.which(name, path=search_path()) is None]
     return f"not installed: {', '.join(missing)}; install with: sudo sh tests/slurm/install.sh" if missing else None
 
 
 class Cluster:
-    """A running SLURM of two nodes (12 CPUs, 64000 MB, gpu:a100:1 each), to be used as a context manager.
+    """A running SLURM whose nodes have 12 CPUs, 64000 MB and gpu:a100:1 each, to be used as a context manager.
 
     Partitions: `gpu` (default; GraceTime 0), `grace` (GraceTime 8) and `high`, whose jobs displace those of both.
 
     Args:
+        nodes: how many; they are called node0, node1, ...
+        accounting: with slurmdbd, so that sacct answers; the memory of jobs is measured each second.
         job_requeue: slurm.conf's JobRequeue; with 0 a job must ask for `--requeue`.
         preempt_mode: what happens to displaced jobs, "REQUEUE" or "CANCEL".
+        user_signal: jobs that are displaced get the signal of their `--signal` first.
         kill_wait: seconds between SIGTERM and SIGKILL.
+        max_array_size: one more than the highest index that an array may have.
+        memory_limit: a job that uses more memory than it asked for is killed within about a second.
+        node_timeout: after so many seconds without an answer a node is down.
         extra: further lines for slurm.conf; one that repeats a key of the template wins.
     """
 
     def __init__(
-        self, *, job_requeue: int = 1, preempt_mode: str = "REQUEUE", kill_wait: int = 5, extra: Sequence[str] = ()
+        self,
+        *,
+        nodes: int = 2,
+        accounting: bool = False,
+        job_requeue: int = 1,
+        preempt_mode: str = "REQUEUE",
+        user_signal: bool = False,
+        kill_wait: int = 5,
+        max_array_size: int = 1001,
+        memory_limit: bool = False,
+        node_timeout: int = 30,
+        extra: Sequence[str] = (),
     ) -> None:
+        self.nodes = tuple(f"node{number}" for number in range(nodes))
+        self.accounting = accounting
         self.settings = {"job_requeue": job_requeue, "preempt_mode": preempt_mode, "kill_wait": kill_wait}
-        self.extra = tuple(extra)
+        self.settings |= {"max_array_size": max_array_size, "node_timeout": node_timeout}
+        lines = list(MEASURED) if accounting or memory_limit else []
+        lines += ["JobAcctGatherParams=OverMemoryKill"] if memory_limit else []
+        lines += ["SlurmctldParameters=preempt_send_user_signal"] if user_signal else []
+        self.extra = (*lines, *extra)
         self.folder = Path()
         self.ports: dict[str, int] = {}
         self.borrowed_munge = False
@@ -75,21 +106,22 @@ class Cluster:
     # -- life -------------------------------------------------------------------------------------------------------
 
     def start(self) -> Self:
-        """Starts all daemons and returns when both nodes are idle and a job step has answered; cleans up if it fails.
+        """Starts all daemons and returns when all nodes are idle and a job step has answered; cleans up if it fails.
 
         Raises:
             ClusterError: when it cannot start here, or does not answer in time; with the tails of the logs.
         """
-        if reason := obstacle():
+        if reason := obstacle(accounting=self.accounting):
             raise ClusterError(f"no SLURM cluster can be started here: {reason}")
         began = time.monotonic()
-        self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        self.folder = new_folder()
         try:
-            (self.folder / "owner").write_text(f"{os.getpid()} {_start_time(os.getpid())}\n")
             self._write_configuration()
+            if self.accounting:
+                database.make(self.folder)
             for name in self._commands():
                 self.launch(name)
-            self.wait_for(self._answers, 30, "two idle nodes and an answer from srun")
+            self.wait_for(self._answers, 30, "idle nodes and an answer from srun")
         except BaseException:
             self.stop()
             raise
@@ -99,10 +131,10 @@ class Cluster:
     def stop(self) -> None:
         """Kills the daemons and every process of their jobs, and removes the folder. A second call does nothing."""
         for process in self.daemons.values():
-            _kill_child(process)
+            kill_child(process)
         self.daemons.clear()
         if self.folder != Path():
-            _sweep(self.folder)
+            sweep(self.folder)
             self.folder = Path()
 
     def __enter__(self) -> Self:
@@ -112,13 +144,13 @@ class Cluster:
         self.stop()
 
     def launch(self, name: str) -> None:
-        """Starts the daemon `munged`, `slurmctld`, `node0` or `node1`; again, if it was killed by a test."""
+        """Starts the daemon `munged`, `mariadbd`, `slurmdbd`, `slurmctld` or `node0`, ...; again, if it was killed."""
         if name in self.daemons:
-            _kill_child(self.daemons[name])
+            kill_child(self.daemons[name])
         with (self.folder / "log" / f"{name}.err").open("ab") as err:
             self.daemons[name] = subprocess.Popen(
                 self._commands()[name],
-                env=self.environment(),
+                env=self.environment() | database.environment(self.folder),
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
                 stdout=err,
@@ -127,19 +159,20 @@ class Cluster:
             )
         with (self.folder / "pids").open("a") as pids:
             pids.write(f"{self.daemons[name].pid}\n")
-        # Slurm's programs sleep a whole second when slurmctld does not listen yet: worth the wait.
+        # Slurm's programs sleep a whole second when their server does not listen yet: worth the wait.
         if name == "munged":
-            self.wait_for(lambda: _munge_answers(self._own_munge), 10, "munged")
-        if name == "slurmctld":
-            self.wait_for(lambda: _listens(self.ports["slurmctld_port"]), 10, "slurmctld")
+            self.wait_for(lambda: munge_answers(self._own_munge), 10, name)
+        elif name not in self.nodes:
+            address = database.socket(self.folder) if name == "mariadbd" else self.ports[name]
+            self.wait_for(lambda: listens(address), 10, name)
 
     # -- use --------------------------------------------------------------------------------------------------------
 
     def environment(self) -> dict[str, str]:
         """The environment in which commands reach this cluster and no other: ours without SLURM's, with SLURM_CONF."""
-        foreign = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SCANCEL_")
+        foreign = ("SLURM_", "SBATCH_", "SRUN_", "SALLOC_", "SQUEUE_", "SINFO_", "SCANCEL_", "SACCT_")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
-        return kept | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": _path()}
+        return kept | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": search_path()}
 
     def run(
         self, *command: str | Path, cwd: Path | None = None, timeout: float = 60, check: bool = True
@@ -184,6 +217,15 @@ class Cluster:
         """The job's state in SLURM's words: PENDING, RUNNING, COMPLETING, COMPLETED, CANCELLED, ..."""
         return self.job_field(job_id, "JobState")
 
+    def array_states(self, job_id: str) -> dict[int, str]:
+        """The state of every index of an array, in SLURM's words, by one call of squeue."""
+        shown = self.run("squeue", "--noheader", "--array", "--states=all", f"--jobs={job_id}", "--format=%K %T").stdout
+        return dict(sorted((int(index), state) for index, state in map(str.split, shown.splitlines())))
+
+    def node_state(self, name: str) -> str:
+        """The node's state in sinfo's words: idle, mixed, allocated, down, drained, ...; `down*`: it is silent."""
+        return self.run("sinfo", "--noheader", "--partition=gpu", f"--nodes={name}", "--format=%T").stdout.strip()
+
     def wait_for(self, predicate: Callable[[], T], timeout: float, what: str) -> T:
         """Asks `predicate` every 50 ms until it answers something true, and returns that.
 
@@ -202,12 +244,23 @@ class Cluster:
         self.wait_for(lambda: self.state(job_id) == state, timeout, f"job {job_id} to be {state}")
 
     def preempt(self, target: str, seconds: float = 1) -> str:
-        """Displaces a running job (or all jobs of a node, by its name) and returns the id of the job that does it.
+        """Displaces a running job (`12`), one task of an array (`12_4`) or all jobs of a node (`node0`).
 
-        The displacing job asks `high` for all CPUs of the target's nodes, and holds them for so many seconds.
+        The displacing job asks `high` for all CPUs of the target's nodes, and holds them for so many seconds. SLURM
+        cannot be told which of several jobs on one node to displace: all of them go. To displace exactly one task of
+        an array, let each task ask for a whole node (12 CPUs, as a job for the A100 does), on a cluster of as many
+        nodes as tasks shall run at once.
+
+        Returns:
+            The id of the displacing job.
+
+        Raises:
+            ClusterError: when the target is not running.
         """
         nodes, count = (target, 1)
-        if target not in NODES:
+        if target not in self.nodes:
+            if (state := self.state(target)) != "RUNNING":
+                raise ClusterError(f"job {target} is {state}: only a running job can be displaced")
             nodes, count = self.job_field(target, "NodeList"), int(self.job_field(target, "NumNodes"))
         whole = (f"--nodes={count}", "--ntasks-per-node=1", f"--cpus-per-task={CPUS}", "--mem=100M")
         names = ("--partition=high", "--job-name=displacer", "--output=/dev/null", f"--wrap=sleep {seconds}")
@@ -236,6 +289,40 @@ class Cluster:
                 parts.append(f"--- {log.name}\n" + "\n".join(tail))
         return "\n".join(parts)
 
+    # -- harm -------------------------------------------------------------------------------------------------------
+
+    def stop_controller(self, *, clean: bool = True) -> None:
+        """Ends slurmctld; jobs run on, and clients fail until `start_controller`.
+
+        Args:
+            clean: by SIGTERM, which saves the state; else by SIGKILL, and what it was told in the last seconds is
+                lost, a job that sbatch has just reported among it.
+        """
+        self.daemons["slurmctld"].send_signal(signal.SIGTERM if clean else signal.SIGKILL)
+        self.daemons["slurmctld"].wait(30)
+
+    def start_controller(self) -> None:
+        """Starts slurmctld again, from its saved state, and returns when it knows its nodes."""
+        self.launch("slurmctld")
+        lost = ("*", "unknown", "down")
+        self.wait_for(lambda: not any(word in self._nodes("%T") for word in lost), 30, "all nodes to answer")
+
+    def node_down(self, name: str) -> None:
+        """Says to SLURM that the node is down, as an administrator does: its jobs end or are requeued at once."""
+        self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=test")
+
+    def cut_power(self, name: str) -> None:
+        """Kills slurmd and every process on the node; SLURM notices after `node_timeout`."""
+        kill_mount_namespace(self.daemons[name])
+
+    def node_up(self, name: str) -> None:
+        """Brings a node back after either of these, and returns when it takes jobs."""
+        if self.daemons[name].poll() is not None:
+            self.launch(name)
+        if self.node_state(name).startswith(("down", "drain")):
+            self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
+        self.wait_for(lambda: self.node_state(name) in ("idle", "mixed", "allocated"), 30, f"{name} to be up")
+
     # -- inside -----------------------------------------------------------------------------------------------------
 
     @property
@@ -243,17 +330,25 @@ class Cluster:
         return self.folder / "run" / "munge.socket"
 
     def _write_configuration(self) -> None:
-        for name in ("state", "run", "log", "spool", *(f"spool/{node}" for node in NODES)):
+        for name in ("state", "run", "log", "spool", *(f"spool/{node}" for node in self.nodes)):
             (self.folder / name).mkdir()
-        self.borrowed_munge = _munge_answers()
-        self.ports = dict(zip(("slurmctld_port", "node0_port", "node1_port"), _free_ports(3), strict=True))
+        self.borrowed_munge = munge_answers()
+        names = ("slurmctld", "slurmdbd", *self.nodes)
+        self.ports = dict(zip(names, free_ports(len(names)), strict=True))
         host = socket.gethostname().split(".")[0]
-        text = Template(CONF.read_text()).substitute(self.settings, folder=self.folder, host=host, **self.ports)
-        lines = [] if self.borrowed_munge else [f"AuthInfo=socket={self._own_munge}"]
+        text = Template(CONF.read_text()).substitute(
+            self.settings, folder=self.folder, host=host, slurmctld_port=self.ports["slurmctld"]
+        )
+        at = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={CPUS} RealMemory=64000 Gres=gpu:a100:1"
+        lines = [f"NodeName={node} Port={self.ports[node]} {at}" for node in self.nodes]
+        lines += [] if self.borrowed_munge else [f"AuthInfo=socket={self._own_munge}"]
+        if self.accounting:
+            munge = None if self.borrowed_munge else self._own_munge
+            lines += database.configure(self.folder, self.ports["slurmdbd"], munge)
         (self.folder / "slurm.conf").write_text("\n".join([text, *lines, *self.extra, ""]))
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\nConstrainCores=no\n")
-        (self.folder / "gres.conf").write_text("".join(self._fake_gpu(node) for node in NODES))
-        (self.folder / "hosts").write_text(Path("/etc/hosts").read_text() + f"\n127.0.0.1 {' '.join(NODES)}\n")
+        (self.folder / "gres.conf").write_text("".join(self._fake_gpu(node) for node in self.nodes))
+        (self.folder / "hosts").write_text(Path("/etc/hosts").read_text() + f"\n127.0.0.1 {' '.join(self.nodes)}\n")
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(os.urandom(128))
@@ -271,8 +366,9 @@ class Cluster:
         names |= {"seed-file": run / "munged.seed", "log-file": self.folder / "log" / "munged.log"}
         munged = ["munged", "--foreground", "--force", *(f"--{option}={path}" for option, path in names.items())]
         commands = {} if self.borrowed_munge else {"munged": munged}
+        commands |= database.commands(self.folder) if self.accounting else {}
         commands["slurmctld"] = ["slurmctld", "-D", "-f", conf]
-        for node in NODES:
+        for node in self.nodes:
             commands[node] = [*IN_NODE, str(self.folder / "hosts"), "slurmd", "-D", "-f", conf, "-N", node]
         return commands
 
@@ -280,132 +376,9 @@ class Cluster:
         for name, process in self.daemons.items():
             if process.poll() is not None:
                 raise ClusterError(f"{name} ended with {process.returncode} at start\n{self.evidence()}")
-        states = self.run("sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%t", check=False).stdout.split()
-        if states != ["idle"] * len(NODES):
-            return False
-        return self.run("srun", "--ntasks=1", "true", check=False).returncode == 0
+        return self._nodes("%t") == ["idle"] * len(self.nodes) and self.run("srun", "true", check=False).returncode == 0
 
-
-def reap() -> list[Path]:
-    """Stops the clusters of sessions that are no more, and returns the folders it removed."""
-    found = [folder for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*") if not _owner_lives(folder)]
-    for folder in found:
-        _sweep(folder)
-    return found
-
-
-def _owner_lives(folder: Path) -> bool:
-    try:
-        pid, started = (folder / "owner").read_text().split()
-    except (OSError, ValueError):
-        # Being made by another session just now, unless it is old.
-        return time.time() - folder.stat().st_mtime < 60
-    return _start_time(int(pid)) == started
-
-
-def _sweep(folder: Path) -> None:
-    """Kills by pid all that belongs to the cluster in this folder, daemons first, and removes the folder."""
-    pids = folder / "pids"
-    for line in pids.read_text().splitlines() if pids.exists() else []:
-        if str(folder).encode() in _proc(int(line), "cmdline"):
-            _kill(int(line))
-    while left := list(_descendants(folder)):
-        for pid in left:
-            _kill(pid)
-        time.sleep(0.02)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _descendants(folder: Path) -> Iterator[int]:
-    """Living processes of the cluster: its daemons' children (by name), and those of its jobs (by SLURM_JOB_ID)."""
-    ours = f"SLURM_CONF={folder}/slurm.conf".encode()
-    for pid in (int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()):
-        variables = _proc(pid, "environ").split(b"\0")  # empty for a zombie
-        if ours not in variables or pid == os.getpid():
-            continue
-        if _proc(pid, "comm").startswith(b"slurm") or any(v.startswith(b"SLURM_JOB_ID=") for v in variables):
-            yield pid
-
-
-def _proc(pid: int, name: str) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/{name}").read_bytes()
-    except OSError:
-        return b""
-
-
-def _start_time(pid: int) -> str:
-    """Field 22 of /proc/PID/stat: with the pid it names a process for good. Empty when there is none."""
-    fields = _proc(pid, "stat").rpartition(b")")[2].split()
-    return fields[19].decode() if fields else ""
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-
-
-def _kill_child(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
-
-
-def _munge_answers(own: Path | None = None) -> bool:
-    """Whether a munged (the system's, or the one at this socket) makes and reads credentials."""
-    at = f"--socket={own}" if own else ""
-    command = f"munge -n {at} | unmunge {at}"
-    return subprocess.run(["sh", "-c", command], capture_output=True, env={"PATH": _path()}).returncode == 0
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports on which nobody listens, below the range that the kernel gives to outgoing connections."""
-    found: list[int] = []
-    for port in random.SystemRandom().sample(range(17000, 32000), 1000):
-        if not _listens(port):
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise ClusterError("no free ports between 17000 and 32000")
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def _path() -> str:
-    """PATH with the folders of the daemons, which are root's and not always in it."""
-    return f"{os.environ.get('PATH', os.defpath)}:{SBIN}"
-
-
-def _shell() -> None:
-    with Cluster() as cluster:
-        print(f"export SLURM_CONF={cluster.folder}/slurm.conf")
-        print(f"Up in {cluster.start_seconds:.1f} s; Ctrl-C or the end of the input stops it.", flush=True)
-        sys.stdin.read()
-
-
-def main() -> int:
-    """The developer's commands."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--shell", action="store_true", help="start a cluster and keep it until Ctrl-C")
-    action.add_argument("--reap", action="store_true", help="stop what killed sessions left behind")
-    if parser.parse_args().reap:
-        print("\n".join(f"stopped and removed {folder}" for folder in reap()) or "nothing was left behind")
-        return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        _shell()
-    except KeyboardInterrupt:
-        return 0
-    except ClusterError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    def _nodes(self, field: str) -> list[str]:
+        """A field of sinfo for every node; empty while slurmctld does not answer."""
+        command = ("sinfo", "--noheader", "--Node", "--partition=gpu", f"--format={field}")
+        return self.run(*command, check=False).stdout.split()

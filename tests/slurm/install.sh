@@ -1,25 +1,46 @@
 #!/bin/sh
-# Installs the SLURM that tests/slurm/cluster.py starts (Debian, Ubuntu; as root). Elsewhere it says so and succeeds.
+# Installs what tests/slurm/cluster.py starts (Debian, Ubuntu; as root). Where it cannot, it says so and succeeds.
+# Programs only: no service of theirs is started now or enabled for the next boot.
 PATH="$PATH:/usr/sbin:/sbin"
 
-if command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null; then
+missing() { ! command -v "$1" >/dev/null; }
+packages=""
+if missing slurmctld || missing slurmd; then packages="slurm-wlm"; fi
+if missing munged; then packages="$packages munge"; fi
+if missing slurmdbd; then packages="$packages slurmdbd"; fi
+# The server without its service: slurmdbd keeps its tables there.
+if missing mariadbd || missing mariadb-install-db; then packages="$packages mariadb-server-core"; fi
+[ -n "$packages" ] || exit 0
+
+refuse() {
+    echo "NOT INSTALLED: $packages, because $1; tests on a real SLURM will be skipped." \
+        "Remedy, as root on Debian or Ubuntu: sh tests/slurm/install.sh" >&2
     exit 0
+}
+[ "$(id -u)" = 0 ] || refuse "this is not root"
+if missing apt-get; then refuse "there is no apt-get"; fi
+
+policy=/usr/sbin/policy-rc.d # Debian's packages start their services unless this script says no
+if [ ! -e "$policy" ]; then
+    trap 'rm -f "$policy"' EXIT
+    trap 'exit 1' INT TERM
+    printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod 755 "$policy"
 fi
-remedy="the tests on a real SLURM will be skipped. Remedy, as root on Debian or Ubuntu: sh tests/slurm/install.sh"
-if [ "$(id -u)" != 0 ]; then
-    echo "NOT INSTALLED: SLURM, because this is not root; $remedy" >&2
-    exit 0
-fi
-if ! command -v apt-get >/dev/null; then
-    echo "NOT INSTALLED: SLURM, because there is no apt-get; $remedy" >&2
-    exit 0
-fi
+fresh=""
+for unit in slurmctld slurmd slurmdbd munge; do
+    if missing systemctl || systemctl --quiet is-enabled "$unit" 2>/dev/null; then continue; fi
+    fresh="$fresh $unit"
+done
 
 log=$(mktemp)
 export DEBIAN_FRONTEND=noninteractive
-if { apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge; } >"$log" 2>&1; then
+apt() { apt-get -o DPkg::Lock::Timeout=120 "$@" >>"$log" 2>&1; }
+# shellcheck disable=SC2086  # lists of names
+if apt update && apt install -y --no-install-recommends $packages; then
     rm -f "$log"
+    if [ -n "$fresh" ]; then systemctl --quiet disable $fresh 2>/dev/null; fi
 else
     tail -n 20 "$log" >&2
-    echo "NOT INSTALLED: SLURM, because apt-get failed (whole log: $log); $remedy" >&2
+    refuse "apt-get failed (whole log: $log)"
 fi
+exit 0
