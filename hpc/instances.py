@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 import slurm_templates
 from hpc import yamlfile
 from hpc.errors import UserError, nearest
 from hpc.experiment import Duration, Gigabytes, Launch
+from hpc.sections import Container, NodePath, SbatchOptions, Word
 from hpc.units import slurm_time
 
 _SHIPPED = Path(slurm_templates.__file__).parent / "instances"
@@ -71,10 +72,40 @@ class Instance(BaseModel):
     """The most that one job may have."""
     time_limit: Duration
     partition: str | None = None
-    setup: list[str] = []
-    """Shell lines before anything else: module load, source venv/bin/activate."""
+    modules: list[Word] = []
+    """`module load` of each, before all that follows."""
+    venv: NodePath | None = None
+    """Activated; its Python runs the payload."""
+    container: Container | None = None
     environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
     """Exported to every task."""
+    scratch: NodePath | None = None
+    """Node-local folder, exported as HPC_SCRATCH; a node without it is a bad node."""
+    scratch_gb: Gigabytes | None = None
+    """Free space that a job needs there."""
+    prologue: list[str] = []
+    """Shell lines before the attempt."""
+    epilogue: list[str] = []
+    """Shell lines after the ranks have ended, before the script decides what follows."""
+    sbatch: SbatchOptions = {}
+    """Further options of sbatch: {exclusive: , licenses: matlab:1}."""
+    template: Path | None = None
+    """The user's own template, beside the instance's file."""
+
+    @model_validator(mode="after")
+    def _check_sections(self) -> Instance:
+        if self.venv and self.container:
+            raise ValueError("venv has no effect with a container, whose own 'python' runs the payload; leave one out")
+        if self.scratch_gb and not self.scratch:
+            raise ValueError("scratch_gb has no effect without scratch, the folder it is asked of")
+        return self
+
+    @property
+    def local_obstacle(self) -> str | None:
+        """Why a local run cannot have this instance, in a sentence; None when it can."""
+        if self.container and self.container.engine == "pyxis":
+            return f"{self.name}: a pyxis container has no local form (srun makes it); use cluster slurm or apptainer"
+        return None
 
     def request(self, launch: Launch) -> Request:
         """The launch section with the gaps filled from this instance."""
@@ -138,13 +169,35 @@ def find(name: str) -> Instance:
     known = names()
     if name not in known:
         raise UserError(f"launch.instance {name!r} is not known; {nearest(name, known)} (see 'hpc instances')")
-    values = yamlfile.read(known[name])
+    return read(known[name])
+
+
+def read(path: Path) -> Instance:
+    """The instance in a file, over its `base:`. Raises UserError with one line per fault."""
     try:
-        return Instance.model_validate({"name": name, **values})
+        return Instance.model_validate({"name": path.stem, **_layers(path, ())})
     except ValidationError as error:
-        lines = []
-        for fault in error.errors():
-            key = ".".join(str(part) for part in fault["loc"])
-            hint = f"; {nearest(key, Instance.model_fields)}" if fault["type"] == "extra_forbidden" else ""
-            lines.append(f"{known[name]}: {key}: {fault['msg'].removeprefix('Value error, ')}{hint}")
-        raise UserError("\n".join(lines)) from None
+        raise UserError("\n".join(f"{path}: {_sentence(fault)}" for fault in error.errors())) from None
+
+
+def _sentence(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    valid = Container.model_fields if fault["loc"][:1] == ("container",) else Instance.model_fields
+    hint = f"; {nearest(str(fault['loc'][-1]), valid)}" if fault["type"] == "extra_forbidden" else ""
+    return f"{key}{': ' * bool(key)}{fault['msg'].removeprefix('Value error, ')}{hint}"
+
+
+def _layers(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's values over those of its base: another instance, or one of the same name in the next folder."""
+    values = yamlfile.read(path)
+    base = values.pop("base", None)
+    if isinstance(values.get("template"), str):
+        values["template"] = path.parent / Path(values["template"]).expanduser()
+    if base is None:
+        return values
+    above = (*above, path)
+    found = [file for folder in folders() if (file := folder / f"{base}.yaml") not in above and file.is_file()]
+    if not found:
+        others = {name for name, file in names().items() if file not in above}
+        raise UserError(f"{path}: base: {base!r} is not known; {nearest(str(base), others)}")
+    return {**_layers(found[0], above), **values}

@@ -1,41 +1,102 @@
-"""The sbatch text: one pure function of (experiment, instance, run folder, interpreter); every value shell-quoted."""
+"""The batch text: a pure function of experiment, instance, folder and interpreter; every value is shell-quoted.
+
+One template serves single runs, arrays and local runs; function.sbatch.j2 takes its parts for a user's own function.
+"""
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Sequence
+import sys
 from pathlib import Path
 from typing import Any
 
 import slurm_templates
 from hpc.errors import UserError
-from hpc.experiment import Experiment
+from hpc.experiment import Experiment, Launch
 from hpc.instances import Instance, Request
 from hpc.rundir import RunDir
+from hpc.sections import on_node, one_line
+from hpc.sweepdir import Chunk, SweepDir
 
-_FOLDER = Path(slurm_templates.__file__).parent
+FOLDER = Path(slurm_templates.__file__).parent
+JOB = "job.sbatch.j2"
+_FUNCTION = "function.sbatch.j2"
 _NOTICE_S = 120
+_DEAF = """sh -c 'trap "" TERM INT USR2; exec "$@"' rank"""
+"""Ranks ignore stop signals until Python has its own handlers: one that comes earlier must not kill them."""
+
+Options = dict[str, str | int | None]
 
 
-class _Raw(str):
+class Raw(str):
     """Text that goes into the script as it is."""
 
 
 def render(experiment: Experiment, instance: Instance, run: RunDir, python: str) -> str:
-    """The batch script of a run. Raises UserError for a value that no `#SBATCH` line can carry."""
-    request = instance.request(experiment.launch)
-    text: str = _template().render(
-        options=_options(experiment, instance, request, run),
-        run=run,
-        python=python,
-        request=request,
-        instance=instance,
-        notice_s=notice_seconds(request),
-        output=_slurm_path(run.output()),
-        error=_slurm_path(run.output(stream="err")),
-        command=(python, "-u", "-m", "jobs.run", str(run.path)),
-    )
-    return text
+    """The batch script of a run. Raises UserError for a value that the text cannot carry, or a faulty own template."""
+    context = _run_context(experiment, instance, run.path, run.code, python)
+    options = _options(experiment.name, run.name, instance, experiment.launch) | {
+        "output": _slurm_path(run.output(task="0")),
+        "error": _slurm_path(run.output(task="0", stream="err")),
+    }
+    return _fill(instance, context | {"run": run.path, "array": None, "slurm_job": "%j"}, options)
+
+
+def render_array(experiment: Experiment, instance: Instance, sweep: SweepDir, chunk: Chunk, python: str) -> str:
+    """The batch script of one array of a sweep: each task finds its row, and is that row's run from there on.
+
+    `experiment` stands for all rows: its name, its launch section, and its data file's folder for containers.
+    Locally HPC_ARRAY_TASK_ID names the task. Raises UserError, as `render`.
+    """
+    context = _run_context(experiment, instance, sweep.path, sweep.code, python)
+    limit = f"%{chunk.parallel}" if chunk.parallel else ""
+    options = _options(experiment.name, sweep.token(chunk.number), instance, experiment.launch) | {
+        "array": f"0-{chunk.count - 1}{limit}",
+        "output": _slurm_path(sweep.logs / "%A_%a_log.out"),
+    }
+    array = {"first": chunk.first, "rows_file": sweep.rows_file, "folder": sweep.path}
+    return _fill(instance, context | {"array": array, "slurm_job": "%A_%a"}, options)
+
+
+def render_function(
+    name: str,
+    instance: Instance,
+    launch: Launch,
+    folder: Path,
+    command: str,
+    array: str | None,
+    *,
+    python: str = sys.executable,
+    comment: str | None = None,
+) -> str:
+    """The batch script of a user's own function, with submitit's names for its outputs in `folder`.
+
+    `command` is shell text (submitit's); `array` is sbatch's --array, or None. Raises UserError, as `render`.
+    """
+    from submitit.core.utils import JobPaths
+
+    paths = JobPaths(folder)
+    stdout, stderr = (_submitit_path(path, array) for path in (paths.stdout, paths.stderr))
+    options = _options(name, comment, instance, launch)
+    options |= {"array": array} if array else {}
+    options |= {"output": stdout.replace("%t", "0"), "error": stderr.replace("%t", "0")}
+    places = [JobPaths.get_first_id_independent_folder(folder)]
+    context = _context(instance, launch, python, places)
+    context |= {
+        "command": Raw(" ".join([*_container_words(instance, context["request"], places), command])),
+        "local_tasks": 1,  # submitit's local executor starts the script once for each task
+        "stdout": stdout,
+        "stderr": stderr,
+    }
+    return _fill(instance, context, options, function=True)
+
+
+def payload_python(instance: Instance, python: str) -> str:
+    """Shell text of the interpreter that the ranks use: the container's, the venv's, or else `python`."""
+    if instance.container:
+        return shlex.quote(instance.container.python)
+    return f"{on_node(instance.venv)}/bin/python" if instance.venv else shlex.quote(python)
 
 
 def notice_seconds(request: Request) -> int:
@@ -43,25 +104,55 @@ def notice_seconds(request: Request) -> int:
     return min(_NOTICE_S, request.time_s // 2)
 
 
-def _options(experiment: Experiment, instance: Instance, request: Request, run: RunDir) -> dict[str, str | int | None]:
-    launch = experiment.launch
+def _run_context(experiment: Experiment, instance: Instance, folder: Path, code: Path, python: str) -> dict[str, Any]:
+    data = Path(experiment.data.file).parent
+    places = list(dict.fromkeys((folder, data)))
+    context = _context(instance, experiment.launch, python, places, ("PYTHONPATH", "PYTHONSAFEPATH"))
+    words = [*_container_words(instance, context["request"], places), _DEAF, payload_python(instance, python)]
+    return {**context, "command": Raw(" ".join([*words, "-u", "-m", "jobs.run", '"$run"'])), "code": code}
+
+
+def _context(
+    instance: Instance, launch: Launch, python: str, places: list[Path], variables: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    request, container = instance.request(launch), instance.container
+    passed = (*variables, *instance.environment)
+    return {
+        "instance": instance,
+        "request": request,
+        "python": python,
+        "code": None,
+        "notice_s": notice_seconds(request),
+        "local_tasks": request.tasks_per_node,
+        "local_obstacle": instance.local_obstacle,
+        "srun_options": [Raw(word) for word in (container.srun_words(places, passed) if container else [])],
+        "container_environment": passed if container and container.engine == "apptainer" else (),
+        "output": _output,
+    }
+
+
+def _container_words(instance: Instance, request: Request, places: list[Path]) -> list[str]:
+    return instance.container.command_words(request.gpus, places) if instance.container else []
+
+
+def _output(job: str, task: str = "%t", stream: str = "out") -> Raw:
+    """A log's name inside the run folder."""
+    run = RunDir("/")
+    return Raw(run.output(job, task, stream).relative_to(run.path))
+
+
+def _options(name: str, comment: str | None, instance: Instance, launch: Launch) -> Options:
+    request = instance.request(launch)
     gres = ":".join(part for part in ("gpu", instance.gpu_type, str(request.gpus)) if part)
     minutes, rest = divmod(request.time_s, 60)
-    options: dict[str, str | int | None] = {
-        "job-name": experiment.name,
-        "comment": run.name,
+    options: Options = {
+        "job-name": name,
+        "comment": comment,
         "nodes": request.nodes,
         "ntasks-per-node": request.tasks_per_node,
         "cpus-per-task": request.cpus_per_task,
         "mem": f"{round(request.mem_gb * 1000)}M",
         "time": f"{minutes}:{rest:02d}",
-        "signal": f"USR2@{notice_seconds(request)}",
-        "requeue": None,
-        "open-mode": "append",
-        "output": _slurm_path(run.output(task="0")),
-        "error": _slurm_path(run.output(task="0", stream="err")),
-    }
-    chosen = {
         "gres": gres if request.gpus else None,
         "partition": launch.partition or instance.partition,
         "account": launch.account,
@@ -71,11 +162,14 @@ def _options(experiment: Experiment, instance: Instance, request: Request, run: 
         "mail-user": launch.mail,
         "mail-type": "END,FAIL,REQUEUE" if launch.mail else None,
     }
-    options.update({key: value for key, value in chosen.items() if value is not None})
-    for key, value in options.items():
-        if any(ord(letter) < 32 or ord(letter) == 127 for letter in str(value)):
-            raise UserError(f"#SBATCH --{key}: {value!r} carries a line break or control character; write one line")
-    return options
+    chosen = {key: value for key, value in options.items() if value is not None}
+    return {
+        **chosen,
+        **instance.sbatch,
+        "signal": f"USR2@{notice_seconds(request)}",
+        "requeue": None,
+        "open-mode": "append",
+    }
 
 
 def _slurm_path(path: Path) -> str:
@@ -83,22 +177,39 @@ def _slurm_path(path: Path) -> str:
     return f"{str(path.parent).replace('%', '%%')}/{path.name}"
 
 
-def _template() -> Any:
+def _submitit_path(path: Path, array: str | None) -> str:
+    """submitit's path of a log, with SLURM's names for an array's tasks; its folder may hold %j, %t, %A and %a."""
+    text = re.sub(r"%(?![jtAa])", "%%", str(path))
+    return text.replace("%j", "%A_%a") if array else text
+
+
+def _fill(instance: Instance, context: dict[str, Any], options: Options, function: bool = False) -> str:
+    for key, value in options.items():
+        try:
+            one_line(str(value))
+        except ValueError as error:
+            raise UserError(f"#SBATCH --{key}: {error}") from None
+    environment = _environment()
+    template = environment.get_template(JOB)
+    if function:
+        context = {**context, "parent": template}
+        template = environment.get_template(_FUNCTION)
+    text: str = template.render({**context, "options": options})
+    return text
+
+
+def _environment() -> Any:
     from jinja2 import FileSystemLoader, StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
 
     environment = SandboxedEnvironment(
-        loader=FileSystemLoader(_FOLDER),
+        loader=FileSystemLoader(FOLDER),
         undefined=StrictUndefined,
-        finalize=lambda value: value if isinstance(value, _Raw) else shlex.quote(str(value)),
+        finalize=lambda value: value if isinstance(value, Raw) else shlex.quote(str(value)),
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["raw"] = _Raw
-    environment.filters["words"] = _words
-    return environment.get_template("job.sbatch.j2")
-
-
-def _words(command: Sequence[str]) -> _Raw:
-    return _Raw(shlex.join(command))
+    environment.filters["raw"] = Raw
+    environment.filters["on_node"] = lambda text: Raw(on_node(text))
+    return environment

@@ -17,9 +17,12 @@ from hpc.errors import UserError
 from hpc.experiment import Experiment, load, validate
 from hpc.instances import Instance
 from hpc.rundir import RunDir
+from hpc.sweepdir import Chunk, SweepDir
+from tests.slurm.cluster import Cluster
 
 GOLDEN = Path(__file__).parent / "golden" / "job.sbatch"
 PYTHON = "/opt/hpc/bin/python"
+DEAF = ["sh", "-c", 'trap "" TERM INT USR2; exec "$@"', "rank"]
 ODD = [
     "with space",
     "it's",
@@ -37,6 +40,9 @@ ODD = [
     "!history",
     "~",
 ]
+
+
+CEDIA = instances.find("cedia-a100-40gb")
 
 
 def experiment(**launch: Any) -> Experiment:
@@ -132,7 +138,7 @@ def test_bash_takes_every_path_as_it_is(odd: str, tmp_path: Path) -> None:
     calls = played(script, here)
     assert calls[0] == ["-m", "hpc.attempt", str(run)]
     assert calls[1][:2] == ["-m", "hpc.localstep"]
-    assert calls[1][calls[1].index("--") + 1 :] == [str(python), "-u", "-m", "jobs.run", str(run)]
+    assert calls[1][calls[1].index("--") + 1 :] == [*DEAF, str(python), "-u", "-m", "jobs.run", str(run)]
     assert calls[2] == ["-m", "hpc.requeue", str(run), "7", "0", "0"]
     assert not list(tmp_path.rglob("canary"))
     read = options(script)
@@ -154,8 +160,71 @@ def test_srun_is_given_every_path_as_it_is(odd: str, tmp_path: Path) -> None:
     slurms = str(run).replace("%", "%%")
     assert f"--output={slurms}/logs/%j_%t_log.out" in srun and f"--error={slurms}/logs/%j_%t_log.err" in srun
     assert {"--kill-on-bad-exit=1", "--cpus-per-task=12", "--open-mode=append"} <= set(srun)
-    assert srun[srun.index("-c") + 2 :] == ["bash", str(programs / "python"), "-u", "-m", "jobs.run", str(run)]
+    assert srun[-9:] == [*DEAF, str(programs / "python"), "-u", "-m", "jobs.run", str(run)]
     assert not list(tmp_path.rglob("canary"))
+
+
+def rows_of(folder: Path, count: int) -> SweepDir:
+    """A sweep's folder whose rows are called row-0, row-1, ..."""
+    for number in range(count):
+        (folder / f"row-{number}" / "logs").mkdir(parents=True)
+    (folder / "rows.txt").write_text("".join(f"row-{number}\n" for number in range(count)))
+    return SweepDir(folder)
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_task_of_an_array_is_the_run_of_its_row(odd: str, tmp_path: Path) -> None:
+    here, python, sweep = tmp_path / "cwd", tmp_path / odd / "python", rows_of(tmp_path / odd / "sweep", 12)
+    here.mkdir()
+    python.write_text(STUB)
+    python.chmod(0o755)
+    script = template.render_array(experiment(), CEDIA, sweep, Chunk(1, 8, 4, 2), str(python))
+    read = options(script)
+    assert read["array"] == "0-3%2" and read["comment"] == "sweep/1" and "error" not in read
+    assert read["output"] == str(sweep.path).replace("%", "%%") + "/logs/%A_%a_log.out"
+    for task, row in (("0", "row-8"), ("03", "row-11")):
+        calls = played(script, here, HPC_STEP="local", HPC_ARRAY_TASK_ID=task, SLURM_ARRAY_TASK_ID="1")
+        run = str(sweep.path / row)
+        assert calls[0] == ["-m", "hpc.attempt", run] and calls[1][-1] == run and calls[2][2] == run
+        (here / "record").unlink()
+    assert not list(tmp_path.rglob("canary"))
+
+
+@pytest.mark.parametrize("task", ["4", "99", "", "-1", "1x", "a[$(touch canary)]"])
+def test_a_task_without_a_row_is_bad_input_in_one_line(task: str, tmp_path: Path) -> None:
+    script = template.render_array(experiment(), CEDIA, rows_of(tmp_path / "sweep", 12), Chunk(1, 8, 4), PYTHON)
+    (tmp_path / "job.sbatch").write_text(script)
+    environ = {**os.environ, "HPC_STEP": "local", "HPC_ARRAY_TASK_ID": task}
+    done = subprocess.run(
+        ["bash", "job.sbatch"], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"array task '{task}': no row in {tmp_path}/sweep/rows.txt\n"
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.slurm
+def test_each_task_of_an_array_writes_to_the_logs_of_its_row(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    sweep = rows_of(tmp_path / "50% of it's $(touch canary)", 5)
+    sweep.logs.mkdir()
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/usr/bin/env bash\ncase "$2" in hpc.attempt) echo export HPC_GENERATION=7;; hpc.requeue) echo tail $3 >&2;;'
+        ' *) echo "rank $*";; esac\n'
+    )
+    python.chmod(0o755)
+    given = experiment(cpus=1, mem="100MB", time="5min", gpus=0)
+    script = tmp_path / "job.sbatch"
+    script.write_text(template.render_array(given, CEDIA, sweep, Chunk(0, 2, 3), str(python)))
+    job = slurm_cluster.submit(script, cwd=tmp_path)
+    rows = [sweep.path / f"row-{number}" for number in (2, 3, 4)]
+    written = [RunDir(row).output(f"{job}_{task}", "0", "err") for task, row in enumerate(rows)]
+    slurm_cluster.wait_for(lambda: all(path.exists() and "tail" in path.read_text() for path in written), 30, "rows")
+    for err, row in zip(written, rows, strict=True):
+        assert err.read_text() == f"tail {row}\n"
+        assert err.with_suffix(".out").read_text() == f"rank -u -m jobs.run {row}\n"
+    assert not list(tmp_path.rglob("canary"))
+    assert [path.read_text() for path in sweep.logs.iterdir()] == [""] * 3
 
 
 @pytest.mark.parametrize("key", ["account", "partition", "qos", "reservation", "constraint", "mail"])
@@ -170,14 +239,14 @@ def test_a_runs_folder_with_a_line_break_is_refused() -> None:
         render(experiment(), Path("/r\n#SBATCH --wrap=id/x-1"))
 
 
-def test_the_instances_environment_and_setup_reach_the_tasks(tmp_path: Path) -> None:
+def test_the_instances_environment_and_prologue_reach_the_tasks(tmp_path: Path) -> None:
     instance = Instance(
         name="site",
         cpus=2,
         mem_gb=4,
         time_limit=3600,
         environment={"ODD": "a 'b' $(touch canary) `id`\nsecond", "HTTPS_PROXY": "http://p:3128"},
-        setup=["greeting=$(echo hello)", 'export GREETING="$greeting world"'],
+        prologue=["greeting=$(echo hello)", 'export GREETING="$greeting world"'],
     )
     python = tmp_path / "python"
     python.write_text(
