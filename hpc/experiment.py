@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -204,6 +204,17 @@ class Experiment(Section):
 
     def as_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
+
+
+def is_duration(key: str) -> bool:
+    """Whether a dotted key takes a time, in which a colon parts hours from minutes."""
+    section: type[BaseModel] | None = Experiment
+    *sections, last = key.split(".")
+    for name in sections:
+        field = section.model_fields.get(name) if section else None
+        section = field.annotation if field and isinstance(field.annotation, type) else None
+    hints = get_type_hints(section, include_extras=True) if section else {}
+    return Duration in (hints.get(last), *get_args(hints.get(last)))
 
 
 def validate(values: dict[str, Any], origin: str) -> Experiment:

@@ -1,7 +1,8 @@
 """Submission through submitit: its Slurm and local executors, given our batch text instead of their own.
 
 An experiment's run carries no pickle: the job object is made from our script by submitit's `_submit_command`, and its
-`result()` reads result.json. Plain `sbatch job.sbatch` or `bash job.sbatch` is exactly the same run.
+`result()` reads result.json. Plain `sbatch job.sbatch` or `bash job.sbatch` is exactly the same run. Sweeps:
+hpc/arrays.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from hpc import allocation, slurm
 from hpc.attempt import record_submission
 from hpc.errors import UserError
 from hpc.rundir import RunDir, read_json
+from hpc.sweepdir import alone
 
 _NO_LIMIT_MIN = 60 * 24 * 3650  # hpc.localstep keeps the time limit: it starts afresh with every attempt
 
@@ -61,57 +63,60 @@ class LocalRunJob(_Result, LocalJob[Any]):
 
 
 class SlurmRunExecutor(SlurmExecutor):
-    """submitit's SLURM executor with the run's own script."""
+    """submitit's SLURM executor with a script of ours, and `options` on sbatch's command line."""
 
     job_class = SlurmRunJob
 
-    def __init__(self, run: RunDir) -> None:
-        super().__init__(run.logs)
-        self._run = run
+    def __init__(self, script: Path, logs: Path, token: str, options: Sequence[str] = ()) -> None:
+        super().__init__(logs)
+        self._script, self._token, self._options = script, token, options
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
-        return self._run.script.read_text()
+        return self._script.read_text()
 
-    def submit_run(self) -> SlurmRunJob:
-        """sbatch the run's script. A failed sbatch may have submitted: the token (--comment) tells."""
+    def _make_submission_command(self, submission_file_path: Path) -> list[str]:
+        return ["sbatch", *self._options, str(submission_file_path)]
+
+    def submit_script(self) -> SlurmRunJob:
+        """sbatch the script. A failed sbatch may have submitted: the token (--comment) tells. Raises UserError."""
         with _environment(allocation.without_job()):
             try:
                 job = self._submit_command("").job_id
             except (FailedJobError, FailedSubmissionError) as error:
-                words = str(error).strip().splitlines()[-1]
-                try:
-                    found = slurm.find_by_comment(self._run.name)
-                except slurm.SlurmError as silence:
-                    raise UserError(
-                        f"sbatch failed ({words}) and may have submitted all the same ({silence}); "
-                        f"before you repeat it, look for a job with the comment {self._run.name}"
-                    ) from None
-                if found is None:
-                    raise UserError(f"sbatch refused {self._run.script}: {words}") from None
-                job = found
+                job = self._found(str(error).strip().splitlines()[-1])
         return SlurmRunJob(self.folder, job, [0])
+
+    def _found(self, words: str) -> str:
+        try:
+            found = slurm.find_by_comment(self._token)
+        except slurm.SlurmError as silence:
+            raise UserError(
+                f"sbatch failed ({words}) and may have submitted all the same ({silence}); "
+                f"before you repeat it, look for a job with the comment {self._token}"
+            ) from None
+        if found is None:
+            raise UserError(f"sbatch refused {self._script}: {words}")
+        return found.split("_")[0]  # of an array the whole
 
 
 class LocalRunExecutor(LocalExecutor):
-    """submitit's local executor running the run's own script under bash."""
+    """submitit's local executor with a command of ours."""
 
-    def __init__(self, run: RunDir) -> None:
-        super().__init__(run.logs)
-        self._run = run
+    def __init__(self, command: Sequence[str], logs: Path) -> None:
+        super().__init__(logs)
+        self._command = command
         self.update_parameters(timeout_min=_NO_LIMIT_MIN, signal_delay_s=0)
 
-    def _command(self) -> str:
-        """The script, with the GPUs that are visible here: submitit would hide them."""
+    def submit_script(self) -> LocalRunJob:
+        """Start the command in the background; it outlives this process and its terminal."""
+        # submitit would hide the GPUs that are visible here.
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         gpus = ["-u", "CUDA_VISIBLE_DEVICES"] if visible is None else [f"CUDA_VISIBLE_DEVICES={visible}"]
-        return shlex.join(["env", *gpus, "bash", str(self._run.script)])
-
-    def submit_run(self) -> LocalRunJob:
-        """Start the run in the background; it outlives this process and its terminal."""
         hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as by nohup
         try:
-            with _environment({**os.environ, "HPC_STEP": "local"}), _output_to(self._run.output("local", "controller")):
-                job: LocalJob[Any] = self._submit_command(self._command())
+            environ = {**os.environ, "HPC_STEP": "local"}
+            with _environment(environ), _output_to(Path(self.folder) / "local_controller_log.out"):
+                job: LocalJob[Any] = self._submit_command(shlex.join(["env", *gpus, *self._command]))
         finally:
             signal.signal(signal.SIGHUP, hangup)
         return LocalRunJob(self.folder, job.job_id, [0], process=job._process)
@@ -147,13 +152,39 @@ def _output_to(path: Path) -> Iterator[None]:
             os.close(copy)
 
 
-def submit(run: RunDir, cluster: str) -> SlurmRunJob | LocalRunJob:
-    """Submit a run's script to 'slurm' or 'local' and record the job in submit.json. Raises UserError."""
+def submit(run: RunDir, cluster: str, after: Sequence[str] = ()) -> SlurmRunJob | LocalRunJob:
+    """Submit a run's script to 'slurm' or 'local' and record the job in submit.json. Raises UserError.
+
+    `after`: what must be finished before, as `hpc.after` gives it for this cluster.
+    """
     run.logs.mkdir(exist_ok=True)
-    executor = SlurmRunExecutor(run) if cluster == "slurm" else LocalRunExecutor(run)
-    job = executor.submit_run()
-    record_submission(run, cluster, job.job_id)
+    single = alone(run)
+    if cluster == "local":
+        index = [] if single.index is None else [f"HPC_ARRAY_TASK_ID={single.index}"]
+        local = _local([*index, "bash", str(single.script)], run.logs, after)
+        record_submission(run, cluster, local.job_id)
+        return local
+    options = [*after, *exclusion(run.runs), *single.options]
+    job = SlurmRunExecutor(single.script, run.logs, single.token, options).submit_script()
+    record_submission(run, cluster, single.job(job.job_id))
     return job
+
+
+def _local(command: list[str], logs: Path, after: Sequence[str]) -> LocalRunJob:
+    if after:
+        waiting = shlex.join([sys.executable, "-m", "hpc.after", *after])
+        command = ["bash", "-c", f"{waiting} && exec env {shlex.join(command)}"]
+    return LocalRunExecutor(command, logs).submit_script()
+
+
+def exclusion(runs: Path) -> list[str]:
+    """sbatch's option that keeps a job off the nodes known to be bad."""
+    try:
+        from hpc import badnodes
+    except ImportError:
+        return []
+    nodes = sorted(badnodes.current(runs))
+    return [f"--exclude={','.join(nodes)}"] if nodes else []
 
 
 def choose_cluster(wanted: str) -> str:

@@ -51,9 +51,9 @@ class SweepDir:
         first = RunDir(self.path).script
         return first.with_stem(f"{first.stem}-{number}") if number else first
 
-    def token(self, number: int) -> str:
-        """What a chunk's job carries as its comment."""
-        return f"{self.name}/{number}"
+    def token(self, chunk: int, submission: int = 0) -> str:
+        """What a chunk's job carries as its comment: nth submission of the sweep."""
+        return f"{self.name}/{chunk}" + (f".{submission}" if submission else "")
 
     def rows(self) -> list[RunDir]:
         return rows(self.path)
@@ -83,6 +83,9 @@ class SweepDir:
         chunks = [{"chunk": number, "job": job, "rows": spec(of)} for number, (job, of) in jobs.items()]
         line = {"cluster": cluster, "time": round(time.time(), 3), "chunks": chunks, **more}
         write_json(self.submit, {"submissions": [*told.get("submissions", []), line]})
+
+    def count_submissions(self) -> int:
+        return len(read_json(self.submit).get("submissions", []))
 
     def mark_cancelled(self) -> None:
         submissions = read_json(self.submit).get("submissions", [])
@@ -132,6 +135,32 @@ def submission_of(run: RunDir) -> dict[str, Any]:
         return own
     index = [row.name for row in sweep.rows()].index(run.name)
     return newer(own, sweep.submissions().get(index, {}))
+
+
+@dataclass(frozen=True)
+class Alone:
+    """How one run is submitted by itself: a row of a sweep is one task of its chunk's array."""
+
+    script: Path
+    token: str
+    index: int | None
+
+    @property
+    def options(self) -> list[str]:
+        """For sbatch's command line."""
+        return [] if self.index is None else [f"--array={self.index}", f"--comment={self.token}"]
+
+    def job(self, number: str) -> str:
+        """What SLURM calls the job that sbatch gave this number."""
+        return number if self.index is None else f"{number}_{self.index}"
+
+
+def alone(run: RunDir) -> Alone:
+    sweep = sweep_of(run)
+    if sweep is None:
+        return Alone(run.script, run.name, None)
+    chunk, index = sweep.place(run)
+    return Alone(sweep.script(chunk.number), f"{sweep.token(chunk.number)}/{index}", index)
 
 
 def newer(own: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,14 @@ ExperimentFile = Annotated[
 RunName = Annotated[str, typer.Argument(help="A run: its name, id, or path.", metavar="RUN", show_default=False)]
 
 
+RunNames = Annotated[
+    list[str] | None, typer.Argument(help="Runs or sweeps: name, id, or path.", metavar="RUN...", show_default=False)
+]
+After = Annotated[
+    list[str] | None, typer.Option("--after", help="Start when this run or sweep has finished.", metavar="RUN")
+]
+
+
 def say(text: str = "") -> None:
     print(text)
 
@@ -50,3 +58,18 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
 def width() -> int:
     """Columns of the terminal (COLUMNS first), or 200 where the output is none."""
     return shutil.get_terminal_size((200, 24)).columns
+
+
+def report(findings: Any) -> None:
+    """What preflight found, to stderr."""
+    from rich.console import Console
+
+    out = Console(stderr=True, soft_wrap=True, highlight=False)
+    for color, word, lines in (
+        ("green", "ok", findings.passed),
+        ("yellow", "not checked", findings.unchecked),
+        ("red", "refused", findings.refusals),
+    ):
+        for line in lines:
+            out.print(f"[{color}]{word}[/]  ", end="")
+            out.print(line, markup=False)

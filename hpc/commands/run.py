@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from hpc.commands.common import AsJson, ExperimentFile, Overrides, RunName, Runs, app, print_json, say
+from hpc.commands.common import After, AsJson, ExperimentFile, Overrides, RunNames, Runs, app, print_json, report, say
 from hpc.errors import UserError
 from hpc.preempt import ExitCode
 
@@ -25,26 +25,12 @@ def plan(file: ExperimentFile, overrides: Overrides = None, runs: Runs = None) -
     say("# the batch script, byte for byte\n")
     say(planned.script)
     findings = preflight.check(planned.experiment, planned.instance, cluster, planned.script)
-    _report(findings)
+    report(findings)
     raise typer.Exit(ExitCode.BAD_INPUT if findings.refusals else ExitCode.DONE)
 
 
-def _report(findings: Any) -> None:
-    from rich.console import Console
-
-    out = Console(stderr=True, soft_wrap=True, highlight=False)
-    for color, word, lines in (
-        ("green", "ok", findings.passed),
-        ("yellow", "not checked", findings.unchecked),
-        ("red", "refused", findings.refusals),
-    ):
-        for line in lines:
-            out.print(f"[{color}]{word}[/]  ", end="")
-            out.print(line, markup=False)
-
-
-def _prepare(file: Path, overrides: list[str] | None, runs: Path | None, cluster: str | None) -> tuple[Any, str]:
-    """Plan, check, and make the run folder; refusals end the command with exit code 2 and nothing made."""
+def _check(file: Path, overrides: list[str] | None, runs: Path | None, cluster: str | None) -> tuple[Any, str]:
+    """Plan and check; a refusal ends the command with exit code 2 and nothing made."""
     from hpc import plan, preflight, submission
     from hpc.rundir import runs_folder
 
@@ -53,17 +39,29 @@ def _prepare(file: Path, overrides: list[str] | None, runs: Path | None, cluster
     findings = preflight.check(planned.experiment, planned.instance, where, planned.script)
     if findings.refusals:
         raise UserError("\n".join(findings.refusals))
-    _report(findings)
-    return plan.create_next(planned), where
+    report(findings)
+    return planned, where
+
+
+def _create(planned: Any) -> Any:
+    from hpc import plan
+
+    return plan.create_next(planned)
 
 
 @app.command(rich_help_panel="Run")
-def submit(file: ExperimentFile, overrides: Overrides = None, runs: Runs = None, as_json: AsJson = False) -> None:
+def submit(
+    file: ExperimentFile, overrides: Overrides = None, after: After = None, runs: Runs = None, as_json: AsJson = False
+) -> None:
     """Check, then submit one job: SLURM where sbatch answers, else submitit's local executor."""
     from hpc import submission
+    from hpc.after import options
+    from hpc.rundir import runs_folder
 
-    run, cluster = _prepare(file, overrides, runs, None)
-    job = submission.submit(run, cluster)
+    planned, cluster = _check(file, overrides, runs, None)
+    waits = options(after or [], runs_folder(runs), cluster)
+    run = _create(planned)
+    job = submission.submit(run, cluster, waits)
     if as_json:
         print_json({"run": run.name, "path": str(run.path), "cluster": cluster, "job": job.job_id})
     else:
@@ -76,35 +74,44 @@ def train(file: ExperimentFile, overrides: Overrides = None, runs: Runs = None) 
     """Train here, in the foreground: the same batch script under bash. Ctrl-C stops it cleanly."""
     from hpc import foreground
 
-    run, _ = _prepare(file, overrides, runs, "local")
-    raise typer.Exit(foreground.train(run))
+    planned, _ = _check(file, overrides, runs, "local")
+    raise typer.Exit(foreground.train(_create(planned)))
 
 
 @app.command(rich_help_panel="Run")
-def resume(name: RunName, runs: Runs = None) -> None:
-    """Submit a stopped, failed or cancelled run again; it goes on from its newest good checkpoint."""
-    from hpc import ledger, plan, submission
-    from hpc.rundir import find_run, runs_folder
+def resume(
+    names: RunNames = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="All runs that were stopped or lost; not those that failed or were cancelled.")
+    ] = False,
+    runs: Runs = None,
+) -> None:
+    """Submit stopped, failed or cancelled runs again; each goes on from its newest good checkpoint.
 
-    run = find_run(runs_folder(runs), name)
-    now = ledger.status(run)
-    if now.state == "damaged":
-        raise UserError(f"{run.name} is damaged: {now.detail}")
-    if ledger.live(now.state) or now.state == "finished":
-        raise UserError(f"{run.name} is {now.state}: nothing to resume")
-    experiment, _ = plan.reopen(run)
-    cluster = submission.choose_cluster(experiment.launch.cluster)
-    newest = run.newest_checkpoint()
-    job = submission.submit(run, cluster)
-    whence = f"goes on from checkpoint {newest}" if newest else "from the start: it has no checkpoint yet"
-    say(f"{run.name}  job {job.job_id} ({cluster})  {whence}")
+    Of a sweep, the rows that are neither finished nor under way.
+    """
+    from hpc import resumption
+    from hpc.rundir import runs_folder
+
+    if bool(names) == everything:
+        raise UserError("name the runs or sweeps to resume, or give --all; 'hpc ls' lists them")
+    folder = runs_folder(runs)
+    for line in resumption.stopped(folder) if everything else resumption.named(names or [], folder):
+        say(line)
 
 
 @app.command(rich_help_panel="Run")
-def cancel(name: RunName, runs: Runs = None) -> None:
-    """End a run; it saves what it has, and is not requeued."""
+def cancel(names: RunNames, runs: Runs = None) -> None:
+    """End runs or sweeps; each saves what it has, and is not requeued."""
     from hpc import ledger
     from hpc.rundir import find_run, runs_folder
+    from hpc.sweepdir import find_sweep
 
-    run = find_run(runs_folder(runs), name)
-    say(f"{run.name}: cancelled {ledger.cancel(run)}")
+    folder = runs_folder(runs)
+    for name in names or []:
+        sweep = find_sweep(folder, name)
+        if sweep is not None:
+            say(f"{sweep.name}: cancelled {ledger.cancel_sweep(sweep)}")
+        else:
+            run = find_run(folder, name)
+            say(f"{run.name}: cancelled {ledger.cancel(run)}")

@@ -1,0 +1,147 @@
+"""Submission of sweeps: one sbatch per chunk, all of them or none; here, one controller for all rows."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from hpc import slurm
+from hpc.attempt import process_start
+from hpc.errors import UserError
+from hpc.submission import LocalRunExecutor, SlurmRunExecutor, exclusion
+from hpc.sweepdir import Chunk, SweepDir, spec
+
+_SETTLED_S = 60
+"""A sweep younger than this may be in the hands of the command that makes it, where the file system has no locks."""
+
+
+def most_tasks(cluster: str) -> int | None:
+    """SLURM's MaxArraySize: a chunk has no more rows. None where there is no limit. Raises UserError."""
+    if cluster == "local":
+        return None
+    try:
+        return int(slurm.config()["MaxArraySize"])
+    except (slurm.SlurmError, KeyError, ValueError) as error:
+        raise UserError(f"how many tasks an array may have here is not known: {error}; try again") from None
+
+
+def submit(sweep: SweepDir, cluster: str, rows: Iterable[int] | None = None, after: Sequence[str] = ()) -> list[str]:
+    """Submit a sweep, or some of its rows, and record the jobs; their ids. Raises UserError, and nothing is submitted.
+
+    `after`: what must be finished before, as `hpc.after` gives it for this cluster.
+    """
+    with _alone(sweep):
+        if cluster == "local":
+            return [_submit_local(sweep, rows, after)]
+        return _submit_slurm(sweep, rows, after)
+
+
+def _parts(sweep: SweepDir, rows: Iterable[int] | None) -> list[tuple[Chunk, list[int]]]:
+    """Each chunk with those of its rows that are wanted; chunks without any are left out."""
+    wanted = None if rows is None else set(rows)
+    parts = []
+    for chunk in sweep.chunks():
+        own = range(chunk.first, chunk.first + chunk.count)
+        if chosen := [row for row in own if wanted is None or row in wanted]:
+            parts.append((chunk, chosen))
+    return parts
+
+
+def _submit_slurm(sweep: SweepDir, rows: Iterable[int] | None, after: Sequence[str]) -> list[str]:
+    """Several chunks are held until all of them are accepted: a refusal finds none that has started."""
+    parts, submission = _parts(sweep, rows), sweep.count_submissions()
+    common = [*exclusion(sweep.path.parent), *(["--hold"] if len(parts) > 1 else [])]
+    jobs: dict[int, str] = {}
+    try:
+        for chunk, chosen in parts:
+            waits = [f"afterany:{jobs[chunk.after]}"] if chunk.after in jobs else []
+            token = sweep.token(chunk.number, submission)
+            options = [*common, *_dependency(after, waits), *_some(chunk, chosen)]
+            options += [f"--comment={token}"] if submission else []
+            executor = SlurmRunExecutor(sweep.script(chunk.number), sweep.logs, token, options)
+            jobs[chunk.number] = executor.submit_script().job_id
+        sweep.record("slurm", {chunk.number: (jobs[chunk.number], chosen) for chunk, chosen in parts})
+        if len(parts) > 1:
+            slurm.release(*jobs.values())
+    except BaseException as error:
+        if jobs:
+            slurm.cancel(*jobs.values())
+        if isinstance(error, slurm.SlurmError | OSError):
+            raise UserError(f"{sweep.name}: not submitted: {error}") from None
+        raise
+    return list(jobs.values())
+
+
+def _some(chunk: Chunk, rows: list[int]) -> list[str]:
+    """The option for a part of a chunk; a whole one has it in its script."""
+    if len(rows) == chunk.count:
+        return []
+    cap = f"%{chunk.parallel}" if chunk.parallel else ""
+    return [f"--array={spec(row - chunk.first for row in rows)}{cap}"]
+
+
+def _dependency(after: Sequence[str], waits: list[str]) -> list[str]:
+    """One --dependency: sbatch takes the last of several."""
+    given = [option.removeprefix("--dependency=") for option in after]
+    return [f"--dependency={','.join([*given, *waits])}"] if given or waits else []
+
+
+def _submit_local(sweep: SweepDir, rows: Iterable[int] | None, after: Sequence[str]) -> str:
+    chosen = [row for _, some in _parts(sweep, rows) for row in some]
+    command = [sys.executable, "-m", "hpc.localarray", str(sweep.path), "--rows", spec(chosen)]
+    for path in after:
+        command += ["--after", path]
+    job = LocalRunExecutor(command, sweep.logs).submit_script().job_id
+    jobs = {chunk.number: (job, some) for chunk, some in _parts(sweep, rows)}
+    sweep.record("local", jobs, process_start=process_start(int(job)))
+    return job
+
+
+def remove(sweep: SweepDir) -> None:
+    """A sweep that was made and not submitted leaves nothing."""
+    shutil.rmtree(sweep.path, ignore_errors=True)
+
+
+@contextmanager
+def _alone(sweep: SweepDir, wait: bool = True) -> Iterator[bool]:
+    """Whether no other command submits this sweep meanwhile."""
+    with (sweep.path / ".lease").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:  # no locks on this file system
+            yield wait or time.time() - sweep.rows_file.stat().st_mtime > _SETTLED_S
+            return
+        yield True
+
+
+def repair(sweep: SweepDir, jobs: Mapping[str, slurm.JobInfo]) -> bool:
+    """A submission whose command was killed before it was recorded: recorded if whole, ended if only a part of it is.
+
+    Returns whether one was recorded. `jobs` is squeue's answer, by job and index. Raises UserError or SlurmError.
+    """
+    with _alone(sweep, wait=False) as free:
+        submission = sweep.count_submissions() if free else 0
+        tokens = {sweep.token(chunk.number, submission): chunk for chunk in sweep.chunks()} if free else {}
+        found: dict[int, tuple[str, list[int]]] = {}
+        held = False
+        for job, info in jobs.items():
+            if info.live and (chunk := tokens.get(info.comment)):
+                number, _, index = job.partition("_")
+                found.setdefault(chunk.number, (number, []))[1].append(chunk.first + int(index))
+                held = held or info.reason == "JobHeldUser"
+        ids = [job for job, _ in found.values()]
+        if held and (submission or len(found) < len(tokens)):  # which chunks were to come is not known
+            slurm.cancel(*ids)
+            return False
+        if found:
+            sweep.record("slurm", found)
+        if held:
+            slurm.release(*ids)
+        return bool(found)
