@@ -1,20 +1,32 @@
-"""The state of runs, from their folders and squeue: it outlives the shell that submitted them and needs no sacct."""
+"""The state of runs, from squeue, then sacct, then their folders: it outlives the shell that submitted them.
+
+At most two calls of SLURM for any number of runs, and right without the second (no accounting) or both (no answer).
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from types import NoneType
 from typing import Any
 
-from hpc import slurm, yamlfile
-from hpc.attempt import same_process
+from hpc import slurm
+from hpc.attempt import record_submission, same_process
 from hpc.errors import UserError
-from hpc.rundir import RunDir, read_json, write_json
+from hpc.records import Reader, Records
+from hpc.rundir import RunDir, write_json
+from hpc.states import Place, state_of
+from hpc.sweepdir import SweepDir
+
+_ORDER = ("finished", "running", "requeued", "pending", "stopped", "failed", "cancelled", "lost", "planned", "damaged")
+_CLOCKS_S = 30
+"""So far the clocks of login node and controller may be apart."""
+_SIGNALLED = 128
+"""Exit codes from here on say that something else ended the tasks; what, SLURM may know."""
 
 
 @dataclass(frozen=True)
@@ -25,181 +37,215 @@ class Status:
     state: str
     """finished, running, pending, requeued, stopped, failed, cancelled, lost, planned, or damaged."""
     detail: str
+    sweep: str
+    """The sweep that this run is a row of."""
     cluster: str
     job: str
     node: str
     attempts: int
     epoch: int
     step: int
-    metric: str
-    """Name and value of the monitored metric at its best."""
+    steps: int
+    """Of the whole training, 0 where that is not known yet."""
+    monitor: str
+    best: float | None
+    """The monitored metric at its best."""
+    direction: str
+    """Whether a better value of it is higher (max) or lower (min)."""
     age_s: float
     """Seconds since the run last changed its state."""
 
+    @property
+    def metric(self) -> str:
+        return "" if self.best is None else f"{self.monitor} {self.best:.4f}"
+
+    @property
+    def live(self) -> bool:
+        return live(self.state)
+
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "metric": self.metric}
 
 
 @dataclass(frozen=True)
-class _Records:
-    """What a run's files say, each field of the kind that is expected."""
+class Seen:
+    """A run with all that was asked about it."""
 
-    submit: dict[str, Any]
-    state: dict[str, Any]
-    result: dict[str, Any]
-    generation: int
-    made: float
-
-
-_NUMBER = (int, float)
-_KINDS: dict[str, dict[str, Any]] = {
-    "submit": {"cluster": str, "job": str, "time": _NUMBER, "cancelled": _NUMBER},
-    "state": {
-        "phase": str,
-        "pid": int,
-        "host": str,
-        "time": _NUMBER,
-        "started": _NUMBER,
-        "step": int,
-        "epoch": int,
-        "best": dict,
-        "job": (str, NoneType),
-    },
-    "result": {"best": dict},
-}
-_NEEDED = {"state": ("phase", "pid", "host", "time")}
+    run: RunDir
+    records: Records | None
+    """None where they are damaged: `status` says how."""
+    job: slurm.JobInfo | None
+    """Its job in squeue, ended ones too."""
+    accounted: slurm.Accounted | None
+    status: Status
 
 
-def _read(run: RunDir) -> _Records | str:
-    """The records of a run, or what is damaged about them, in a sentence."""
-    try:
-        yamlfile.read(run.experiment)
-        submit, state, result = (_read_record(getattr(run, name), name) for name in _KINDS)
-        return _Records(submit, state, result, run.last_generation(), run.experiment.stat().st_mtime)
-    except (UserError, OSError) as error:
-        return " ".join(str(error).replace(f"{run.path}{os.sep}", "").split())
+class Scheduler:
+    """SLURM's answers: squeue anew after `keep_s`, sacct once for each job that has ended."""
+
+    def __init__(self, keep_s: float = float("inf")) -> None:
+        self._keep_s = keep_s
+        self._asked_at = float("-inf")
+        self._jobs: dict[str, slurm.JobInfo] | None = {}
+        self._accounted: dict[str, slurm.Accounted] = {}
+        self._accounting = True
+
+    def queue(self) -> dict[str, slurm.JobInfo] | None:
+        """The jobs in squeue, None where SLURM does not answer."""
+        if time.monotonic() - self._asked_at > self._keep_s or self._asked_at < 0:
+            try:
+                self._jobs = slurm.queue()
+            except slurm.SlurmError:
+                self._jobs = None
+            self._asked_at = time.monotonic()
+        return self._jobs
+
+    def accounting(self, jobs: Iterable[str]) -> dict[str, slurm.Accounted]:
+        """What sacct knows of these jobs; once it says that there is no accounting, it is not asked again."""
+        jobs = list(dict.fromkeys(jobs))
+        new = [job for job in jobs if job not in self._accounted]
+        if new and self._accounting and self._jobs is not None:
+            try:
+                self._accounted.update(slurm.accounting(new))
+            except slurm.SlurmError:
+                self._accounting = False
+        return {job: self._accounted[job] for job in jobs if job in self._accounted}
+
+    def forget(self) -> None:
+        """Ask squeue again."""
+        self._asked_at = float("-inf")
 
 
-def _read_record(path: Path, name: str) -> dict[str, Any]:
-    record = read_json(path)
-    wrong = [key for key, kind in _KINDS[name].items() if key in record and not isinstance(record[key], kind)]
-    missing = [key for key in _NEEDED.get(name, ()) if record and key not in record]
-    if name == "submit" and record.get("cluster") == "local" and not str(record.get("job", "")).isdecimal():
-        wrong.append("job")
-    if "best" not in wrong and not isinstance(record.get("best", {}).get("metrics", {}), dict):
-        wrong.append("best")
-    if wrong or missing:
-        faults = [f"{key!r} is not what belongs there" for key in wrong] + [f"{key!r} is missing" for key in missing]
-        raise UserError(f"{path}: damaged ({', '.join(faults)}); remove it or restore it from a copy")
-    return record
+def look(
+    runs: Sequence[RunDir],
+    scheduler: Scheduler | None = None,
+    reader: Reader | None = None,
+    *,
+    thorough: bool = False,
+) -> list[Seen]:
+    """What is known of each run. One whose files are damaged does not hide the others.
 
-
-def statuses(runs: list[RunDir]) -> list[Status]:
-    """The state of each run; one squeue for all of them. One whose files are damaged does not hide the others."""
-    found = [(run, _read(run)) for run in runs]
+    A job that carries a run's token and is not recorded (its shell was killed after sbatch) is recorded here.
+    `thorough`: also asks sacct about runs that say themselves how they ended, and reads experiment.yaml.
+    """
+    scheduler, reader = scheduler or Scheduler(), reader or Reader()
+    told = reader.read(runs, thorough)
     jobs: dict[str, slurm.JobInfo] | None = {}
-    if any(isinstance(told, _Records) and _newest(told.submit, told.state)[0] == "slurm" for _, told in found):
-        try:
-            jobs = slurm.queue()
-        except (slurm.SlurmError, OSError):
-            jobs = None
-    return [_damaged(run, told) if isinstance(told, str) else _status(run, told, jobs) for run, told in found]
+    if any(isinstance(records, Records) and _concerns_slurm(records) for records in told):
+        jobs = scheduler.queue()
+        if jobs and _repair(runs, told, jobs):
+            told = reader.read(runs)
+    places = [_place(records, jobs) if isinstance(records, Records) else None for records in told]
+    unclear = [
+        place.job
+        for place, records in zip(places, told, strict=True)
+        if place and isinstance(records, Records) and jobs is not None and _unclear(place, records, thorough)
+    ]
+    accounted = scheduler.accounting(unclear) if unclear else {}
+    return [
+        Seen(run, None, None, None, _damaged(run, records))
+        if isinstance(records, str) or place is None
+        else _seen(run, records, place, accounted.get(place.job), silent=jobs is None)
+        for run, records, place in zip(runs, told, places, strict=True)
+    ]
 
 
-def _damaged(run: RunDir, fault: str) -> Status:
+def _concerns_slurm(records: Records) -> bool:
+    """Whether squeue may know more: of a run that is on SLURM, or was made and has no record of a submission."""
+    return not records.result and any(cluster in ("slurm", "") for cluster, _ in records.places())
+
+
+def _place(records: Records, jobs: dict[str, slurm.JobInfo] | None) -> Place:
+    """Where the run is: the newest of its jobs that is alive, or the newest."""
+    places = records.places()
+    known = [Place(cluster, job, jobs.get(job) if jobs and cluster == "slurm" else None) for cluster, job in places]
+    return next((place for place in known if place.info and place.info.live), known[0])
+
+
+def _repair(runs: Sequence[RunDir], told: Sequence[Records | str], jobs: dict[str, slurm.JobInfo]) -> bool:
+    """Record jobs that are nobody's by their tokens; whether there were any."""
+    alive = {info.comment: info for info in jobs.values() if info.live}
+    changed = False
+    for run, records in zip(runs, told, strict=True):
+        if isinstance(records, str) or records.result or (info := alive.get(records.token)) is None:
+            continue
+        place = _place(records, jobs)
+        if not (place.info and place.info.live) and _later(info, records):
+            with suppress(OSError):  # somebody else's run
+                record_submission(run, "slurm", info.job)
+                changed = True
+    rows = zip(runs, told, strict=True)
+    sweeps = {records.sweep: run.path.parent for run, records in rows if isinstance(records, Records) and records.sweep}
+    named = {comment.partition("/")[0] for comment in alive}
+    repaired = [_repair_sweep(SweepDir(path), jobs) for name, path in sweeps.items() if name in named]
+    return changed or any(repaired)
+
+
+def _later(info: slurm.JobInfo, records: Records) -> bool:
+    """Whether the job is newer than what is recorded: an older one is of an equal run in another folder of runs."""
+    return info.submitted is None or info.submitted > max(records.made, records.submitted) - _CLOCKS_S
+
+
+def _repair_sweep(sweep: SweepDir, jobs: dict[str, slurm.JobInfo]) -> bool:
+    with suppress(UserError, slurm.SlurmError, OSError):
+        unrecorded = {sweep.token(chunk.number, sweep.count_submissions()) for chunk in sweep.chunks()}
+        if unrecorded & {info.comment for info in jobs.values() if info.live}:
+            from hpc import arrays
+
+            return arrays.repair(sweep, jobs)
+    return False
+
+
+def _unclear(place: Place, records: Records, thorough: bool) -> bool:
+    """Whether only sacct may know how the run ended."""
+    if place.cluster != "slurm" or records.result or (place.info and place.info.live):
+        return False
+    if thorough:
+        return True
+    says_itself = records.phase == "ended" and records.state.get("code", 0) < _SIGNALLED
+    return not (place.info or records.cancelled or says_itself)
+
+
+def statuses(runs: Sequence[RunDir]) -> list[Status]:
+    """The state of each run, in their order."""
+    return [seen.status for seen in look(runs)]
+
+
+def status(run: RunDir) -> Status:
+    return look([run], thorough=True)[0].status
+
+
+def _damaged(run: RunDir, fault: Any) -> Status:
     try:
         age = time.time() - run.experiment.stat().st_mtime
     except OSError:
         age = 0.0
-    return Status(run.name, "damaged", fault, "", "", "", attempts=0, epoch=0, step=0, metric="", age_s=age)
+    return Status(run.name, "damaged", str(fault), "", "", "", "", 0, 0, 0, 0, "", None, "max", age)
 
 
-def status(run: RunDir) -> Status:
-    return statuses([run])[0]
-
-
-def _status(run: RunDir, told: _Records, jobs: dict[str, slurm.JobInfo] | None) -> Status:
-    submit, state, result = told.submit, told.state, told.result
-    cluster, job = _newest(submit, state)
-    name, detail = _state(told, jobs)
-    best = result.get("best") or state.get("best") or {}
-    monitor = result.get("monitor") or state.get("monitor")
+def _seen(run: RunDir, told: Records, place: Place, accounted: slurm.Accounted | None, silent: bool) -> Seen:
+    name, detail = state_of(told, place, accounted, silent)
+    best = told.result.get("best") or told.state.get("best") or {}
+    monitor = str(told.result.get("monitor") or told.state.get("monitor") or "")
     value = best.get("metrics", {}).get(monitor)
-    return Status(
+    status = Status(
         run=run.name,
         state=name,
         detail=detail,
-        cluster=cluster,
-        job=job,
-        node=str(state.get("node", "")),
+        sweep=told.sweep,
+        cluster=place.cluster,
+        job=place.job,
+        node=str(told.state.get("node", "")),
         attempts=told.generation,
-        epoch=int(state.get("epoch", 0)),
-        step=int(state.get("step", 0)),
-        metric=f"{monitor} {value:.4f}" if isinstance(value, _NUMBER) else "",
-        age_s=time.time() - float(state.get("time") or submit.get("time") or told.made),
+        epoch=int(told.state.get("epoch", 0)),
+        step=int(told.state.get("step", 0)),
+        steps=int(told.state.get("steps") or 0),
+        monitor=monitor,
+        best=float(value) if isinstance(value, int | float) else None,
+        direction=str(told.result.get("direction") or ("min" if "loss" in monitor else "max")),
+        age_s=time.time() - float(told.state.get("time") or told.submitted or told.made),
     )
-
-
-def _state(told: _Records, jobs: dict[str, slurm.JobInfo] | None) -> tuple[str, str]:
-    """The state's name and what more there is to say. `jobs` is None when SLURM did not answer."""
-    submit, state = told.submit, told.state
-    if told.result:
-        return "finished", ""
-    cluster, job = _newest(submit, state)
-    info = jobs.get(job) if jobs and cluster == "slurm" else None
-    reason = str(state.get("reason", ""))
-    if info and info.live:
-        if info.state == "PENDING":
-            return ("requeued" if told.generation else "pending"), info.reason
-        return "running", str(state.get("phase", "starting"))
-    if submit.get("cancelled", 0) > state.get("started", 0):
-        return "cancelled", reason
-    if jobs is None and cluster == "slurm" and state.get("phase") not in ("stopped", "ended"):
-        return ("running" if state else "pending"), f"{_heard(state)}SLURM does not answer"
-    if not state or (cluster == "local" and submit.get("time", 0) > state["time"]):
-        return _unstarted(submit)
-    phase = str(state["phase"])
-    if state.get("job") is not None:
-        ended = {"stopped": ("stopped", reason), "ended": ("failed", reason)}
-        return ended.get(phase, ("lost", f"the job ended without a word while {phase}"))
-    return _local_state(state, phase, reason)
-
-
-def _newest(submit: dict[str, Any], state: dict[str, Any]) -> tuple[str, str]:
-    """Cluster and job of a run: an attempt that began after the last submission may be a hand-made sbatch or bash."""
-    if state.get("started", 0) > submit.get("time", 0):
-        if state.get("job"):
-            return "slurm", str(state["job"])
-        if submit.get("cluster") != "local":
-            return "local", str(state["pid"])
-    return str(submit.get("cluster", "")), str(submit.get("job", ""))
-
-
-def _heard(state: dict[str, Any]) -> str:
-    age = time.time() - float(state.get("time", 0))
-    return f"on {state['host']}, last heard of {age:.0f} s ago; " if state else ""
-
-
-def _local_state(state: dict[str, Any], phase: str, reason: str) -> tuple[str, str]:
-    """Of a run outside SLURM, by the process that holds it."""
-    here = state.get("host") == socket.gethostname()
-    alive = here and same_process(state["pid"], state.get("process_start"))
-    if phase == "stopped":
-        return ("requeued" if alive else "stopped"), reason
-    if phase == "ended":
-        return "failed", reason
-    if here and not alive:
-        return "lost", f"the job ended without a word while {phase}"
-    return "running", phase if here else _heard(state).removesuffix("; ")
-
-
-def _unstarted(submit: dict[str, Any]) -> tuple[str, str]:
-    if not submit:
-        return "planned", "not submitted"
-    if submit.get("cluster") == "slurm":
-        return "lost", "no attempt has started, and the job is gone"
-    alive = same_process(int(submit["job"]), submit.get("process_start"))
-    return ("pending", "starting") if alive else ("failed", "the batch script ended before its first attempt")
+    return Seen(run, told, place.info, accounted, status)
 
 
 def live(state: str) -> bool:
@@ -207,29 +253,98 @@ def live(state: str) -> bool:
 
 
 def cancel(run: RunDir) -> str:
-    """End a run for good: scancel, or TERM to its local batch shell. Raises UserError when there is nothing to end."""
-    now = status(run)
-    if now.state == "damaged":
-        raise UserError(f"{run.name} is damaged: {now.detail}")
-    if not live(now.state):
-        raise UserError(f"{run.name} is {now.state}: nothing to cancel")
-    submit, state = read_json(run.submit), read_json(run.state)
-    cluster, job = _newest(submit, state)
-    if cluster == "slurm":
-        slurm.cancel(job)
-        _mark_cancelled(run, submit)
-        return f"job {job}"
-    if now.state == "pending":
-        raise UserError(f"{run.name} is just starting: repeat this in a moment")
-    if state["host"] != socket.gethostname():
-        raise UserError(f"{run.name} runs on {state['host']}; cancel it there")
+    """End a run for good: scancel, or TERM to its local batch shell; the job that was ended.
+
+    Raises UserError when there is nothing to end.
+    """
+    return cancel_all([run])[0]
+
+
+def cancel_sweep(sweep: SweepDir) -> str:
+    """End all rows of a sweep with one scancel, or its local controller. Raises UserError when no row is alive."""
+    return cancel_all([sweep])[0]
+
+
+def cancel_all(targets: Sequence[RunDir | SweepDir]) -> list[str]:
+    """End runs and sweeps for good, with one scancel for all of them; the jobs that were ended, of each target.
+
+    Raises UserError when there is nothing to end of one of them, before any is ended.
+    """
+    found = [_Cancelled.of(target) for target in targets]
+    if jobs := list(dict.fromkeys(job for one in found for job in one.jobs)):
+        slurm.cancel(*jobs)
+    for one in found:
+        one.mark()
+        for pid, start in one.processes:
+            if same_process(pid, start):
+                os.kill(pid, signal.SIGTERM)
+    return [one.told for one in found]
+
+
+@dataclass(frozen=True)
+class _Cancelled:
+    """What is to be ended of one target."""
+
+    target: RunDir | SweepDir
+    seen: list[Seen]
+    jobs: list[str]
+    processes: list[tuple[int, str]]
+    """Process numbers with the starts that belong to them."""
+
+    @staticmethod
+    def of(target: RunDir | SweepDir) -> _Cancelled:
+        several = isinstance(target, SweepDir)
+        seen = look(target.rows() if isinstance(target, SweepDir) else [target])
+        alive = [one for one in seen if one.status.live]
+        if not alive:
+            raise UserError(_nothing(target.name, [one.status for one in seen]))
+        on_slurm = [one.status.job for one in alive if one.status.cluster == "slurm"]
+        # Of a sweep the arrays as a whole: their ids are few.
+        jobs = [job.partition("_")[0] for job in on_slurm] if several else on_slurm
+        here = [_process(one, several) for one in alive if one.status.cluster != "slurm"]
+        return _Cancelled(target, alive, list(dict.fromkeys(jobs)), list(dict.fromkeys(here)))
+
+    @property
+    def told(self) -> str:
+        return ", ".join([*(f"job {job}" for job in self.jobs), *(f"process {pid}" for pid, _ in self.processes)])
+
+    def mark(self) -> None:
+        """Before the signal: a row that is ended by it finds the mark."""
+        if isinstance(self.target, SweepDir) and self.target.count_submissions():
+            self.target.mark_cancelled()
+        runs = [one.run for one in self.seen]
+        for run, records in zip(runs, Reader().read(runs), strict=True):
+            if isinstance(records, Records) and not records.cancelled:  # submitted alone, or by an earlier submission
+                write_json(run.submit, {**records.submit, "cancelled": round(time.time(), 3)})
+                run.event("cancel", "login")
+
+
+def _nothing(name: str, statuses: list[Status]) -> str:
+    if len(statuses) == 1:
+        state, detail = statuses[0].state, statuses[0].detail
+        return f"{name} is damaged: {detail}" if state == "damaged" else f"{name} is {state}: nothing to cancel"
+    return f"{name}: nothing to cancel ({count_states(statuses)})"
+
+
+def count_states(statuses: Sequence[Status]) -> str:
+    """12 finished, 3 running, 25 pending"""
+    counts = Counter(status.state for status in statuses)
+    return ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
+
+
+def _process(one: Seen, whole_sweep: bool) -> tuple[int, str]:
+    """The process to end: the sweep's controller or the run's own batch shell. Raises UserError."""
+    assert one.records is not None
+    submit, state = one.records.submit, one.records.state
+    controller = int(submit["job"]) if submit.get("cluster") == "local" else 0
+    if whole_sweep and same_process(controller, submit.get("process_start")):
+        return controller, str(submit["process_start"])
+    if one.status.state == "pending":
+        if one.records.sweep:
+            raise UserError(f"{one.run.name} waits for its turn: cancel the sweep, {one.records.sweep}")
+        raise UserError(f"{one.run.name} is just starting: repeat this in a moment")
+    if state["host"] != os.uname().nodename:
+        raise UserError(f"{one.run.name} runs on {state['host']}; cancel it there")
     if not same_process(state["pid"], state.get("process_start")):
-        raise UserError(f"{run.name} has ended just now: nothing to cancel")
-    _mark_cancelled(run, submit)
-    os.kill(state["pid"], signal.SIGTERM)
-    return f"process {state['pid']}"
-
-
-def _mark_cancelled(run: RunDir, submit: dict[str, Any]) -> None:
-    write_json(run.submit, {**submit, "cancelled": round(time.time(), 3)})
-    run.event("cancel", "login")
+        raise UserError(f"{one.run.name} has ended just now: nothing to cancel")
+    return int(state["pid"]), str(state["process_start"])

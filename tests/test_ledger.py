@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,9 @@ def test_a_cancelled_run_is_cancelled_until_it_starts_again(run: RunDir, fake: F
     fake.job("55", "COMPLETING")
     assert told(run)[0] == "running", "not gone yet"
     fake.job("55", "CANCELLED")
-    held(run, phase="stopped", job="55", reason="anew", started=NOW + 70)
+    assert told(run) == ("cancelled", "told")
+    fake.job("56", "COMPLETED")
+    held(run, phase="stopped", job="56", reason="anew", started=NOW + 70)
     assert told(run) == ("stopped", "anew")
 
 
@@ -237,9 +240,9 @@ def test_a_process_that_changes_hands_while_it_is_cancelled_is_left_alone(
 ) -> None:
     submitted(run, "local", 4711)
     held(run, phase="training", pid=alive.pid)
-    before = ledger.status(run)
-    held(run, phase="training", pid=alive.pid, process_start="another-boot 4711")
-    monkeypatch.setattr(ledger, "status", lambda run: before)
+    before = ledger.look([run])
+    stale = replace(before[0].records, state={**before[0].records.state, "process_start": "another-boot 4711"})
+    monkeypatch.setattr(ledger, "look", lambda runs: [replace(before[0], records=stale)])
     with pytest.raises(UserError, match="has ended just now: nothing to cancel"):
         ledger.cancel(run)
     assert alive.poll() is None and "cancelled" not in read_json(run.submit)
@@ -260,7 +263,6 @@ def test_a_process_that_changes_hands_while_it_is_cancelled_is_left_alone(
         ("submit.json", b'{"cluster": "local", "time": 1}', "submit.json: damaged ('job' is not what belongs there)"),
         ("result.json", b"[]", "result.json: holds list"),
         ("result.json", b'{"best": {"metrics": 3}}', "result.json: damaged ('best' is not what belongs there)"),
-        ("experiment.yaml", b"name: [", "experiment.yaml, line 1"),
         ("experiment.yaml", b"", "experiment.yaml: is empty"),
     ],
 )
@@ -275,6 +277,12 @@ def test_a_damaged_run_is_told_with_its_reason_and_hides_no_other(
     assert words in damaged.detail and "\n" not in damaged.detail
     with pytest.raises(UserError, match=f"exp-0000aaaa is damaged: {file}"):
         ledger.cancel(run)
+
+
+def test_one_run_is_read_with_its_experiment_which_takes_too_long_for_a_list(run: RunDir) -> None:
+    run.experiment.write_text("name: [")
+    assert ledger.status(run).state == "damaged" and "experiment.yaml, line 1" in ledger.status(run).detail
+    assert ledger.statuses([run])[0].state == "planned"
 
 
 # Cancel.
