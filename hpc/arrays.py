@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from contextlib import contextmanager
 from hpc import slurm
 from hpc.attempt import process_start
 from hpc.errors import UserError
-from hpc.submission import LocalRunExecutor, SlurmRunExecutor, exclusion
+from hpc.submission import LocalRunExecutor, Refused, SlurmRunExecutor, exclusion
 from hpc.sweepdir import Chunk, SweepDir, spec
 
 _SETTLED_S = 60
@@ -30,8 +29,9 @@ def most_tasks(cluster: str) -> int | None:
 
 
 def submit(sweep: SweepDir, cluster: str, rows: Iterable[int] | None = None, after: Sequence[str] = ()) -> list[str]:
-    """Submit a sweep, or some of its rows, and record the jobs; their ids. Raises UserError, and nothing is submitted.
+    """Submit a sweep, or some of its rows, and record the jobs; their ids.
 
+    Raises Refused when nothing is submitted, UserError where SLURM is silent: `repair` tells later.
     `after`: what must be finished before, as `hpc.after` gives it for this cluster.
     """
     with _alone(sweep):
@@ -71,7 +71,7 @@ def _submit_slurm(sweep: SweepDir, rows: Iterable[int] | None, after: Sequence[s
         if jobs:
             slurm.cancel(*jobs.values())
         if isinstance(error, slurm.SlurmError | OSError):
-            raise UserError(f"{sweep.name}: not submitted: {error}") from None
+            raise Refused(f"{sweep.name}: not submitted: {error}") from None
         raise
     return list(jobs.values())
 
@@ -99,11 +99,6 @@ def _submit_local(sweep: SweepDir, rows: Iterable[int] | None, after: Sequence[s
     jobs = {chunk.number: (job, some) for chunk, some in _parts(sweep, rows)}
     sweep.record("local", jobs, process_start=process_start(int(job)))
     return job
-
-
-def remove(sweep: SweepDir) -> None:
-    """A sweep that was made and not submitted leaves nothing."""
-    shutil.rmtree(sweep.path, ignore_errors=True)
 
 
 @contextmanager

@@ -197,10 +197,17 @@ class Experiment(Section):
 
     @model_validator(mode="after")
     def _check_batch(self) -> Experiment:
-        parts = self.train.accumulate
-        if self.data.batch_size % parts:
-            raise ValueError(f"data.batch_size {self.data.batch_size} does not divide by train.accumulate {parts}")
+        if fault := self.batch_fault(tasks=1):
+            raise ValueError(fault)
         return self
+
+    def batch_fault(self, tasks: int) -> str | None:
+        """The sentence where the global batch does not divide by the tasks of a run and the parts of each, or None."""
+        size, parts = self.data.batch_size, self.train.accumulate
+        if size % (tasks * parts) == 0:
+            return None
+        by = " x ".join([f"{tasks} tasks"] * (tasks > 1) + [f"train.accumulate {parts}"] * (parts > 1))
+        return f"data.batch_size {size} does not divide by {by}; use a multiple of {tasks * parts}"
 
     def as_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

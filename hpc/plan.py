@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,18 @@ def make_whole(final: Path, fill: Callable[[Path], None]) -> None:
                 folder.rmdir()
         if isinstance(error, OSError):
             raise _refusal(final.parent, error) from None
+        raise
+
+
+@contextmanager
+def removed_if(refusal: type[UserError], made: Path) -> Iterator[None]:
+    """A folder that was made for a submission which is refused is removed again."""
+    try:
+        yield
+    except refusal:
+        shutil.rmtree(made, ignore_errors=True)
+        with suppress(OSError):  # other runs are in it
+            made.parent.rmdir()
         raise
 
 

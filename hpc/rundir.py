@@ -21,6 +21,7 @@ class RunDir:
         self.path = Path(path).resolve()
         self.experiment = self.path / "experiment.yaml"
         self.delta = self.path / "delta.yaml"
+        self.step = self.path / "step.yaml"
         self.script = self.path / "job.sbatch"
         self.code = self.path / "code"
         self.submit = self.path / "submit.json"

@@ -7,13 +7,14 @@ hpc/arrays.py.
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,17 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, Uncomplet
 from submitit.local.local import LocalExecutor, LocalJob
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
-from hpc import allocation, slurm
+from hpc import allocation, badnodes, slurm
 from hpc.attempt import record_submission
 from hpc.errors import UserError
 from hpc.rundir import RunDir, read_json
 from hpc.sweepdir import alone
 
 _NO_LIMIT_MIN = 60 * 24 * 3650  # hpc.localstep keeps the time limit: it starts afresh with every attempt
+
+
+class Refused(UserError):
+    """Nothing was submitted, for certain: what was made for it may be removed."""
 
 
 class _Result:
@@ -78,12 +83,17 @@ class SlurmRunExecutor(SlurmExecutor):
         return ["sbatch", *self._options, str(submission_file_path)]
 
     def submit_script(self) -> SlurmRunJob:
-        """sbatch the script. A failed sbatch may have submitted: the token (--comment) tells. Raises UserError."""
-        with _environment(allocation.without_job()):
-            try:
+        """sbatch the script. A failed sbatch may have submitted: the token (--comment) tells.
+
+        Raises Refused, or UserError where SLURM is silent.
+        """
+        told = io.StringIO()  # submitit prints what sbatch says
+        try:
+            with _environment(allocation.without_job()), redirect_stderr(told):
                 job = self._submit_command("").job_id
-            except (FailedJobError, FailedSubmissionError) as error:
-                job = self._found(str(error).strip().splitlines()[-1])
+        except (FailedJobError, FailedSubmissionError) as error:
+            said = told.getvalue().strip() or str(error).strip().splitlines()[-1]
+            job = self._found("; ".join(line.removeprefix("sbatch: error: ") for line in said.splitlines()))
         return SlurmRunJob(self.folder, job, [0])
 
     def _found(self, words: str) -> str:
@@ -95,7 +105,7 @@ class SlurmRunExecutor(SlurmExecutor):
                 f"before you repeat it, look for a job with the comment {self._token}"
             ) from None
         if found is None:
-            raise UserError(f"sbatch refused {self._script}: {words}")
+            raise Refused(f"sbatch refused {self._script}: {words}")
         return found.split("_")[0]  # of an array the whole
 
 
@@ -179,10 +189,6 @@ def _local(command: list[str], logs: Path, after: Sequence[str]) -> LocalRunJob:
 
 def exclusion(runs: Path) -> list[str]:
     """sbatch's option that keeps a job off the nodes known to be bad."""
-    try:
-        from hpc import badnodes
-    except ImportError:
-        return []
     nodes = sorted(badnodes.current(runs))
     return [f"--exclude={','.join(nodes)}"] if nodes else []
 

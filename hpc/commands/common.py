@@ -67,6 +67,7 @@ def report(findings: Any) -> None:
     out = Console(stderr=True, soft_wrap=True, highlight=False)
     for color, word, lines in (
         ("green", "ok", findings.passed),
+        ("yellow", "waits", findings.warnings),
         ("yellow", "not checked", findings.unchecked),
         ("red", "refused", findings.refusals),
     ):

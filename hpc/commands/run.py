@@ -56,12 +56,14 @@ def submit(
     """Check, then submit one job: SLURM where sbatch answers, else submitit's local executor."""
     from hpc import submission
     from hpc.after import options
+    from hpc.plan import removed_if
     from hpc.rundir import runs_folder
 
     planned, cluster = _check(file, overrides, runs, None)
     waits = options(after or [], runs_folder(runs), cluster)
     run = _create(planned)
-    job = submission.submit(run, cluster, waits)
+    with removed_if(submission.Refused, run.path):
+        job = submission.submit(run, cluster, waits)
     if as_json:
         print_json({"run": run.name, "path": str(run.path), "cluster": cluster, "job": job.job_id})
     else:

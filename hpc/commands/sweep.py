@@ -29,7 +29,9 @@ def sweep(
     from hpc import arrays
     from hpc import sweep as sweeps
     from hpc.after import options
+    from hpc.plan import removed_if
     from hpc.rundir import runs_folder
+    from hpc.submission import Refused
 
     folder = runs_folder(runs)
     planned = sweeps.make(file, axes, folder, zipped, parallel)
@@ -40,11 +42,8 @@ def sweep(
         report(_checked(planned))
         return
     made = sweeps.create(planned, lambda: report(_checked(planned)))
-    try:
+    with removed_if(Refused, made.path):
         jobs = arrays.submit(made, cluster, after=waits)
-    except BaseException:
-        arrays.remove(made)
-        raise
     if as_json:
         rows = [row.name for row in planned.rows]
         print_json({"sweep": made.name, "path": str(made.path), "cluster": cluster, "jobs": jobs, "rows": rows})
