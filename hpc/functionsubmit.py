@@ -1,0 +1,161 @@
+"""Submission of functions that are pickled already: files and jobs of it are there as a whole, or not at all."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from submitit.core.utils import DelayedSubmission, FailedSubmissionError, JobPaths
+
+from hpc import allocation, slurm
+from hpc.attempt import process_start
+from hpc.errors import UserError
+from hpc.functionjob import LocalFunctionJob, SlurmFunctionJob, controller_file
+from hpc.functionstep import dump
+from hpc.instances import Request
+from hpc.rundir import write_json
+from hpc.sweepdir import Chunk
+
+
+class SubmissionError(UserError, FailedSubmissionError):
+    """sbatch refused, or nobody answered: for those who catch ours, and those who catch submitit's."""
+
+
+class Files:
+    """Pickles and scripts of one submission under names of their own until `keep`; without it they are removed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.id = uuid.uuid4().hex
+        self.pickles: list[Path] = []
+        self.scripts: list[Path] = []
+        self._made: list[Path] = []
+        """Folders that were not there before, the innermost first."""
+        self._kept = False
+
+    def __enter__(self) -> Files:
+        place = self.folder
+        while not place.exists():
+            self._made.append(place)
+            place = place.parent
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be made ({error})") from None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._kept:
+            return
+        for path in (*self.pickles, *self.scripts):
+            path.unlink(missing_ok=True)
+        for folder in self._made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def token(self, chunk: int) -> str:
+        """What a chunk's job carries as its --comment."""
+        return f"{self.id}/{chunk}"
+
+    def write_pickle(self, submission: DelayedSubmission) -> int:
+        """Its size in bytes. Raises UserError."""
+        self.pickles.append(self.folder / f"{self.id}-{len(self.pickles)}.pkl")
+        try:
+            dump(submission, self.pickles[-1])
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be written ({error})") from None
+        except Exception as error:
+            raise UserError(f"the function or its arguments cannot be pickled: {error}") from error
+        return self.pickles[-1].stat().st_size
+
+    def write_script(self, text: str) -> None:
+        self.scripts.append(self.folder / f"{self.id}-{len(self.scripts)}.sh")
+        self.scripts[-1].write_text(text)
+
+    def keep(self, jobs: Sequence[str], arrays: Sequence[str]) -> None:
+        """The names of submitit: each pickle is that of its job, each script that of its array (or single job).
+
+        A cluster that counts anew, or another one, may have left results under the same ids: they go first.
+        """
+        for old in self.folder.glob("*_result.pkl"):
+            if old.name.partition("_")[0] in arrays:
+                old.unlink(missing_ok=True)
+        for array, script in zip(arrays, self.scripts, strict=True):
+            script.rename(JobPaths(self.folder, array).submission_file)
+        for job, pickle in zip(jobs, self.pickles, strict=True):
+            pickle.rename(JobPaths(self.folder, job).submitted_pickle)
+        self._kept = True
+
+
+def submit_slurm(files: Files, chunks: Sequence[Chunk], request: Request, single: bool) -> list[SlurmFunctionJob[Any]]:
+    """One sbatch per chunk; several are held until all of them are accepted. Raises SubmissionError."""
+    arrays: list[str] = []
+    try:
+        for chunk in chunks:
+            options = ["--hold"] if len(chunks) > 1 else []
+            options += [f"--dependency=afterany:{arrays[chunk.after]}"] if chunk.after is not None else []
+            arrays.append(_sbatch(files.scripts[chunk.number], files.token(chunk.number), options))
+        ids = arrays if single else [f"{arrays[chunk.number]}_{i}" for chunk in chunks for i in range(chunk.count)]
+        files.keep(ids, arrays)
+        if len(chunks) > 1:
+            slurm.release(*arrays)
+    except BaseException as error:
+        _roll_back(arrays, error)
+        raise
+    return [SlurmFunctionJob(files.folder, job, range(request.world_size)) for job in ids]
+
+
+def _sbatch(script: Path, token: str, options: Sequence[str]) -> str:
+    """The job's id. A failed sbatch may have submitted all the same: the token tells."""
+    try:
+        return slurm.submit(script, *options)
+    except slurm.SlurmError as error:
+        words = str(error)
+    try:
+        found = next((info.job for info in slurm.queue().values() if info.comment == token), None)
+    except slurm.SlurmError as silence:
+        raise SubmissionError(
+            f"{words}; it may have submitted all the same ({silence}): "
+            f"before you repeat it, look for a job with the comment {token}"
+        ) from None
+    if found is None:
+        raise SubmissionError(words)
+    return found.partition("_")[0]
+
+
+def _roll_back(jobs: Sequence[str], error: BaseException) -> None:
+    if not jobs:
+        return
+    try:
+        slurm.cancel(*jobs)
+    except UserError as silence:
+        left = f"{error}; what was submitted before could not be taken back ({silence}): scancel {' '.join(jobs)}"
+        raise SubmissionError(left) from None
+
+
+def submit_local(files: Files, request: Request, slots: Sequence[str], single: bool) -> list[LocalFunctionJob[Any]]:
+    """Start the controller, which outlives this process and its terminal; `slots`: see hpc.localmap --gpus."""
+    job, count = f"local{files.id[:12]}", len(files.pickles)
+    ids = [job] if single else [f"{job}_{index}" for index in range(count)]
+    files.keep(ids, [job])
+    command = [sys.executable, "-m", "hpc.localmap", str(files.folder), job]
+    command += [str(JobPaths(files.folder, job).submission_file), "--ranks", str(request.tasks_per_node)]
+    command += [] if single else ["--count", str(count)]
+    record = controller_file(files.folder, job)
+    with record.with_suffix(".log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--gpus", *slots],
+            env=allocation.without_job(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    write_json(record, {"pid": process.pid, "process_start": process_start(process.pid)})
+    tasks = range(request.tasks_per_node)
+    return [LocalFunctionJob(files.folder, name, tasks, process) for name in ids]
