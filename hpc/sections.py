@@ -60,6 +60,29 @@ EXTRA = frozenset(
 )
 """sbatch's other long options that may stand in a script (SLURM 22.05 to 25.05)."""
 
+SHORT = {
+    "A": "account",
+    "C": "constraint",
+    "D": "chdir",
+    "G": "gpus",
+    "H": "hold",
+    "J": "job-name",
+    "L": "licenses",
+    "N": "nodes",
+    "a": "array",
+    "c": "cpus-per-task",
+    "d": "dependency",
+    "e": "error",
+    "n": "ntasks",
+    "o": "output",
+    "p": "partition",
+    "q": "qos",
+    "t": "time",
+    "w": "nodelist",
+    "x": "exclude",
+}
+"""Letters of options, as people write them in scripts."""
+
 
 def one_line(text: str) -> str:
     """Raises ValueError for a line break or control character: no path, name or option has one."""

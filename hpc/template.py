@@ -11,26 +11,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import slurm_templates
 from hpc.errors import UserError
-from hpc.experiment import Experiment, Launch
+from hpc.experiment import Experiment, Launch, validate
+from hpc.filling import Options, Raw, fill
 from hpc.instances import Instance, Request
 from hpc.rundir import RunDir
-from hpc.sections import on_node, one_line
+from hpc.sections import on_node
 from hpc.sweepdir import Chunk, SweepDir
 
-FOLDER = Path(slurm_templates.__file__).parent
-JOB = "job.sbatch.j2"
-_FUNCTION = "function.sbatch.j2"
 _NOTICE_S = 120
 _DEAF = """sh -c 'trap "" TERM INT USR2; exec "$@"' rank"""
 """Ranks ignore stop signals until Python has its own handlers: one that comes earlier must not kill them."""
-
-Options = dict[str, str | int | None]
-
-
-class Raw(str):
-    """Text that goes into the script as it is."""
 
 
 def render(experiment: Experiment, instance: Instance, run: RunDir, python: str) -> str:
@@ -40,7 +31,7 @@ def render(experiment: Experiment, instance: Instance, run: RunDir, python: str)
         "output": _slurm_path(run.output(task="0")),
         "error": _slurm_path(run.output(task="0", stream="err")),
     }
-    return _fill(instance, context | {"run": run.path, "array": None, "slurm_job": "%j"}, options)
+    return fill(instance, context | {"run": run.path, "array": None, "slurm_job": "%j"}, options)
 
 
 def render_array(experiment: Experiment, instance: Instance, sweep: SweepDir, chunk: Chunk, python: str) -> str:
@@ -56,7 +47,7 @@ def render_array(experiment: Experiment, instance: Instance, sweep: SweepDir, ch
         "output": _slurm_path(sweep.logs / "%A_%a_log.out"),
     }
     array = {"first": chunk.first, "rows_file": sweep.rows_file, "folder": sweep.path}
-    return _fill(instance, context | {"array": array, "slurm_job": "%A_%a"}, options)
+    return fill(instance, context | {"array": array, "slurm_job": "%A_%a"}, options)
 
 
 def render_function(
@@ -89,7 +80,7 @@ def render_function(
         "stdout": stdout,
         "stderr": stderr,
     }
-    return _fill(instance, context, options, function=True)
+    return fill(instance, context, options, function=True)
 
 
 def payload_python(instance: Instance, python: str) -> str:
@@ -183,33 +174,18 @@ def _submitit_path(path: Path, array: str | None) -> str:
     return text.replace("%j", "%A_%a") if array else text
 
 
-def _fill(instance: Instance, context: dict[str, Any], options: Options, function: bool = False) -> str:
-    for key, value in options.items():
+def check(instance: Instance) -> list[str]:
+    """Faults of the instance's own template, as a run and as an array; empty when there are none."""
+    launch = {"instance": instance.name, "cluster": "slurm"}
+    values = {"name": "sample", "model": {"name": "resnet3d"}, "data": {"file": "/data/scans.h5"}, "launch": launch}
+    sample, place = validate(values, "sample"), Path("/runs/sample-00000000")
+    found: list[str] = []
+    for array in (False, True):
         try:
-            one_line(str(value))
-        except ValueError as error:
-            raise UserError(f"#SBATCH --{key}: {error}") from None
-    environment = _environment()
-    template = environment.get_template(JOB)
-    if function:
-        context = {**context, "parent": template}
-        template = environment.get_template(_FUNCTION)
-    text: str = template.render({**context, "options": options})
-    return text
-
-
-def _environment() -> Any:
-    from jinja2 import FileSystemLoader, StrictUndefined
-    from jinja2.sandbox import SandboxedEnvironment
-
-    environment = SandboxedEnvironment(
-        loader=FileSystemLoader(FOLDER),
-        undefined=StrictUndefined,
-        finalize=lambda value: value if isinstance(value, Raw) else shlex.quote(str(value)),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["raw"] = Raw
-    environment.filters["on_node"] = lambda text: Raw(on_node(text))
-    return environment
+            if array:
+                render_array(sample, instance, SweepDir(place), Chunk(0, 0, 2), sys.executable)
+            else:
+                render(sample, instance, RunDir(place), sys.executable)
+        except UserError as error:
+            found += [line for line in str(error).splitlines() if line not in found]
+    return found

@@ -10,7 +10,7 @@ from hpc import instances
 from hpc.errors import UserError
 from hpc.experiment import Launch
 
-CEDIA = instances.find("cedia-a100-40gb")
+CEDIA = instances.find("cedia-a100-40gb-nodes")
 FITS = {"nodes": 4, "cpus": 12, "mem": "64GB", "gpus": 1, "time": "3d"}
 
 
@@ -39,22 +39,22 @@ def test_exactly_the_limit_fits() -> None:
 @pytest.mark.parametrize(
     ("over", "sentence"),
     [
-        ({"nodes": 5}, "launch.nodes: 5 asked, but cedia-a100-40gb has 4; ask for 4 or less"),
+        ({"nodes": 5}, "launch.nodes: 5 asked, but cedia-a100-40gb-nodes has 4; ask for 4 or less"),
         (
             {"cpus": 13},
-            "launch.cpus: 13 cores per node asked, but cedia-a100-40gb has 12; ask for 12 or less",
+            "launch.cpus: 13 cores per node asked, but cedia-a100-40gb-nodes has 12; ask for 12 or less",
         ),
         (
             {"mem": "64.001GB"},
-            "launch.mem: 64.001 GB per node asked, but cedia-a100-40gb has 64; ask for 64 or less",
+            "launch.mem: 64.001 GB per node asked, but cedia-a100-40gb-nodes has 64; ask for 64 or less",
         ),
         (
             {"gpus": 2, "cpus": 12},
-            "launch.gpus: 2 per node asked, but cedia-a100-40gb has 1; ask for 1 or less",
+            "launch.gpus: 2 per node asked, but cedia-a100-40gb-nodes has 1; ask for 1 or less",
         ),
         (
             {"time": 3 * 86400 + 1},
-            "launch.time: 3-00:00:01 asked, but cedia-a100-40gb ends a job after 3-00:00:00; "
+            "launch.time: 3-00:00:01 asked, but cedia-a100-40gb-nodes ends a job after 3-00:00:00; "
             "ask for 3-00:00:00 or less",
         ),
         (
@@ -83,6 +83,15 @@ def test_the_laptop_is_this_machine() -> None:
     assert laptop.mem_gb == pytest.approx(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, abs=0.1)
 
 
+@pytest.mark.parametrize(("name", "gpus"), [("", 1), ("-nodes", 1), ("-x2", 2), ("-x4", 4), ("-x8", 8)])
+def test_each_a100_comes_with_its_cores_and_memory(name: str, gpus: int) -> None:
+    one, found = instances.find("cedia-a100-40gb"), instances.find(f"cedia-a100-40gb{name}")
+    assert (found.cpus, found.mem_gb, found.gpus) == (12 * gpus, 64 * gpus, gpus)
+    same = ("gpu_type", "gpu_mem_gb", "time_limit", "partition")
+    assert all(getattr(found, key) == getattr(one, key) for key in same)
+    assert found.request(Launch()).cpus_per_task == 12
+
+
 def test_every_shipped_instance_can_be_read() -> None:
     for name in instances.names():
         assert instances.find(name).check(instances.find(name).request(Launch())) == []
@@ -101,6 +110,74 @@ def test_the_users_own_folder_comes_first(own: Path) -> None:
     assert (found.cpus, found.mem_gb, found.time_limit, found.partition) == (3, 8, 3600, "mine")
     assert instances.find("site").request(Launch()).cpus_per_task == 24
     assert instances.names()["laptop"].parent != own
+
+
+def test_a_base_gives_what_the_file_leaves_out(own: Path) -> None:
+    (own / "site.yaml").write_text("base: cedia-a100-40gb\npartition: gpu\n")
+    (own / "more.yaml").write_text("base: site\nnodes: 9\n")
+    found = instances.find("more")
+    assert (found.name, found.nodes, found.partition, found.cpus, found.gpu_type) == ("more", 9, "gpu", 12, "a100")
+
+
+def test_an_own_file_may_stand_on_the_shipped_one_of_its_name(own: Path) -> None:
+    (own / "laptop.yaml").write_text("base: laptop\ntime_limit: 2h\n")
+    assert instances.find("laptop").time_limit == 7200
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("base: cedia-a100", r"'cedia-a100' is not known; did you mean 'cedia-a100-40gb'"),
+        ("base: b", "'b' is not known"),
+    ],
+)
+def test_an_unknown_base_and_a_circle_are_refused(text: str, words: str, own: Path) -> None:
+    (own / "a.yaml").write_text(text)
+    (own / "b.yaml").write_text("base: a")
+    with pytest.raises(UserError, match=words):
+        instances.find("b")
+
+
+def test_a_template_is_looked_for_beside_its_instance(own: Path) -> None:
+    (own / "a.yaml").write_text("base: laptop\ntemplate: mine.sbatch.j2\n")
+    (own / "b.yaml").write_text("base: a\ntemplate: /etc/mine.j2\n")
+    assert instances.find("a").template == own / "mine.sbatch.j2"
+    assert instances.find("b").template == Path("/etc/mine.j2")
+
+
+SECTIONS = [
+    ("sbatch: {mem: 4G}", "sbatch: mem is set by launch.mem, not here"),
+    ("sbatch: {output: x}", "sbatch: output is set by hpc itself"),
+    ("sbatch: {exclusiv: }", "sbatch: --exclusiv is no option of sbatch; did you mean 'exclusive'"),
+    ("sbatch: {--exclusive: }", "sbatch: ----exclusive is no option of sbatch; did you mean 'exclusive'"),
+    ("sbatch: {wrap: id}", "sbatch: --wrap is no option of sbatch"),
+    ('sbatch: {licenses: "a\\nb"}', "sbatch.licenses: 'a\\nb' carries a line break or control character"),
+    ("sbatch: {licenses: [a]}", "sbatch.licenses: ['a'] is no value of an option"),
+    ("venv: relative/venv", "venv: 'relative/venv' must start with '/', '~' or a variable"),
+    ('venv: "/a\\nb"', "carries a line break"),
+    ('modules: ["-a"]', "modules.0: String should match pattern"),
+    ("scratch_gb: 5", "scratch_gb has no effect without scratch"),
+    ("container: {engine: docker, image: x}", "container.engine: Input should be 'apptainer' or 'pyxis'"),
+    ("container: {engine: pyxis}", "container.image: Field required"),
+    ("container: {engine: pyxis, image: x, mount: []}", "container.mount: Extra inputs are not permitted; did you"),
+    ("container: {engine: pyxis, image: x}\nvenv: /v", "venv has no effect with a container"),
+    ("setup: []", "setup: Extra inputs are not permitted"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "words"), SECTIONS)
+def test_a_section_that_cannot_be_heard_is_refused_by_name(text: str, words: str, own: Path) -> None:
+    (own / "bad.yaml").write_text(f"base: laptop\n{text}\n")
+    with pytest.raises(UserError) as caught:
+        instances.find("bad")
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_paths_of_a_site_may_begin_at_home_or_at_a_variable(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ana")
+    (own / "a.yaml").write_text("base: laptop\nvenv: ~/venvs/x\nscratch: $TMPDIR/job\n")
+    found = instances.find("a")
+    assert (found.venv, found.scratch) == ("/home/ana/venvs/x", "$TMPDIR/job")
 
 
 def test_without_the_variable_the_config_folder_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,5 +213,5 @@ def test_a_bad_instance_file_is_refused_by_name(text: str, words: str, own: Path
 
 @pytest.mark.parametrize("name", ["cedia", "CEDIA-a100-40gb", "../laptop", "", "laptop.yaml"])
 def test_an_unknown_instance_is_refused_with_the_known_ones(name: str) -> None:
-    with pytest.raises(UserError, match=r"is not known; .*valid: cedia-a100-40gb, laptop"):
+    with pytest.raises(UserError, match=r"is not known; .*valid: cedia-a100-40gb, cedia-a100-40gb-nodes, .*, laptop"):
         instances.find(name)

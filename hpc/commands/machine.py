@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
 from hpc.commands.common import AsJson, app, print_json, say, table
+from hpc.errors import UserError
 
 
 @app.command("instances", rich_help_panel="Machine")
@@ -21,6 +27,31 @@ def list_instances(as_json: AsJson = False) -> None:
         gpus = f"{i.gpus} x {i.gpu_type} {i.gpu_mem_gb:g} GB" if i.gpus and i.gpu_mem_gb else str(i.gpus)
         rows.append([i.name, str(i.cpus), f"{i.mem_gb:g}", gpus, str(i.nodes), short_time(i.time_limit), i.description])
     table(columns, rows)
+
+
+@app.command("template", rich_help_panel="Machine")
+def show_template(
+    check: Annotated[
+        Path | None, typer.Option("--check", metavar="FILE", help="Lint a template of your own.", show_default=False)
+    ] = None,
+    instance: Annotated[
+        str | None, typer.Option("--instance", help="The instance it is filled for (laptop).", show_default=False)
+    ] = None,
+) -> None:
+    """Print the batch template, to start your own from: hpc template > mine.sbatch.j2"""
+    from hpc import filling, instances, template
+
+    if check is None:
+        if instance:
+            raise UserError(
+                "--instance has no effect without --check FILE; 'hpc plan EXPERIMENT' shows a filled script"
+            )
+        say((filling.FOLDER / filling.JOB).read_text().rstrip())
+        return
+    own = instances.find(instance or "laptop").model_copy(update={"template": check})
+    if faults := template.check(own):
+        raise UserError("\n".join(faults))
+    say(f"{check}: good for single runs and arrays; 'template: {check.resolve()}' in an instance's file makes it count")
 
 
 @app.command(rich_help_panel="Machine")
