@@ -1,73 +1,168 @@
-"""Checks before anything queues: request against instance, payload against data file, sbatch's own verdict."""
+"""Checks before anything queues: request against instance and cluster, payload against its data, sbatch's verdict."""
 
 from __future__ import annotations
 
+import json
+import re
 import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpc import payload, slurm, yamlfile
+from hpc import fit, slurm, yamlfile
+from hpc.cluster import Cluster
 from hpc.experiment import Experiment
 from hpc.instances import Instance
+from hpc.payload import ask
 from hpc.preempt import ExitCode
+from hpc.units import short_time
+
+_SOON_S = 60
 
 
 @dataclass
 class Findings:
-    """`refusals` stop a submission; `unchecked` names what could not be looked at here, and why."""
+    """`refusals` stop a submission, `warnings` tell why it would wait, `unchecked` what was not looked at and why."""
 
     refusals: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
 
 
-def check(experiment: Experiment, instance: Instance, cluster: str, script: str) -> Findings:
-    """Every check that can run here. Never raises for a fault of the experiment: that is a refusal."""
+@dataclass(frozen=True)
+class _Group:
+    """Experiments that are equal in what a check looks at."""
+
+    label: str
+    """`row 3: `, `rows 0-4, 7: `; empty for all of them."""
+    experiment: Experiment
+
+
+def check(experiment: Experiment, instance: Instance, cluster: str, script: str, *, payload: bool = True) -> Findings:
+    """Every check that can run here. Never raises for a fault of the experiment: that is a refusal.
+
+    `payload`: whether data file and model are looked at; not where an earlier job is to make the file.
+    """
+    return check_many([experiment], instance, cluster, script, payload=payload)
+
+
+def check_many(
+    experiments: Sequence[Experiment], instance: Instance, cluster: str, script: str, *, payload: bool = True
+) -> Findings:
+    """The same for the rows of a sweep, each thing once: a sentence names its rows (from 0) where it is not of all.
+
+    `script` is what sbatch judges: one array stands for all.
+    """
     findings = Findings()
-    request = instance.request(experiment.launch)
-    _check_request(experiment, instance, cluster, findings)
-    if experiment.train.strategy == "single" and request.world_size > 1:
-        findings.refusals.append(
-            f"train.strategy: single runs one task, but {request.world_size} are asked for; use ddp"
-        )
-    shares = request.world_size * experiment.train.accumulate
-    if experiment.data.batch_size % shares:
-        findings.refusals.append(
-            f"data.batch_size: {experiment.data.batch_size} does not divide by {request.world_size} tasks "
-            f"x {experiment.train.accumulate} parts; use a multiple of {shares}"
-        )
-    if not findings.refusals:
-        _check_payload(experiment, findings)
-    if cluster == "slurm" and not findings.refusals:
+    for group in _groups(experiments, lambda one: one.launch.model_dump_json()):
+        _check_request(group, instance, cluster, findings)
+    for group in _groups(experiments, lambda one: _shares(one, instance)):
+        _check_shares(group, instance, findings)
+    answers = cluster == "slurm" and _check_cluster(experiments, instance, findings)
+    if payload and not findings.refusals:
+        _check_payload(experiments, findings)
+    if answers and not findings.refusals:
         _check_sbatch(script, findings)
     return findings
 
 
-def _check_request(experiment: Experiment, instance: Instance, cluster: str, findings: Findings) -> None:
-    request = instance.request(experiment.launch)
-    findings.refusals += instance.check(request)
+def _groups(experiments: Sequence[Experiment], key: Callable[[Experiment], str]) -> Iterator[_Group]:
+    rows: dict[str, list[int]] = {}
+    for row, experiment in enumerate(experiments):
+        rows.setdefault(key(experiment), []).append(row)
+    for members in rows.values():
+        yield _Group(_label(members, len(experiments)), experiments[members[0]])
+
+
+def _label(rows: list[int], total: int) -> str:
+    """`rows 0-4, 7: `, or nothing for all."""
+    if len(rows) == total:
+        return ""
+    starts = [row for row in rows if row - 1 not in rows]
+    ends = [row for row in rows if row + 1 not in rows]
+    spans = [f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
+    return f"row{'s' if len(rows) > 1 else ''} {', '.join(spans)}: "
+
+
+def _check_request(group: _Group, instance: Instance, cluster: str, findings: Findings) -> None:
+    request = instance.request(group.experiment.launch)
+    refusals = instance.check(request)
     if cluster == "local" and request.nodes > 1:
-        findings.refusals.append(f"launch.nodes: {request.nodes} asked, but a local run has 1")
-    if not findings.refusals:
+        refusals.append(f"launch.nodes: {request.nodes} asked, but a local run has 1")
+    findings.refusals += [group.label + line for line in refusals]
+    if not refusals:
         findings.passed.append(
-            f"fits {instance.name}: {request.nodes} x ({request.cpus} cores, {request.mem_gb:g} GB, "
+            f"{group.label}fits {instance.name}: {request.nodes} x ({request.cpus} cores, {request.mem_gb:g} GB, "
             f"{request.gpus} GPUs), {request.tasks_per_node} tasks per node"
         )
 
 
-def _check_payload(experiment: Experiment, findings: Findings) -> None:
-    """The job checks itself in a child process: data file, classes, model (on the meta device)."""
-    answer = payload.ask("jobs.train", ["--check", "-"], yamlfile.dump(experiment.as_dict()))
-    lines = answer.stdout.strip().splitlines()
+def _shares(experiment: Experiment, instance: Instance) -> str:
+    """What `_check_shares` looks at."""
+    tasks = instance.request(experiment.launch).world_size
+    return json.dumps([tasks, experiment.train.strategy, experiment.train.accumulate, experiment.data.batch_size])
+
+
+def _check_shares(group: _Group, instance: Instance, findings: Findings) -> None:
+    tasks = instance.request(group.experiment.launch).world_size
+    if group.experiment.train.strategy == "single" and tasks > 1:
+        findings.refusals.append(
+            f"{group.label}train.strategy: single runs one task, but {tasks} are asked for; use ddp"
+        )
+    if fault := group.experiment.batch_fault(tasks):
+        findings.refusals.append(group.label + fault)
+
+
+def _check_cluster(experiments: Sequence[Experiment], instance: Instance, findings: Findings) -> bool:
+    """Partitions and nodes as they are now; False where the controller does not answer."""
+    try:
+        live = Cluster.look()
+    except slurm.SlurmError as error:
+        findings.unchecked.append(f"partition, nodes, preemption and sbatch's verdict: {error}")
+        return False
+    partitions: dict[str, None] = {}
+    for group in _groups(experiments, lambda one: one.launch.model_dump_json()):
+        launch = group.experiment.launch
+        wanted = launch.partition or instance.partition
+        answer = fit.check(live, instance.request(launch), instance.gpu_type, wanted, launch.account)
+        findings.refusals += [group.label + line for line in answer.refusals]
+        findings.warnings += [group.label + line for line in answer.warnings]
+        findings.passed += [group.label + line for line in answer.passed]
+        partitions |= dict.fromkeys(fit.choose(live, wanted))
+    findings.passed += [live.preemption(name) for name in partitions if name in live.partitions]
+    return True
+
+
+def _check_payload(experiments: Sequence[Experiment], findings: Findings) -> None:
+    """The job checks itself in one child process: data file, classes, model (on the meta device)."""
+    groups = list(_groups(experiments, _payload_key))
+    text = "---\n".join(yamlfile.dump(group.experiment.as_dict()) for group in groups)
+    answer = ask("jobs.check", ["-"], text)
+    words = answer.stderr.strip().splitlines()
     if answer.returncode == ExitCode.DONE:
-        findings.passed += lines
+        findings.passed += answer.stdout.strip().splitlines()
     elif answer.returncode == ExitCode.BAD_INPUT:
-        findings.refusals += answer.stderr.strip().splitlines()
+        findings.refusals += [_name_rows(line, groups) for line in words]
     elif "ModuleNotFoundError" in answer.stderr:
-        missing = answer.stderr.strip().splitlines()[-1].removeprefix("ModuleNotFoundError: ")
+        missing = words[-1].removeprefix("ModuleNotFoundError: ")
         findings.unchecked.append(f"data file and model: {missing} here ('make setup' installs what jobs need)")
     else:
-        findings.refusals.append(f"the payload's check failed: {answer.stderr.strip()}")
+        told = words[-1] if words else f"left with exit code {answer.returncode}"
+        findings.refusals.append(f"the payload's check failed: {told}; 'python -m jobs.check EXPERIMENT' shows where")
+
+
+def _payload_key(experiment: Experiment) -> str:
+    """What jobs.check looks at: rows that differ in nothing else are checked once."""
+    seen = [experiment.model, experiment.data, experiment.train.loss]
+    return "\n".join([experiment.task, *(part.model_dump_json() for part in seen)])
+
+
+def _name_rows(line: str, groups: list[_Group]) -> str:
+    """The rows in place of the number that jobs.check puts before each fault of several experiments."""
+    numbered = re.match(r"(\d+): ", line) if len(groups) > 1 else None
+    return groups[int(numbered[1])].label + line[numbered.end() :] if numbered else line
 
 
 def _check_sbatch(script: str, findings: Findings) -> None:
@@ -80,6 +175,19 @@ def _check_sbatch(script: str, findings: Findings) -> None:
             findings.unchecked.append(str(error))
             return
     if accepted:
-        findings.passed.append(f"sbatch --test-only: {words}")
+        findings.passed.append(f"sbatch --test-only: {_verdict(words)}")
+    elif findings.warnings:  # it says no, too, where nodes are only away
+        findings.warnings.append(f"sbatch --test-only, now: {words}")
     else:
         findings.refusals.append(f"sbatch --test-only: {words}")
+
+
+def _verdict(words: str) -> str:
+    """`Job 5 to start at 2030-01-01T12:00:00 using 12 processors on nodes node0 in partition gpu`, for people."""
+    told = re.fullmatch(r"Job \S+ to start at (\S+)( using .*)?", words.partition("; ")[0])
+    start = slurm.epoch(told[1]) if told else None
+    if told is None or start is None:
+        return words
+    wait = start - time.time()
+    when = "at once" if wait < _SOON_S else f"in about {short_time(wait)}, at {told[1].replace('T', ' ')}"
+    return f"accepted; it would start {when},{told[2] or ''}".rstrip(",")

@@ -1,4 +1,4 @@
-"""From an experiment to what a training step needs, and the payload's own check that it all fits together."""
+"""From an experiment to what a training step needs, and whether model and data fit together."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from datasets import open_volumes
 from datasets.augment import Augment
 from datasets.layout import VolumeFile
 from hpc.errors import UserError
 from hpc.experiment import Experiment
+from jobs.check import open_data
 from jobs.tasks.classification import class_weights
 from models3d import create_model, takes
 
@@ -37,20 +37,9 @@ class Parts:
 
 def prepare(experiment: Experiment) -> Parts:
     """Open the data file and compare it with the experiment. Raises ValueError or UserError with one line."""
-    volumes = open_volumes(experiment.data.file)
-    if volumes.task != experiment.task:
-        raise UserError(f"task is {experiment.task}, but {experiment.data.file} was packed for {volumes.task}")
+    volumes = open_data(experiment)
     classes = len(volumes.class_names)
-    asked = experiment.model.num_classes
-    if asked is not None and asked != classes:
-        names = ", ".join(volumes.class_names)
-        raise UserError(f"model.num_classes is {asked}, but {experiment.data.file} has {classes} classes: {names}")
-    train, validation = volumes.indices("train"), volumes.indices("validation")
-    batch = experiment.data.batch_size
-    if len(train) < batch:
-        raise UserError(f"data.batch_size is {batch}, but the training split has {len(train)} samples")
-    if not len(validation):
-        raise UserError(f"{experiment.data.file} has no validation samples: pack it with --split 70/15/15")
+    train = volumes.indices("train")
     counts = [int((volumes.targets[train] == label).sum()) for label in range(classes)]
     Augment.from_mapping(experiment.data.augment)
     options = experiment.model.options

@@ -1,4 +1,4 @@
-"""The training loop; `python -m jobs.train --check FILE` (- for stdin) checks an experiment against its data and model.
+"""The training loop; `python -m jobs.train --check FILE` checks an experiment, as `python -m jobs.check FILE` does.
 
 Everything about where a run is follows from one integer, the number of optimizer steps done: epoch and step within it,
 the samples of the next batch, their augmentation, the dropout and the learning rate.
@@ -11,7 +11,6 @@ import logging
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,15 @@ import torch
 
 from datasets import Loader
 from datasets.loader import Batch
-from hpc import yamlfile
 from hpc.errors import UserError
-from hpc.experiment import Experiment, load, validate
-from hpc.preempt import ExitCode, StopFlag
+from hpc.experiment import Experiment
+from hpc.preempt import StopFlag
 from hpc.rundir import RunDir
-from jobs import checkpoint
+from jobs import check, checkpoint
 from jobs.engine import Engine
 from jobs.optimize import build_optimizer, learning_rate
 from jobs.record import Recorder
-from jobs.setup import Parts, check, prepare
+from jobs.setup import Parts, prepare
 from jobs.tasks.classification import DIRECTION, Classification, Counts, Scores
 
 _LOG = logging.getLogger(__name__)
@@ -55,12 +53,8 @@ class Trainer:
 
     def _build(self) -> None:
         settings, engine, data = self.settings, self.engine, self.experiment.data
-        shares = engine.world_size * settings.accumulate
-        if data.batch_size % shares:
-            raise UserError(
-                f"data.batch_size {data.batch_size} does not divide by {engine.world_size} tasks x "
-                f"{settings.accumulate} parts; use a multiple of {shares}"
-            )
+        if fault := self.experiment.batch_fault(engine.world_size):
+            raise UserError(fault)
         torch.manual_seed(settings.seed)
         self.model = self.parts.build_model(self.experiment.model.name, self.deterministic).to(engine.device)
         self.parallel = engine.wrap(self.model)
@@ -324,18 +318,7 @@ def wants_determinism(experiment: Experiment, device: torch.device) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.train", description=__doc__)
     parser.add_argument("--check", required=True, metavar="FILE", help="experiment (YAML) or run folder; - for stdin")
-    given = parser.parse_args().check
-    try:
-        if given == "-":
-            experiment = validate(yamlfile.parse(sys.stdin.read(), "experiment"), "experiment")
-        else:
-            path = Path(given)
-            experiment, _ = load(RunDir(path).experiment if path.is_dir() else path)
-        print("\n".join(check(experiment)))
-    except (UserError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return ExitCode.BAD_INPUT
-    return ExitCode.DONE
+    return check.report(parser.parse_args().check)
 
 
 if __name__ == "__main__":

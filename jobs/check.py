@@ -1,0 +1,82 @@
+"""What a run needs of its data file and model, looked at before it queues: `python -m jobs.check FILE` (- for stdin).
+
+Standard input may hold several experiments, a line --- between two; each line of a fault then begins with the number
+of its experiment, from 0. The data files are opened first: a missing one is told before torch is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from datasets import open_volumes
+from datasets.layout import VolumeFile
+from hpc import yamlfile
+from hpc.errors import UserError
+from hpc.experiment import Experiment, load, validate
+from hpc.preempt import ExitCode
+from hpc.rundir import RunDir
+
+
+def open_data(experiment: Experiment) -> VolumeFile:
+    """The data file, compared with the experiment. Raises ValueError or UserError with one line."""
+    volumes = open_volumes(experiment.data.file)
+    if volumes.task != experiment.task:
+        raise UserError(f"task is {experiment.task}, but {experiment.data.file} was packed for {volumes.task}")
+    classes = len(volumes.class_names)
+    asked = experiment.model.num_classes
+    if asked is not None and asked != classes:
+        names = ", ".join(volumes.class_names)
+        raise UserError(f"model.num_classes is {asked}, but {experiment.data.file} has {classes} classes: {names}")
+    train, validation = volumes.indices("train"), volumes.indices("validation")
+    batch = experiment.data.batch_size
+    if len(train) < batch:
+        raise UserError(f"data.batch_size is {batch}, but the training split has {len(train)} samples")
+    if not len(validation):
+        raise UserError(f"{experiment.data.file} has no validation samples: pack it with --split 70/15/15")
+    return volumes
+
+
+def report(source: str) -> ExitCode:
+    """Check the experiment in a file, in a run folder, or each of those on standard input (-); print what was found."""
+    texts = sys.stdin.read().split("\n---\n") if source == "-" else [source]
+    passed: dict[str, None] = {}
+    faults: dict[int, str] = {}
+    experiments: dict[int, Experiment] = {}
+    for number, text in enumerate(texts):
+        try:
+            experiments[number] = _read(text, source)
+            open_data(experiments[number])
+        except (UserError, ValueError) as error:
+            faults[number] = str(error)
+    for number in [number for number in experiments if number not in faults]:
+        from jobs.setup import check
+
+        try:
+            passed |= dict.fromkeys(check(experiments[number]))
+        except (UserError, ValueError) as error:
+            faults[number] = str(error)
+    for number, fault in sorted(faults.items()):
+        for line in fault.splitlines():
+            print(f"{number}: {line}" if len(texts) > 1 else line, file=sys.stderr)
+    if passed and not faults:
+        print("\n".join(passed))
+    return ExitCode.BAD_INPUT if faults else ExitCode.DONE
+
+
+def _read(text: str, source: str) -> Experiment:
+    if source == "-":
+        return validate(yamlfile.parse(text, "experiment"), "experiment")
+    path = Path(text)
+    return load(RunDir(path).experiment if path.is_dir() else path)[0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m jobs.check", description=__doc__)
+    parser.add_argument("file", metavar="FILE", help="experiment (YAML) or run folder; - for stdin")
+    return report(parser.parse_args().file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
