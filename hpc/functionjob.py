@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from submitit.core.core import InfoWatcher, Job, R
-from submitit.core.utils import JobPaths
+from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.local.local import LocalJob
 from submitit.slurm.slurm import SlurmJob
 
-from hpc import slurm
+from hpc import functionpayload, slurm
 from hpc.attempt import same_process
 from hpc.errors import UserError
 from hpc.rundir import read_json
@@ -82,6 +82,10 @@ class SlurmFunctionJob(SlurmJob[R]):
     def wait(self) -> None:
         _wait(self)
 
+    def submission(self) -> DelayedSubmission:
+        """What it calls: `function`, `args`, `kwargs`."""
+        return _submission(self.paths)
+
     def _get_outcome_and_result(self) -> tuple[str, Any]:
         # A result may take a while to be seen over a shared file system; a killed job has left none.
         state = self.watcher.get_state(self.job_id, mode="cache")
@@ -110,6 +114,10 @@ class LocalFunctionJob(LocalJob[R]):
     def wait(self) -> None:
         _wait(self)
 
+    def submission(self) -> DelayedSubmission:
+        """What it calls: `function`, `args`, `kwargs`."""
+        return _submission(self.paths)
+
     @property
     def _controlled(self) -> bool:
         if self._process is not None and self._process.poll() is not None:
@@ -125,6 +133,14 @@ class LocalFunctionJob(LocalJob[R]):
     def cancel(self, check: bool = True) -> None:
         """The controller ends it, or never starts it."""
         cancel_mark(self.paths).touch()
+
+
+def _submission(paths: JobPaths) -> DelayedSubmission:
+    """Raises FileNotFoundError where it was removed."""
+    found = functionpayload.load(paths)
+    if found is None:
+        raise FileNotFoundError(f"no pickle of job {paths.job_id} in {paths.folder}")
+    return found
 
 
 def controller_file(folder: Path, job: str) -> Path:

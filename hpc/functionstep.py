@@ -22,6 +22,7 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE, LocalJobEnvironment
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 from hpc import allocation, slurm
+from hpc import functionpayload as payload
 from hpc.preempt import NOTICE, ExitCode, ignore_stops
 
 _PICKLE_WAIT_S = 60
@@ -49,7 +50,7 @@ def call(paths: JobPaths, local: bool) -> int:
     paths.result_pickle.unlink(missing_ok=True)  # of an attempt that SLURM took back
     stops: Stops | None = None
     try:
-        submission = _load(paths.submitted_pickle)
+        submission = _load(paths)
         stops = Stops(submission, paths, local, start).install()
         outcome = ("success", submission.result())
     except Exception:
@@ -77,14 +78,17 @@ def dump(value: Any, path: Path) -> None:
         aside.unlink(missing_ok=True)
 
 
-def _load(path: Path) -> DelayedSubmission:
+def _load(paths: JobPaths) -> DelayedSubmission:
     """The submission; it gets its name only when sbatch has said the job's."""
     end = time.monotonic() + _PICKLE_WAIT_S
-    while not path.exists():
+    while (submission := payload.load(paths)) is None:
         if time.monotonic() > end:
-            raise UncompletedJobError(f"{path} did not appear within {_PICKLE_WAIT_S} s: the submission was broken off")
+            raise UncompletedJobError(
+                f"no pickle of job {paths.job_id} in {paths.folder} within {_PICKLE_WAIT_S} s: "
+                f"its submission was broken off"
+            )
         time.sleep(0.05)
-    return DelayedSubmission.load(path)
+    return submission
 
 
 class Stops:

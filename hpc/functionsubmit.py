@@ -12,11 +12,10 @@ from typing import Any
 
 from submitit.core.utils import DelayedSubmission, FailedSubmissionError, JobPaths
 
-from hpc import allocation, slurm
+from hpc import allocation, functionpayload, slurm
 from hpc.attempt import process_start
 from hpc.errors import UserError
 from hpc.functionjob import LocalFunctionJob, SlurmFunctionJob, controller_file
-from hpc.functionstep import dump
 from hpc.instances import Request
 from hpc.rundir import write_json
 from hpc.sweepdir import Chunk
@@ -32,11 +31,11 @@ class Files:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.id = uuid.uuid4().hex
-        self.pickles: list[Path] = []
+        self.payloads: list[Path] = []
         self.scripts: list[Path] = []
         self._made: list[Path] = []
         """Folders that were not there before, the innermost first."""
-        self._kept = False
+        self._array = self._kept = False
 
     def __enter__(self) -> Files:
         place = self.folder
@@ -52,7 +51,7 @@ class Files:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._kept:
             return
-        for path in (*self.pickles, *self.scripts):
+        for path in (*self.payloads, *self.scripts):
             path.unlink(missing_ok=True)
         for folder in self._made:
             if folder.is_dir() and not any(folder.iterdir()):
@@ -62,33 +61,34 @@ class Files:
         """What a chunk's job carries as its --comment."""
         return f"{self.id}/{chunk}"
 
-    def write_pickle(self, submission: DelayedSubmission) -> int:
-        """Its size in bytes. Raises UserError."""
-        self.pickles.append(self.folder / f"{self.id}-{len(self.pickles)}.pkl")
+    def write(self, submissions: Sequence[DelayedSubmission], array: bool, text: str) -> None:
+        """Payload and script of one job or one array. Raises UserError."""
+        payload, script = (self.folder / f"{self.id}-{len(self.scripts)}.{kind}" for kind in ("pkl", "sh"))
+        self.payloads.append(payload)
+        self.scripts.append(script)
+        self._array = array
         try:
-            dump(submission, self.pickles[-1])
+            script.write_text(text)
+            if array:
+                functionpayload.write_array(payload, submissions)
+            else:
+                submissions[0].dump(payload)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error})") from None
         except Exception as error:
             raise UserError(f"the function or its arguments cannot be pickled: {error}") from error
-        return self.pickles[-1].stat().st_size
 
-    def write_script(self, text: str) -> None:
-        self.scripts.append(self.folder / f"{self.id}-{len(self.scripts)}.sh")
-        self.scripts[-1].write_text(text)
-
-    def keep(self, jobs: Sequence[str], arrays: Sequence[str]) -> None:
-        """The names of submitit: each pickle is that of its job, each script that of its array (or single job).
+    def keep(self, jobs: Sequence[str]) -> None:
+        """Each payload and script gets the name of its job, or array.
 
         A cluster that counts anew, or another one, may have left results under the same ids: they go first.
         """
-        for old in self.folder.glob("*_result.pkl"):
-            if old.name.partition("_")[0] in arrays:
+        for old in self.folder.glob("*_*.pkl"):
+            if old.name.partition("_")[0] in jobs:
                 old.unlink(missing_ok=True)
-        for array, script in zip(arrays, self.scripts, strict=True):
-            script.rename(JobPaths(self.folder, array).submission_file)
-        for job, pickle in zip(jobs, self.pickles, strict=True):
-            pickle.rename(JobPaths(self.folder, job).submitted_pickle)
+        for job, payload, script in zip(jobs, self.payloads, self.scripts, strict=True):
+            script.rename(JobPaths(self.folder, job).submission_file)
+            payload.rename(functionpayload.path_of(self.folder, job, self._array))
         self._kept = True
 
 
@@ -100,13 +100,13 @@ def submit_slurm(files: Files, chunks: Sequence[Chunk], request: Request, single
             options = ["--hold"] if len(chunks) > 1 else []
             options += [f"--dependency=afterany:{arrays[chunk.after]}"] if chunk.after is not None else []
             arrays.append(_sbatch(files.scripts[chunk.number], files.token(chunk.number), options))
-        ids = arrays if single else [f"{arrays[chunk.number]}_{i}" for chunk in chunks for i in range(chunk.count)]
-        files.keep(ids, arrays)
+        files.keep(arrays)
         if len(chunks) > 1:
             slurm.release(*arrays)
     except BaseException as error:
         _roll_back(arrays, error)
         raise
+    ids = arrays if single else [f"{arrays[chunk.number]}_{i}" for chunk in chunks for i in range(chunk.count)]
     return [SlurmFunctionJob(files.folder, job, range(request.world_size)) for job in ids]
 
 
@@ -138,14 +138,18 @@ def _roll_back(jobs: Sequence[str], error: BaseException) -> None:
         raise SubmissionError(left) from None
 
 
-def submit_local(files: Files, request: Request, slots: Sequence[str], single: bool) -> list[LocalFunctionJob[Any]]:
-    """Start the controller, which outlives this process and its terminal; `slots`: see hpc.localmap --gpus."""
-    job, count = f"local{files.id[:12]}", len(files.pickles)
-    ids = [job] if single else [f"{job}_{index}" for index in range(count)]
-    files.keep(ids, [job])
+def submit_local(
+    files: Files, request: Request, slots: Sequence[str], count: int | None
+) -> list[LocalFunctionJob[Any]]:
+    """Start the controller, which outlives this process and its terminal; `slots`: see hpc.localmap --gpus.
+
+    `count`: of tasks of an array, None for a single job.
+    """
+    job = f"local{files.id[:12]}"
+    files.keep([job])
     command = [sys.executable, "-m", "hpc.localmap", str(files.folder), job]
     command += [str(JobPaths(files.folder, job).submission_file), "--ranks", str(request.tasks_per_node)]
-    command += [] if single else ["--count", str(count)]
+    command += [] if count is None else ["--count", str(count)]
     record = controller_file(files.folder, job)
     with record.with_suffix(".log").open("wb") as log:
         process = subprocess.Popen(
@@ -157,5 +161,5 @@ def submit_local(files: Files, request: Request, slots: Sequence[str], single: b
             start_new_session=True,
         )
     write_json(record, {"pid": process.pid, "process_start": process_start(process.pid)})
-    tasks = range(request.tasks_per_node)
-    return [LocalFunctionJob(files.folder, name, tasks, process) for name in ids]
+    ids = [job] if count is None else [f"{job}_{index}" for index in range(count)]
+    return [LocalFunctionJob(files.folder, name, range(request.tasks_per_node), process) for name in ids]

@@ -24,7 +24,7 @@ from submitit.core.core import Job, PicklingExecutor
 from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmExecutor
 
-from hpc import instances, slurm, template
+from hpc import functionpayload, instances, slurm, template
 from hpc.errors import UserError, nearest
 from hpc.experiment import Launch
 from hpc.functionsubmit import Files, submit_local, submit_slurm
@@ -174,7 +174,10 @@ class Launcher(SlurmExecutor):
         return self._text(self._submitit_command_str, None if count == 1 else _array(chunk))
 
     def _chunks(self, count: int, cluster: str) -> list[Chunk]:
-        limit = int(slurm.config()["MaxArraySize"]) if cluster == "slurm" and count > 1 else count
+        try:
+            limit = int(slurm.config()["MaxArraySize"]) if cluster == "slurm" and count > 1 else count
+        except slurm.SlurmError as error:
+            raise UserError(str(error)) from None
         if not limit:
             raise UserError("this cluster takes no arrays (its MaxArraySize is 0); use submit() for each task")
         return cut(count, limit, self.parameters.get("array_parallelism"))
@@ -186,22 +189,22 @@ class Launcher(SlurmExecutor):
         """
         request = self._request()
         cluster = choose_cluster(self.cluster)
-        try:
-            chunks = self._chunks(len(delayed_submissions), cluster)
-        except slurm.SlurmError as error:
-            raise UserError(str(error)) from None
+        chunks = self._chunks(len(delayed_submissions), cluster)
         single = len(delayed_submissions) == 1
         files = Files(self.folder)
         texts = [
             self._text(self._submitit_command_str, None if single else _array(chunk), files.token(chunk.number))
             for chunk in chunks
         ]
+        slots = self._slots(request) if cluster == "local" else []
+        self._check_size(delayed_submissions)
+        for submission in delayed_submissions:
+            submission.set_timeout(math.ceil(request.time_s / 60), self.max_num_timeout)
         with files:
-            self._write_pickles(files, delayed_submissions, request)
-            for text in texts:
-                files.write_script(text)
+            for chunk, text in zip(chunks, texts, strict=True):
+                files.write(delayed_submissions[chunk.first : chunk.first + chunk.count], not single, text)
             if cluster == "local":
-                return list(submit_local(files, request, self._slots(request), single))
+                return list(submit_local(files, request, slots, None if single else chunks[0].count))
             return list(submit_slurm(files, chunks, request, single))
 
     def _slots(self, request: Request) -> list[str]:
@@ -219,16 +222,18 @@ class Launcher(SlurmExecutor):
         count = max(1, min(count, len(gpus) // request.gpus))
         return [",".join(gpus[slot * request.gpus : (slot + 1) * request.gpus]) for slot in range(count)]
 
-    def _write_pickles(self, files: Files, submissions: Sequence[DelayedSubmission], request: Request) -> None:
+    def _check_size(self, submissions: Sequence[DelayedSubmission]) -> None:
+        """submitit's estimate by the first of them, for arrays, too. Raises UserError."""
+        try:
+            size_gb = functionpayload.size(submissions[0]) / 1e9
+        except Exception as error:
+            raise UserError(f"the function or its arguments cannot be pickled: {error}") from error
         count = len(submissions)
-        for number, submission in enumerate(submissions):
-            submission.set_timeout(math.ceil(request.time_s / 60), self.max_num_timeout)
-            size_gb = files.write_pickle(submission) / 1e9
-            if number == 0 and count * size_gb > self.max_pickle_size_gb:
-                raise UserError(
-                    f"about {count * size_gb:.2g} GB of pickled functions and arguments ({count} x {size_gb:.2g} GB), "
-                    f"and max_pickle_size_gb is {self.max_pickle_size_gb:g}; pass paths of files, or raise it"
-                )
+        if count * size_gb > self.max_pickle_size_gb:
+            raise UserError(
+                f"about {count * size_gb:.2g} GB of pickled functions and arguments ({count} x {size_gb:.2g} GB), "
+                f"and max_pickle_size_gb is {self.max_pickle_size_gb:g}; pass paths of files, or raise it"
+            )
 
 
 def _array(chunk: Chunk) -> str:
