@@ -12,8 +12,37 @@ from hpc.errors import UserError
 
 
 @app.command("instances", rich_help_panel="Machine")
-def list_instances(as_json: AsJson = False) -> None:
+def list_instances(
+    discover: Annotated[
+        bool, typer.Option("--discover", help="Read them off the cluster that answers here, and print their files.")
+    ] = False,
+    write: Annotated[bool, typer.Option("--write", help="Put these files into your own folder of instances.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write over files that are there already.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """List the instances a request can be made for."""
+    if (write and not discover) or (force and not write):
+        raise UserError("--force belongs to --write, and that to --discover: hpc instances --discover --write")
+    if discover:
+        _discover(write, force, as_json)
+    else:
+        _list(as_json)
+
+
+def _discover(write: bool, force: bool, as_json: bool) -> None:
+    from hpc import discover
+
+    found = discover.read()
+    written = discover.write(found, force) if write else []
+    if as_json:
+        print_json([{"name": one.name, **one.values} for one in found])
+    elif written:
+        say("\n".join(str(path) for path in written))
+    else:
+        say("\n".join(f"# {one.name}.yaml\n{one.text}" for one in found).rstrip())
+
+
+def _list(as_json: bool) -> None:
     from hpc import instances
     from hpc.units import short_time
 
