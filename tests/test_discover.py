@@ -66,9 +66,7 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: Path) -> Discove
             (tmp_path / kind).write_text(text)
         program = tmp_path / "bin" / "scontrol"
         program.parent.mkdir()
-        program.write_text(f'#!/usr/bin/env bash
-exec cat "{tmp_path}/${{!#}}"
-')
+        program.write_text(f'#!/usr/bin/env bash\nexec cat "{tmp_path}/${{!#}}"\n')
         program.chmod(0o755)
         monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
         result = {one.name: one for one in discover.read()}
