@@ -1,22 +1,37 @@
 """End of an attempt, in the batch shell: `python -m hpc.requeue RUN GENERATION CODE TOLD` decides what follows.
 
-stop.json decides, not srun's code: under --kill-on-bad-exit a skew of 0.2 s between ranks makes srun return 143 for a
-clean stop. A shell that was told (TERM) leaves it to SLURM, which has requeued the job already (preemption without
-grace) or cancelled it: a cancelled job must never come back. Prints `again` for a local restart, else `end`.
+stop.json and the event bad-node decide, not srun's code: under --kill-on-bad-exit a skew of 0.2 s between ranks makes
+srun return 143 for a clean stop. A shell that was told (TERM) leaves it to SLURM, which has requeued the job already
+(preemption without grace) or cancelled it: a cancelled job must never come back. Prints `again` for a local restart,
+else `end`.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 import time
+from collections.abc import Iterable, Mapping
 
-from hpc import allocation, slurm
-from hpc.preempt import ExitCode
+from hpc import allocation, badnodes, slurm
+from hpc.errors import UserError
+from hpc.preempt import ExitCode, ignore_stops
 from hpc.rundir import RunDir, read_json, write_json
+from hpc.sweepdir import alone
+
+_IMPOSSIBLE = re.compile("node configuration is not available", re.I)
+_IN_A_ROW = 3
+_AWAY = re.compile(r"DOWN|DRAIN|FAIL|MAINT|NOT_RESPONDING|UNKNOWN|REBOOT|POWER")
+"""States of nodes that may come back."""
 
 
-def decide(run: RunDir, generation: int, code: int, told: bool) -> tuple[bool, str]:
-    """Whether this attempt is to be followed by another that we ask for, and why."""
+def decide(
+    run: RunDir, generation: int, code: int, told: bool, bad: Mapping[str, str] | None = None, out: Iterable[str] = ()
+) -> tuple[bool, str]:
+    """Whether this attempt is to be followed by another that we ask for, and why.
+
+    `bad`: nodes (to reasons) that this attempt found bad; `out`: all nodes that are to be left out from now on.
+    """
     if run.result.exists():
         return False, "finished"
     stop = read_json(run.stop)
@@ -27,19 +42,64 @@ def decide(run: RunDir, generation: int, code: int, told: bool) -> tuple[bool, s
         return False, "the batch shell was told to end: SLURM requeued the job, or it was cancelled"
     if stopped:
         return True, f"stopped by {stop['cause']} at step {stop['step']}"
+    if bad:
+        return _elsewhere(run, bad, sorted(out))
     if code == ExitCode.BAD_INPUT:
         return False, "bad input: it would fail again"
     return False, f"failed with exit code {code}"
 
 
+def _elsewhere(run: RunDir, bad: Mapping[str, str], out: list[str]) -> tuple[bool, str]:
+    """Whether a run that met bad nodes is to be tried on others."""
+    reason = "; ".join(f"bad node {node}: {fault}" for node, fault in bad.items())
+    job = allocation.job_id()
+    if job is None:
+        return False, f"{reason}; once that is mended, 'hpc resume {run.name}' goes on"
+    met, in_a_row = _met(run)
+    if again := sorted(bad.keys() & met):
+        return False, f"{reason}; the run was to keep off {', '.join(again)} and came there again"
+    if in_a_row >= _IN_A_ROW:
+        return False, f"{reason}; {in_a_row + 1} attempts in a row ended so: is it the nodes, or the run itself?"
+    if not _room(run, job, out):
+        mended = f"once they are mended, take them out of {badnodes.file(run.runs)} and 'hpc resume {run.name}'"
+        return False, f"{reason}; without {', '.join(out)} no nodes are left that could run it: {mended}"
+    return True, f"{reason}; the job keeps off {', '.join(out)}"
+
+
+def _met(run: RunDir) -> tuple[set[str], int]:
+    """The nodes that requeues of this run have left out within a day, and how many of these since it last saved."""
+    events, since = run.read_events(), time.time() - badnodes.KEPT_S
+    left = [event for event in events if event["event"] == "requeue" and "out" in event and event["time"] > since]
+    saved = max((event["time"] for event in events if event["event"] == "checkpoint"), default=0.0)
+    return {node for event in left for node in event["out"]}, sum(event["time"] > saved for event in left)
+
+
+def _room(run: RunDir, job: str, out: list[str]) -> bool:
+    """Whether the job can ever start without these nodes. SLURM's verdict, which is no also while others are down."""
+    try:
+        single, info = alone(run), slurm.queue([job])[job]
+        shape = [f"--partition={info.partition}", f"--nodes={info.nodes}"]
+        fits, words = slurm.test_only(single.script, f"--exclude={','.join(out)}", *shape, *single.options)
+        if fits or not _IMPOSSIBLE.search(words):
+            return True
+        there = [node for node in slurm.nodes() if info.partition in node.get("Partitions", "").split(",")]
+    except (slurm.SlurmError, UserError, KeyError):
+        return True  # nobody knows: rather wait in the queue than give up
+    left = [node for node in there if node["NodeName"] not in out]
+    return len(left) >= info.nodes and any(_AWAY.search(node["State"]) for node in left)
+
+
 def finish(run: RunDir, generation: int, code: int, told: bool) -> str:
     """Record the end of the attempt, requeue where that is right, and say what the batch script does next."""
-    again, reason = decide(run, generation, code, told)
     state = read_json(run.state)
     if state.get("generation") != generation:
         return "end"  # a later attempt holds the run; its records are not ours to touch
+    job = allocation.job_id()
+    bad = _bad_nodes(run, generation)
+    out = _leave_out(run, bad) if bad and job else []
+    again, reason = decide(run, generation, code, told, bad, out)
     stopped = read_json(run.stop).get("generation") == generation
-    phase = "stopped" if stopped else "ended"
+    phase = "stopped" if stopped or again else "ended"
     ended = {**state, "phase": phase, "code": code, "reason": reason, "time": round(time.time(), 3)}
     try:
         write_json(run.state, ended)
@@ -49,18 +109,39 @@ def finish(run: RunDir, generation: int, code: int, told: bool) -> str:
     print(f"{run.name}: {reason}; {'starting again' if again else 'not started again'}", file=sys.stderr)
     if not again:
         return "end"
-    job = allocation.job_id()
     if job is None:
         return "again"
-    run.event("requeue", "shell", generation, job=job)
-    _requeue(run, generation, job)
+    run.event("requeue", "shell", generation, job=job, **({"out": out} if out else {}))
+    _requeue(run, generation, job, out)
     return "end"
 
 
-def _requeue(run: RunDir, generation: int, job: str) -> None:
-    """The same job again; where the cluster refuses (JobRequeue=0), the same script once, under the same token."""
+def _bad_nodes(run: RunDir, generation: int) -> dict[str, str]:
+    """Nodes that ranks of this attempt have left as bad, and why."""
+    events = [event for event in run.read_events() if event["generation"] == generation]
+    return {event["node"]: event["reason"] for event in events if event["event"] == "bad-node"}
+
+
+def _leave_out(run: RunDir, bad: Mapping[str, str]) -> list[str]:
+    """Remember bad nodes for other runs, too; all nodes that are to be left out now."""
+    cluster = badnodes.cluster_name()
+    try:
+        badnodes.remember(run.runs, cluster, run.name, bad)
+    except OSError as error:
+        print(f"{run.name}: bad nodes are not remembered for other runs ({error})", file=sys.stderr)
+    return sorted({*bad, *badnodes.known(run.runs, cluster)})
+
+
+def _requeue(run: RunDir, generation: int, job: str, out: list[str]) -> None:
+    """The same job again; where the cluster refuses (JobRequeue=0), the same script once, under the same token.
+
+    SLURM sends TERM as soon as it agrees, and takes a change of the job's nodes only after that.
+    """
+    ignore_stops()
     try:
         slurm.requeue(job)
+        if out:
+            slurm.update(job, ExcNodeList=",".join(out))
         return
     except slurm.RequeueDisabled as refusal:
         print(f"{run.name}: {refusal}; submitted anew instead", file=sys.stderr)
@@ -68,12 +149,19 @@ def _requeue(run: RunDir, generation: int, job: str) -> None:
         print(f"{run.name}: {refusal}", file=sys.stderr)
         return
     try:
-        waiting = [i.job for i in slurm.queue().values() if i.comment == run.name and i.state == "PENDING"]
-        new = waiting[0] if waiting else slurm.submit(run.script)
-        write_json(run.submit, {**read_json(run.submit), "job": new})
+        new = _submit_anew(run, out)
+        write_json(run.submit, {"cluster": "slurm", "job": new, "time": round(time.time(), 3)})
         run.event("submit", "shell", generation, job=new, after=job)
-    except (slurm.SlurmError, OSError) as error:
+    except (slurm.SlurmError, UserError, OSError) as error:
         print(f"{run.name}: not submitted again ({error}); 'hpc resume {run.name}' goes on from there", file=sys.stderr)
+
+
+def _submit_anew(run: RunDir, out: list[str]) -> str:
+    """A row of a sweep as its own task alone. One that waits under the same token already is not submitted twice."""
+    single = alone(run)
+    waiting = [i.job for i in slurm.queue().values() if i.comment == single.token and i.state == "PENDING"]
+    exclude = [f"--exclude={','.join(out)}"] if out else []
+    return waiting[0] if waiting else single.job(slurm.submit(single.script, *single.options, *exclude))
 
 
 def main() -> int:

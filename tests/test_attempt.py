@@ -1,6 +1,5 @@
-"""Start and end of an attempt: who gets the run, who is refused, and what follows an end."""
+"""Start of an attempt: who gets the run, and who is refused."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from hpc import attempt, requeue, slurm
+from hpc import attempt, slurm
 from hpc.errors import UserError
-from hpc.rundir import RunDir, read_json, write_json, write_text
+from hpc.rundir import RunDir, read_json, write_json
 from tests.fakeslurm import FakeSlurm, without_slurm
 
 HOST = os.uname().nodename
@@ -23,21 +22,6 @@ HOST = os.uname().nodename
 @pytest.fixture(autouse=True)
 def _no_job(monkeypatch: pytest.MonkeyPatch) -> None:
     without_slurm(monkeypatch)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> RunDir:
-    run = RunDir(tmp_path / "runs" / "exp-0000aaaa")
-    write_text(run.experiment, "name: exp\n")
-    write_text(run.script, "#!/bin/bash\n#SBATCH --comment=exp-0000aaaa\n")
-    return run
-
-
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    fake = FakeSlurm(tmp_path / "slurm")
-    monkeypatch.setenv("PATH", fake.path)
-    return fake
 
 
 @pytest.fixture
@@ -53,9 +37,6 @@ def hold(run: RunDir, **state: Any) -> None:
     held = {"generation": 1, "job": None, "host": HOST, "node": "n", "pid": 1, "phase": "training", "step": 40}
     start = attempt.process_start(int(state.get("pid", 1)))
     write_json(run.state, {**held, "process_start": start, "epoch": 2, "started": 1.0, "time": time.time(), **state})
-
-
-# Start.
 
 
 def test_the_generation_grows_with_every_start_and_the_place_is_kept(run: RunDir) -> None:
@@ -243,132 +224,3 @@ def test_a_local_step_inside_a_job_is_no_job(run: RunDir, monkeypatch: pytest.Mo
     monkeypatch.setenv("HPC_STEP", "local")
     attempt.begin(run, os.getpid())
     assert read_json(run.state)["job"] is None
-
-
-# End.
-
-TOLD = "the batch shell was told to end"
-TABLE = [
-    # stop.json's generation, exit code, told, finished -> again, why
-    (3, 75, False, False, True, "stopped by SIGTERM at step 40"),
-    (3, 143, False, False, True, "stopped by SIGTERM at step 40"),
-    (3, 137, False, False, True, "stopped by SIGTERM at step 40"),
-    (3, 0, False, False, True, "stopped by SIGTERM at step 40"),
-    (3, 75, True, False, False, TOLD),
-    (3, 143, True, False, False, TOLD),
-    (2, 75, False, False, False, "failed with exit code 75"),
-    (2, 143, True, False, False, TOLD),
-    (None, 1, False, False, False, "failed with exit code 1"),
-    (None, 2, False, False, False, "bad input"),
-    (None, 137, False, False, False, "failed with exit code 137"),
-    (None, 143, True, False, False, TOLD),
-    (None, 0, False, True, False, "finished"),
-    (3, 75, False, True, False, "finished"),
-    (None, 143, True, True, False, "finished"),
-]
-
-
-@pytest.mark.parametrize(("stopped", "code", "told", "finished", "again", "why"), TABLE)
-def test_what_follows_an_end(
-    run: RunDir,
-    monkeypatch: pytest.MonkeyPatch,
-    stopped: int | None,
-    code: int,
-    told: bool,
-    finished: bool,
-    again: bool,
-    why: str,
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "7")
-    if stopped:
-        write_json(run.stop, {"generation": stopped, "cause": "SIGTERM", "step": 40})
-    if finished:
-        write_json(run.result, {"finished": True})
-    decision, reason = requeue.decide(run, 3, code, told)
-    assert decision is again and reason.startswith(why)
-    monkeypatch.delenv("SLURM_JOB_ID")
-    local = "cancelled or interrupted; 'hpc resume" if why is TOLD else why
-    decision, reason = requeue.decide(run, 3, code, told)
-    assert decision is again and reason.startswith(local)
-
-
-@pytest.fixture
-def stopped(run: RunDir) -> RunDir:
-    hold(run, generation=3, job="55")
-    write_json(run.stop, {"generation": 3, "cause": "SIGUSR2", "step": 40})
-    return run
-
-
-def test_here_the_tail_starts_again_by_itself(stopped: RunDir) -> None:
-    assert requeue.finish(stopped, 3, 75, False) == "again"
-    state = read_json(stopped.state)
-    assert (state["phase"], state["code"], state["step"]) == ("stopped", 75, 40)
-    assert [event["event"] for event in stopped.read_events()] == ["end"]
-
-
-def test_an_attempt_that_lost_the_run_touches_nothing(stopped: RunDir) -> None:
-    hold(stopped, generation=4)
-    before = stopped.state.read_text()
-    assert requeue.finish(stopped, 3, 75, False) == "end"
-    assert stopped.state.read_text() == before and not stopped.events.exists()
-
-
-def test_on_slurm_the_tail_asks_scontrol_for_the_task_alone(
-    stopped: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for key, value in (("JOB_ID", "57"), ("ARRAY_JOB_ID", "55"), ("ARRAY_TASK_ID", "2")):
-        monkeypatch.setenv(f"SLURM_{key}", value)
-    assert requeue.finish(stopped, 3, 143, False) == "end"
-    assert fake.calls() == ["scontrol requeue 55_2"]
-    assert [event["event"] for event in stopped.read_events()] == ["end", "requeue"]
-
-
-def test_a_shell_that_was_told_asks_for_nothing(
-    stopped: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "55")
-    assert requeue.finish(stopped, 3, 143, True) == "end"
-    assert not fake.calls() and read_json(stopped.state)["phase"] == "stopped"
-
-
-def test_where_requeue_is_refused_the_script_is_submitted_once(
-    stopped: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "55")
-    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "54")
-    fake.fails("scontrol", "Requested operation is presently disabled for job 55")
-    fake.job("55", "RUNNING", comment=stopped.name)
-    requeue.finish(stopped, 3, 75, False)
-    assert fake.jobs() == {"102": "PENDING", "55": "RUNNING"}
-    assert read_json(stopped.submit)["job"] == "102"
-    requeue.finish(stopped, 3, 75, False)
-    assert len(fake.jobs()) == 2, "one that waits under the same token is not submitted twice"
-
-
-@pytest.mark.parametrize("words", ["Job/step already completing or completed", "Invalid job id specified"])
-def test_another_refusal_of_scontrol_submits_nothing(
-    stopped: RunDir, fake: FakeSlurm, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "55")
-    fake.fails("scontrol", words)
-    assert requeue.finish(stopped, 3, 75, False) == "end"
-    assert fake.jobs() == {} and words in capsys.readouterr().err
-
-
-def test_when_nothing_can_be_submitted_the_way_on_is_named(
-    stopped: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("SLURM_JOB_ID", "55")
-    fake.fails("scontrol", "Requested operation is presently disabled for job 55")
-    fake.fails("sbatch", "sbatch: error: invalid account")
-    assert requeue.finish(stopped, 3, 75, False) == "end"
-    said = capsys.readouterr().err
-    assert "invalid account" in said and "'hpc resume exp-0000aaaa' goes on from there" in said
-
-
-def test_the_tail_prints_one_word(stopped: RunDir) -> None:
-    command = [sys.executable, "-m", "hpc.requeue", str(stopped.path), "3", "75", "0"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "again\n"
-    assert done.stderr == "exp-0000aaaa: stopped by SIGUSR2 at step 40; starting again\n"
-    assert json.loads(stopped.state.read_text())["phase"] == "stopped"
