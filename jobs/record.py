@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from hpc import usage
 from hpc.errors import UserError
 from hpc.experiment import Experiment
 from hpc.rundir import RunDir, read_json, write_bytes, write_json
@@ -35,6 +36,8 @@ class Recorder:
         resumed, self._total, self._per_epoch = steps
         self._tracker = Tracker(run, generation, resumed)
         self._written_at = 0.0
+        self.sample_usage: Callable[[], None] = lambda: None
+        """Brings what is known of this node's use up to date."""
         self._refused = False
 
     def event(self, kind: str, **fields: Any) -> None:
@@ -112,7 +115,11 @@ class Recorder:
         write_bytes(self._run.figure("confusion_matrix"), figures.png(figure))
         write_bytes(self._run.figure("curves"), figures.png(figures.curves(lines, best["epoch"], scores.majority)))
         self.state("ended", step, best, force=True)
-        write_json(self._run.result, self._summary(step, best, last, lines, scores))
+        self.sample_usage()
+        used = usage.summary(self._run, finished=True)
+        write_json(self._run.result, {**self._summary(step, best, last, lines, scores), "usage": used})
+        for line in usage.lines(used):
+            _LOG.info(line)
         _LOG.info("finished: best %s %.4f at epoch %d", self._monitor, best["metrics"][self._monitor], best["epoch"])
 
     def _summary(

@@ -5,23 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import asdict
 
 from hpc.preempt import ExitCode, StopFlag
 
 _FLAG = StopFlag().install()  # before torch is imported: a signal in the warm-up must be heard, too
 
+from hpc import health, instances  # noqa: E402
 from hpc.allocation import Allocation  # noqa: E402
 from hpc.errors import UserError  # noqa: E402
-from hpc.experiment import load  # noqa: E402
+from hpc.experiment import Experiment, load  # noqa: E402
 from hpc.rundir import RunDir  # noqa: E402
+from hpc.sampler import Sampler  # noqa: E402
 
 
 def run(path: str) -> ExitCode:
-    """Train one run to its end or to a clean stop."""
-    from jobs.checkpoint import Damaged
-    from jobs.engine import BadNode, Engine, choose_device
-    from jobs.train import Stopped, Trainer, wants_determinism
-
+    """Train one run to its end or to a clean stop; of each node, one task looks at the node first."""
     folder, allocation = RunDir(path), Allocation.current()
     logging.basicConfig(
         level=logging.INFO if allocation.rank == 0 else logging.WARNING,
@@ -32,14 +31,66 @@ def run(path: str) -> ExitCode:
     logging.info("attempt %d of %s on %s", allocation.generation, folder.name, allocation.node)
     try:
         experiment, _ = load(folder.experiment)
+        if allocation.local_rank == 0 and (faults := _look_at_node(experiment, allocation)):
+            return _leave_node(folder, allocation, "; ".join(faults))
+    except UserError as error:
+        return _fail(error, ExitCode.BAD_INPUT)
+    if allocation.local_rank:
+        return _train(folder, experiment, allocation)
+    sampler = Sampler(folder, allocation, _asked(experiment)).start()
+    try:
+        return _train(folder, experiment, allocation, sampler)
+    finally:
+        sampler.close()
+
+
+def _look_at_node(experiment: Experiment, allocation: Allocation) -> list[str]:
+    gpus = 0 if experiment.train.device == "cpu" else allocation.gpus or 0
+    report = health.check(gpus, exclusive=bool(allocation.job_id))
+    for line in report.unchecked:
+        logging.info("node check: %s", line)
+    return report.faults
+
+
+def _leave_node(folder: RunDir, allocation: Allocation, reason: str) -> ExitCode:
+    """Leave word of a bad node: the batch script's tail decides by it."""
+    try:
+        writer = f"rank{allocation.rank}"
+        folder.event("bad-node", writer, allocation.generation, node=allocation.node, reason=reason)
+    except OSError as error:
+        logging.warning("the bad node is not recorded: %s", error)
+    print(f"bad node {allocation.node}: {reason}", file=sys.stderr)
+    return ExitCode.BAD_NODE
+
+
+def _asked(experiment: Experiment) -> dict[str, int | float]:
+    """The job's request, {} where the instance's file is not on this machine."""
+    try:
+        return asdict(instances.find(experiment.launch.instance).request(experiment.launch))
+    except UserError:
+        return {}
+
+
+def _train(folder: RunDir, experiment: Experiment, allocation: Allocation, sampler: Sampler | None = None) -> ExitCode:
+    import torch
+
+    from jobs.checkpoint import Damaged
+    from jobs.engine import BadNode, Engine, choose_device
+    from jobs.train import Stopped, Trainer, wants_determinism
+
+    try:
         device = choose_device(experiment.train.device, allocation)
         engine = Engine(allocation, device, wants_determinism(experiment, device))
         trainer = Trainer(folder, experiment, engine, _FLAG, allocation.generation)
         trainer.resume()
+        if trainer.recorder and sampler:
+            trainer.recorder.sample_usage = sampler.update
     except (UserError, ValueError) as error:
         return _fail(error, ExitCode.STORAGE if isinstance(error, Damaged) else ExitCode.BAD_INPUT)
     except BadNode as error:
-        return _fail(error, ExitCode.BAD_NODE)
+        if torch.version.cuda is None:  # so it would be on every node
+            return _fail(UserError(f"{error}: this torch was built without CUDA"), ExitCode.BAD_INPUT)
+        return _leave_node(folder, allocation, str(error).removeprefix(f"{allocation.node}: "))
     try:
         trainer.fit()
     except Stopped:
