@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,11 @@ def fill(instance: Instance, context: dict[str, Any], options: Options, function
             one_line(str(value))
         except ValueError as error:
             raise UserError(f"#SBATCH --{key}: {error}") from None
+        if key in ("output", "error") and "\\" in str(value):
+            raise UserError(
+                f"#SBATCH --{key}: {str(value)!r} has a backslash, after which SLURM fills in no job id, and the logs "
+                f"are lost; choose another folder"
+            )
     for section in ("prologue", "epilogue"):
         if words := lint.syntax("\n".join(getattr(instance, section))):
             raise UserError(f"instance {instance.name}: {section}: bash -n: {words}")
@@ -98,6 +104,7 @@ def _form(instance: Instance, context: dict[str, Any]) -> lint.Form:
     )
 
 
+@cache
 def _environment() -> Any:
     from jinja2 import FileSystemLoader, StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
@@ -113,5 +120,11 @@ def _environment() -> Any:
     # What super() and macros return is quoted already.
     environment.concat = lambda parts: Raw("".join(parts))  # type: ignore[method-assign]
     environment.filters["raw"] = Raw
+    environment.filters["sbatch"] = _sbatch
     environment.filters["on_node"] = lambda text: Raw(on_node(text))
     return environment
+
+
+def _sbatch(value: str | int) -> Raw:
+    """A value in an `#SBATCH` line, where a backslash escapes even in single quotes (seen on 22.05)."""
+    return Raw(shlex.quote(str(value)).replace("\\", "\\\\"))

@@ -13,7 +13,7 @@ import slurm_templates
 from hpc import yamlfile
 from hpc.errors import UserError, nearest
 from hpc.experiment import Duration, Gigabytes, Launch
-from hpc.sections import Container, NodePath, SbatchOptions, Word
+from hpc.sections import Container, NodePath, SbatchOptions, Text, Word
 from hpc.units import slurm_time
 
 _SHIPPED = Path(slurm_templates.__file__).parent / "instances"
@@ -77,15 +77,15 @@ class Instance(BaseModel):
     venv: NodePath | None = None
     """Activated; its Python runs the payload."""
     container: Container | None = None
-    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = {}
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Text] = {}
     """Exported to every task."""
     scratch: NodePath | None = None
     """Node-local folder, exported as HPC_SCRATCH; a node without it is a bad node."""
     scratch_gb: Gigabytes | None = None
     """Free space that a job needs there."""
-    prologue: list[str] = []
+    prologue: list[Text] = []
     """Shell lines before the attempt."""
-    epilogue: list[str] = []
+    epilogue: list[Text] = []
     """Shell lines after the ranks have ended, before the script decides what follows."""
     sbatch: SbatchOptions = {}
     """Further options of sbatch: {exclusive: , licenses: matlab:1}."""
@@ -192,7 +192,7 @@ def _layers(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     values = yamlfile.read(path)
     base = values.pop("base", None)
     if isinstance(values.get("template"), str):
-        values["template"] = path.parent / Path(values["template"]).expanduser()
+        values["template"] = path.parent / values["template"]
     if base is None:
         return values
     above = (*above, path)

@@ -196,7 +196,7 @@ def _signal(value: str | None, line: str) -> Iterator[Finding]:
 def _read_options(line: str) -> Iterator[tuple[str, str | None]]:
     """(long name, value) of each option in an #SBATCH line; `--key value`, `-k value` and `-kvalue` are read, too."""
     try:
-        words = shlex.split(line.removeprefix("#SBATCH"), comments=True)
+        words = shlex.split(line.removeprefix("#SBATCH").replace("\\\\", "\\"), comments=True)
     except ValueError:
         words = line.split()[1:]
     while words:

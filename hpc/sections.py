@@ -8,11 +8,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from hpc.errors import UserError, nearest
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_HIDING = {"--cleanenv", "-e", "--containall", "-C"}
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 OWNED = {
@@ -94,7 +95,16 @@ def one_line(text: str) -> str:
 def _path(text: str) -> str:
     if not text.startswith(("/", "~", "$")):
         raise ValueError(f"{text!r} must start with '/', '~' or a variable: jobs do not start in this folder")
-    return str(Path(text).expanduser())
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        raise ValueError(f"{text!r}: nobody here is called so; write the whole path") from None
+
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError(f"{text!r} has a NUL, which no variable can hold")
+    return text
 
 
 def _option_value(value: Any) -> str | None:
@@ -115,6 +125,8 @@ def _known_options(options: dict[str, str | None]) -> dict[str, str | None]:
 
 
 Line = Annotated[str, AfterValidator(one_line)]
+Text = Annotated[str, AfterValidator(_no_nul)]
+"""Line breaks and all."""
 NodePath = Annotated[str, Field(min_length=1), AfterValidator(one_line), AfterValidator(_path)]
 """A path on the node: absolute, `~`, or with variables ($TMPDIR, ${USER}) that are expanded there."""
 Word = Annotated[str, Field(min_length=1, pattern=r"^[^-]"), AfterValidator(one_line)]
@@ -139,25 +151,33 @@ class Container(BaseModel):
     python: Word = "python3"
     """The interpreter inside."""
 
-    def command_words(self, gpus: int, places: Sequence[Path]) -> list[str]:
-        """Shell words ahead of a rank's command; `places` are bound as they are."""
+    @model_validator(mode="after")
+    def _check_options(self) -> Container:
+        hiding = _HIDING & set(self.options) if self.engine == "apptainer" else ()
+        for option in sorted(hiding):
+            raise ValueError(f"{option} would hide the run's own variables from its ranks; leave it out")
+        return self
+
+    def command_words(self, gpus: int, places: Sequence[str]) -> list[str]:
+        """Shell words ahead of a rank's command; `places` are bound where they are."""
         if self.engine != "apptainer":
             return []
-        binds = [word for mount in (*map(_bindable, places), *self.mounts) for word in ("--bind", on_node(mount))]
+        binds = [word for mount in (*places, *self.mounts) for word in ("--bind", on_node(mount))]
         options = [shlex.quote(option) for option in self.options]
         return ["apptainer", "exec", *(["--nv"] if gpus else []), *binds, *options, on_node(self.image)]
 
-    def srun_words(self, places: Sequence[Path], variables: Iterable[str]) -> list[str]:
+    def srun_words(self, places: Sequence[str], variables: Iterable[str]) -> list[str]:
         """Shell words for srun; `variables` keep the batch shell's value where the image has one of its own."""
         if self.engine != "pyxis":
             return []
-        mounts = [mount if ":" in mount else f"{mount}:{mount}" for mount in (*map(_bindable, places), *self.mounts)]
+        mounts = [mount if ":" in mount else f"{mount}:{mount}" for mount in (*places, *self.mounts)]
         given = {"image": self.image, "mounts": ",".join(mounts), "env": ",".join(variables)}
         words = [f"--container-{key}={on_node(value)}" for key, value in given.items()]
         return words + [shlex.quote(option) for option in self.options]
 
 
-def _bindable(place: Path) -> str:
+def bindable(place: Path) -> str:
+    """A folder as containers are given it. Raises UserError where its name would be read as more than a name."""
     text = str(place)
     if set(":,$") & set(text):
         raise UserError(f"{text!r} cannot be bound into a container: ':', ',' and '$' have a meaning there; move it")

@@ -16,7 +16,7 @@ from hpc.experiment import Experiment, Launch, validate
 from hpc.filling import Options, Raw, fill
 from hpc.instances import Instance, Request
 from hpc.rundir import RunDir
-from hpc.sections import on_node
+from hpc.sections import bindable, on_node
 from hpc.sweepdir import Chunk, SweepDir
 
 _NOTICE_S = 120
@@ -72,7 +72,7 @@ def render_function(
     options = _options(name, comment, instance, launch)
     options |= {"array": array} if array else {}
     options |= {"output": stdout.replace("%t", "0"), "error": stderr.replace("%t", "0")}
-    places = [JobPaths.get_first_id_independent_folder(folder)]
+    places = _places(instance, JobPaths.get_first_id_independent_folder(folder))
     context = _context(instance, launch, python, places)
     context |= {
         "command": Raw(" ".join([*_container_words(instance, context["request"], places), command])),
@@ -97,14 +97,14 @@ def notice_seconds(request: Request) -> int:
 
 def _run_context(experiment: Experiment, instance: Instance, folder: Path, code: Path, python: str) -> dict[str, Any]:
     data = Path(experiment.data.file).parent
-    places = list(dict.fromkeys((folder, data)))
+    places = _places(instance, folder, data)
     context = _context(instance, experiment.launch, python, places, ("PYTHONPATH", "PYTHONSAFEPATH"))
     words = [*_container_words(instance, context["request"], places), _DEAF, payload_python(instance, python)]
     return {**context, "command": Raw(" ".join([*words, "-u", "-m", "jobs.run", '"$run"'])), "code": code}
 
 
 def _context(
-    instance: Instance, launch: Launch, python: str, places: list[Path], variables: tuple[str, ...] = ()
+    instance: Instance, launch: Launch, python: str, places: list[str], variables: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     request, container = instance.request(launch), instance.container
     passed = (*variables, *instance.environment)
@@ -122,7 +122,14 @@ def _context(
     }
 
 
-def _container_words(instance: Instance, request: Request, places: list[Path]) -> list[str]:
+def _places(instance: Instance, *folders: Path) -> list[str]:
+    """What the container sees of the file system without being asked."""
+    if not instance.container:
+        return []
+    return list(dict.fromkeys([*map(bindable, folders), *([instance.scratch] if instance.scratch else [])]))
+
+
+def _container_words(instance: Instance, request: Request, places: list[str]) -> list[str]:
     return instance.container.command_words(request.gpus, places) if instance.container else []
 
 

@@ -1,28 +1,21 @@
-"""The batch script: its text pinned, its quoting run by a real bash, what it refuses, and that plan and submit agree.
+"""The batch script: what SLURM reads in it, its quoting run by a real bash, what it refuses; plan and submit agree."""
 
-A change of the script shows its changed lines here; HPC_ACCEPT_GOLDEN=1 pytest tests/test_template.py accepts them.
-"""
-
-import difflib
 import os
-import shlex
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from hpc import instances, plan, template
+from hpc import plan, template
 from hpc.errors import UserError
-from hpc.experiment import Experiment, load, validate
+from hpc.experiment import load
 from hpc.instances import Instance
 from hpc.rundir import RunDir
-from hpc.sweepdir import Chunk, SweepDir
+from hpc.sweepdir import Chunk
+from tests.batchtext import CEDIA, DEAF, PYTHON, STUB, experiment, options, played, render, rows_of
 from tests.slurm.cluster import Cluster
 
 GOLDEN = Path(__file__).parent / "golden" / "job.sbatch"
-PYTHON = "/opt/hpc/bin/python"
-DEAF = ["sh", "-c", 'trap "" TERM INT USR2; exec "$@"', "rank"]
 ODD = [
     "with space",
     "it's",
@@ -40,37 +33,6 @@ ODD = [
     "!history",
     "~",
 ]
-
-
-CEDIA = instances.find("cedia-a100-40gb")
-
-
-def experiment(**launch: Any) -> Experiment:
-    model, data = {"name": "resnet3d"}, {"file": "/data/scans.h5"}
-    values = {"name": "golden", "model": model, "data": data, "launch": {"instance": "cedia-a100-40gb", **launch}}
-    return validate(values, "here")
-
-
-def render(given: Experiment, run: Path, python: str = PYTHON, instance: Instance | None = None) -> str:
-    return template.render(given, instance or instances.find(given.launch.instance), RunDir(run), python)
-
-
-def options(script: str) -> dict[str, str]:
-    """The #SBATCH lines as SLURM reads them: quotes taken off."""
-    lines = [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH ")]
-    return {key: "".join(shlex.split(value)) for key, _, value in (line.partition("=") for line in lines)}
-
-
-def test_the_script_is_the_golden_one() -> None:
-    given = experiment(account="neuro", mail="ana@cedia.example", constraint="a100&ib", time="8h", mem="60GB")
-    script = render(given, Path("/scratch/ana/runs/golden-0123abcd"))
-    if os.environ.get("HPC_ACCEPT_GOLDEN") == "1":
-        GOLDEN.write_text(script)
-    wanted = GOLDEN.read_text()
-    changes = "\n".join(
-        difflib.unified_diff(wanted.splitlines(), script.splitlines(), "accepted", "now", lineterm="", n=1)
-    )
-    assert script == wanted, f"\n{changes}\nto accept: HPC_ACCEPT_GOLDEN=1 pytest tests/test_template.py"
 
 
 def test_what_slurm_reads() -> None:
@@ -103,34 +65,12 @@ def test_the_notice_leaves_half_of_a_short_limit(time: str, notice: int) -> None
     assert options(script)["signal"] == f"USR2@{notice}" and f"--notice {notice} " in script
 
 
-STUB = """#!/usr/bin/env bash
-printf '%s\\0' "$@" >> "$RECORD"
-printf '\\n' >> "$RECORD"
-[ "$2" != hpc.attempt ] || echo "export HPC_GENERATION=7 HPC_MASTER_ADDR=h HPC_MASTER_PORT=1"
-[ "$2" != hpc.requeue ] || echo end
-"""
-
-
-def played(script: str, folder: Path, **own: str) -> list[list[str]]:
-    """The arguments of every call that the script makes, run by bash in `folder` with `own` in its environment."""
-    path = folder / "job.sbatch"
-    path.write_text(script)
-    subprocess.run(["bash", "-n", str(path)], check=True)
-    environ = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "HPC_"))}
-    environ |= {"RECORD": str(folder / "record"), **own}
-    done = subprocess.run(
-        ["bash", str(path)], cwd=folder, env=environ, capture_output=True, text=True, check=False, timeout=30
-    )
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    return [line.rstrip("\0").split("\0") for line in (folder / "record").read_text().split("\n") if line]
-
-
 @pytest.mark.parametrize("odd", ODD)
 def test_bash_takes_every_path_as_it_is(odd: str, tmp_path: Path) -> None:
     here = tmp_path / "cwd"
     python = tmp_path / odd / "python"
-    run = tmp_path / odd / "runs" / "x-1"
-    for folder in (here, run):
+    run = tmp_path / odd.replace("\\", "") / "runs" / "x-1"
+    for folder in (here, run, python.parent):
         folder.mkdir(parents=True, exist_ok=True)
     python.write_text(STUB)
     python.chmod(0o755)
@@ -148,7 +88,7 @@ def test_bash_takes_every_path_as_it_is(odd: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("odd", ODD)
 def test_srun_is_given_every_path_as_it_is(odd: str, tmp_path: Path) -> None:
-    programs, run, here = tmp_path / "programs", tmp_path / odd / "x-1", tmp_path / "cwd"
+    programs, run, here = tmp_path / "programs", tmp_path / odd.replace("\\", "") / "x-1", tmp_path / "cwd"
     for folder in (programs, run, here):
         folder.mkdir(parents=True)
     for name in ("python", "srun"):
@@ -164,18 +104,12 @@ def test_srun_is_given_every_path_as_it_is(odd: str, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("canary"))
 
 
-def rows_of(folder: Path, count: int) -> SweepDir:
-    """A sweep's folder whose rows are called row-0, row-1, ..."""
-    for number in range(count):
-        (folder / f"row-{number}" / "logs").mkdir(parents=True)
-    (folder / "rows.txt").write_text("".join(f"row-{number}\n" for number in range(count)))
-    return SweepDir(folder)
-
-
 @pytest.mark.parametrize("odd", ODD)
 def test_a_task_of_an_array_is_the_run_of_its_row(odd: str, tmp_path: Path) -> None:
-    here, python, sweep = tmp_path / "cwd", tmp_path / odd / "python", rows_of(tmp_path / odd / "sweep", 12)
+    here, python = tmp_path / "cwd", tmp_path / odd / "python"
+    sweep = rows_of(tmp_path / odd.replace("\\", "") / "sweep", 12)
     here.mkdir()
+    python.parent.mkdir(exist_ok=True)
     python.write_text(STUB)
     python.chmod(0o755)
     script = template.render_array(experiment(), CEDIA, sweep, Chunk(1, 8, 4, 2), str(python))
@@ -232,6 +166,11 @@ def test_each_task_of_an_array_writes_to_the_logs_of_its_row(slurm_cluster: Clus
 def test_control_characters_are_refused_by_the_name_of_their_option(key: str, bad: str) -> None:
     with pytest.raises(UserError, match=r"#SBATCH --[a-z-]+: .* carries a line break or control character"):
         render(experiment(**{key: bad}), Path("/r/x-1"))
+
+
+def test_a_runs_folder_with_a_backslash_is_refused() -> None:
+    with pytest.raises(UserError, match=r"--output: '.*' has a backslash, after which SLURM fills in no job id"):
+        render(experiment(), Path("/r/back\\slash/x-1"))
 
 
 def test_a_runs_folder_with_a_line_break_is_refused() -> None:
