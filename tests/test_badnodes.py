@@ -2,13 +2,19 @@
 
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from hpc import badnodes
-from tests.fakeslurm import FakeSlurm
+from hpc.rundir import RunDir, all_runs, read_json
+from tests.fakeslurm import FakeSlurm, without_slurm
+from tests.slurm.cluster import Cluster
+from tests.tiny_run import make_data
 
 
 def entry(**values: object) -> dict[str, object]:
@@ -69,3 +75,109 @@ def test_jobs_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     for writer in writers:
         writer.join()
     assert len(badnodes.known(tmp_path, "fake")) == 30
+
+
+# On a real cluster: the scratch folder of node0 is missing.
+
+EXPERIMENT = """
+name: tiny
+model: {name: resnet3d_tiny, width: 4, layers: 1, downsample: [], stem_stride: 2}
+data: {file: scans.h5, batch_size: 4, verify: 0, threads: 1}
+train: {epochs: 1, device: cpu}
+launch: {instance: site, cluster: slurm, cpus: 6, mem: 2GB, time: 10min}
+"""
+INSTANCE = """
+cpus: 12
+mem_gb: 64
+time_limit: 1h
+scratch: SCRATCH/$SLURMD_NODENAME
+scratch_gb: 0.001
+"""
+
+
+class Site:
+    """A folder to work in, with an instance whose scratch space only node1 has."""
+
+    def __init__(self, folder: Path, cluster: Cluster) -> None:
+        self.folder, self.cluster = folder, cluster
+        make_data(folder)
+        (folder / "scratch" / "node1").mkdir(parents=True)
+        (folder / "instances").mkdir()
+        (folder / "instances" / "site.yaml").write_text(INSTANCE.replace("SCRATCH", str(folder / "scratch")))
+        (folder / "tiny.yaml").write_text(EXPERIMENT)
+
+    def hpc(self, *arguments: str, code: int = 0) -> str:
+        environ = {**self.cluster.environment(), "HPC_INSTANCES": str(self.folder / "instances")}
+        environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}"
+        command = ["hpc", *arguments]
+        done = subprocess.run(command, cwd=self.folder, env=environ, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout
+
+    def runs(self) -> list[RunDir]:
+        return all_runs(self.folder / "runs")
+
+    def wait(self, runs: list[RunDir]) -> None:
+        self.cluster.wait_for(lambda: all(run.result.exists() for run in runs), 120, "the end of all runs")
+
+    def nodes(self, run: RunDir) -> list[str]:
+        """Where its attempts were."""
+        return [event["node"] for event in run.read_events() if event["event"] == "start"]
+
+
+@pytest.fixture
+def site(tmp_path: Path, slurm_cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Site:
+    without_slurm(monkeypatch)
+    return Site(tmp_path, slurm_cluster)
+
+
+@pytest.mark.slurm
+def test_a_job_on_a_bad_node_goes_on_elsewhere_and_later_ones_keep_off_it(site: Site) -> None:
+    site.hpc("submit", "tiny.yaml")
+    (run,) = site.runs()
+    job = read_json(run.submit)["job"]
+    site.cluster.wait_state(job, "PENDING", 60)
+    site.cluster.wait_for(lambda: site.cluster.job_field(job, "ExcNodeList") == "node0", 10, "the exclusion")
+    fault = f"scratch space {site.folder}/scratch/node0: No such file or directory"
+    state = read_json(run.state)
+    assert (state["code"], state["reason"]) == (77, f"bad node node0: {fault}; the job keeps off node0")
+    assert f"bad node node0: {fault}\n" == run.output(job, "0", "err").read_text().splitlines(keepends=True)[0]
+    site.cluster.release(job)
+    site.wait([run])
+    assert site.nodes(run) == ["node0", "node1"]
+    site.hpc("submit", "tiny.yaml", "train.seed=1")
+    later = site.runs()[-1]
+    assert site.cluster.job_field(read_json(later.submit)["job"], "ExcNodeList") == "node0"
+    site.wait([later])
+    assert site.nodes(later) == ["node1"]
+
+
+@pytest.mark.slurm
+def test_an_array_with_a_bad_node_finishes_on_the_other(site: Site) -> None:
+    """Two tasks on each node: those on the healthy one are not touched."""
+    site.hpc("sweep", "tiny.yaml", "train.seed=0:4")
+    rows = site.runs()
+    bad = rows[:2]
+    site.cluster.wait_for(lambda: all(read_json(run.state).get("code") == 77 for run in bad), 60, "both to leave")
+    for run in bad:
+        job = read_json(run.state)["job"]
+        site.cluster.wait_for(lambda job=job: site.cluster.job_field(job, "ExcNodeList") == "node0", 10, "exclusion")
+        site.cluster.release(job)
+    site.wait(rows)
+    assert [site.nodes(run) for run in rows] == [["node0", "node1"]] * 2 + [["node1"]] * 2
+
+
+@pytest.mark.slurm
+def test_a_job_that_needs_the_bad_node_ends_with_the_reason(site: Site) -> None:
+    """Its batch shell is on the healthy node; each node finds its own scratch space."""
+    file = site.folder / "instances" / "site.yaml"
+    where = f"environment: {{HPC_SCRATCH: {site.folder}/scratch/$SLURMD_NODENAME}}"
+    file.write_text(f"cpus: 12\nmem_gb: 64\nnodes: 2\ntime_limit: 1h\n{where}\n")
+    (site.folder / "scratch" / "node1").rename(site.folder / "scratch" / "node0")
+    site.hpc("submit", "tiny.yaml", "launch.nodes=2")
+    (run,) = site.runs()
+    site.cluster.wait_for(lambda: read_json(run.state).get("phase") == "ended", 90, "the end")
+    fault = f"bad node node1: scratch space {site.folder}/scratch/node1: No such file or directory"
+    assert read_json(run.state)["reason"].startswith(f"{fault}; without node1 no nodes are left that could run it")
+    assert site.nodes(run) == ["node0"]
+    assert badnodes.known(site.folder / "runs", "hpctest").keys() == {"node1"}

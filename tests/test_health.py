@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc import health, nvidia
+from hpc.attempt import process_alive
 from hpc.errors import UserError
 
 UUIDS = [f"GPU-{number}7f1c6d0-5b4a-11ee-9d5c-00000000000{number}" for number in range(4)]
@@ -169,10 +170,13 @@ def test_a_job_whose_gpus_are_hidden(smi: FakeSmi, visible: str) -> None:
 
 def test_a_hanging_tool_is_a_bad_node_and_is_not_waited_for(smi: FakeSmi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(health, "TIMEOUT_S", 0.3)
-    (smi.folder / "nvidia-smi").write_text("#!/usr/bin/env bash\ntrap '' TERM\necho $$ > pid\nsleep 300 & wait\n")
+    (smi.folder / "nvidia-smi").write_text("#!/usr/bin/env bash\ntrap '' TERM\nsleep 300 & echo $! > $0.pid; wait\n")
     started = time.monotonic()
     assert faults(1, "0") == ["nvidia-smi does not answer within 0.3 s"]
     assert time.monotonic() - started < 30, "the tool itself takes five minutes"
+    child = int((smi.folder / "nvidia-smi.pid").read_text())
+    while process_alive(child):
+        time.sleep(0.01)
     with pytest.raises(nvidia.Silent):
         nvidia.ask("-L", timeout_s=-1)
 
