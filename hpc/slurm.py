@@ -254,7 +254,11 @@ def accounting(jobs: Sequence[str]) -> dict[str, Accounted]:
 
 
 def _attempts(text: str) -> dict[str, Accounted]:
-    """Each line is an attempt of a job, or a step (123.batch, 123.0) of the attempt above it."""
+    """Each line is an attempt of a job, or a step (123.batch, 123.0) of the attempt above it.
+
+    Of a later attempt that ended at once sacct may lack the request: it is the job's. Before 21.08 a request of memory
+    ends in n, per node, or c, per core.
+    """
     found: dict[str, Accounted] = {}
     for line in text.splitlines():
         job, state, code, elapsed, start, end, limit, memory, rss, nodes, reason = line.split("|", 10)
@@ -274,8 +278,8 @@ def _attempts(text: str) -> dict[str, Accounted]:
             elapsed_s=int(elapsed or 0),
             start=epoch(start),
             end=epoch(end),
-            time_limit_s=duration(limit),
-            req_mem_gb=_gigabytes(memory.removesuffix("n")),  # before 21.08 "n" stood for: per node
+            time_limit_s=duration(limit) or (before.time_limit_s if before else None),
+            req_mem_gb=_gigabytes(memory.removesuffix("n")) or (before.req_mem_gb if before else None),
             max_rss_gb=_gigabytes(rss),
             nodes="" if nodes == "None assigned" else nodes,
             reason="" if reason == "None" else reason,
