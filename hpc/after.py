@@ -37,7 +37,12 @@ def options(names: Sequence[str], runs: Path, cluster: str) -> list[str]:
             paths.append(str(run.path))
     if cluster == "local":
         return paths
-    return [f"--dependency=afterok:{':'.join(status.job for status in waited)}"] if waited else []
+    return dependency([status.job for status in waited]) if waited else []
+
+
+def dependency(jobs: Sequence[str]) -> list[str]:
+    """sbatch's options to start when all of these have ended well, and to end when one cannot any more."""
+    return [f"--dependency=afterok:{':'.join(jobs)}", "--kill-on-invalid-dep=yes"]
 
 
 def wait(runs: Sequence[RunDir]) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc import instances, ledger, preflight, submission, template, yamlfile
+from hpc import after, instances, ledger, preflight, submission, template, yamlfile
 from hpc import plan as plans
 from hpc.errors import UserError
 from hpc.experiment import Experiment, Launch, load, validate
@@ -60,7 +60,8 @@ def make(file: Path, overrides: list[str], runs: Path, pack: str | None, pack_in
     train = plans.make(file, overrides, runs)
     links.append(Link(train))
     arguments = [str(train.run.path), "--split", split]
-    links.append(_link(experiment, "evaluate", experiment.launch, {"module": EVALUATE, "arguments": arguments}, runs))
+    launch = _one_task(experiment.launch)
+    links.append(_link(experiment, "evaluate", launch, {"module": EVALUATE, "arguments": arguments}, runs))
     return Pipeline(links, cluster, there)
 
 
@@ -69,6 +70,13 @@ def _words(pack: str) -> list[str]:
         return shlex.split(pack)
     except ValueError as error:
         raise UserError(f"--pack {pack!r}: {error}; quote it as in a shell") from None
+
+
+def _one_task(launch: Launch) -> Launch:
+    """The share of one task of a training's request."""
+    request = instances.find(launch.instance).request(launch)
+    share = {"nodes": 1, "gpus": min(request.gpus, 1), "tasks_per_node": 1, "cpus": request.cpus_per_task}
+    return launch.model_copy(update={**share, "mem": request.mem_gb / request.tasks_per_node})
 
 
 def _link(experiment: Experiment, kind: str, launch: Launch, step: dict[str, Any], runs: Path) -> Link:
@@ -81,13 +89,14 @@ def _link(experiment: Experiment, kind: str, launch: Launch, step: dict[str, Any
     return Link(Plan(own, {}, instance, run, script), step)
 
 
-def check(pipeline: Pipeline) -> list[Findings]:
-    """What is found of each link; the training's data file may be made only then."""
-    found = []
+def check(pipeline: Pipeline) -> dict[str, Findings]:
+    """What is found of each link, by its run's name; the training's data file may be made only then."""
+    found = {}
     for link in pipeline.links:
         plan = link.plan
         whole = link.step is None and pipeline.packed
-        found.append(preflight.check(plan.experiment, plan.instance, pipeline.cluster, plan.script, payload=whole))
+        checked = preflight.check(plan.experiment, plan.instance, pipeline.cluster, plan.script, payload=whole)
+        found[plan.run.name] = checked
     return found
 
 
@@ -116,4 +125,4 @@ def _after(done: list[tuple[RunDir, str]], cluster: str) -> list[str]:
     if not done:
         return []
     run, job = done[-1]
-    return [str(run.path)] if cluster == "local" else [f"--dependency=afterok:{job}"]
+    return [str(run.path)] if cluster == "local" else after.dependency([job])

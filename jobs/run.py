@@ -17,6 +17,7 @@ from hpc.errors import UserError  # noqa: E402
 from hpc.experiment import Experiment, load  # noqa: E402
 from hpc.rundir import RunDir  # noqa: E402
 from hpc.sampler import Sampler  # noqa: E402
+from jobs import step  # noqa: E402
 
 
 def run(path: str) -> ExitCode:
@@ -39,6 +40,8 @@ def run(path: str) -> ExitCode:
         return _train(folder, experiment, allocation)
     sampler = Sampler(folder, allocation, _asked(experiment)).start()
     try:
+        if folder.step.exists():
+            return step.run(folder, _FLAG, allocation.generation)
         return _train(folder, experiment, allocation, sampler)
     finally:
         sampler.close()

@@ -1,43 +1,14 @@
 """End to end as a table: rows of commands as a user types them, and what the run must be in the end.
 
-A line of a row is `$ COMMAND` (run in the row's own folder), or one of the events in `_EVENTS`. Rows with a cluster get
-one of their own (tests/slurm), so several rows run at a time. tests/test_scenarios.py runs them; the block of each row
-is printed with its commands on top, ready to paste.
+A line of a row is `$ COMMAND` (run in the row's own folder), or one of the events of tests/playing.py. Rows with a
+cluster get one of their own (tests/slurm), so several rows run at a time. tests/test_scenarios.py runs them; the block
+of each row is printed with its commands on top, ready to paste.
 """
 
-import hashlib
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-from tests.slurm.cluster import Cluster
+from tests.playing import Row
 
 TINY = "$ hpc submit tiny.yaml launch.cluster=slurm"
-WHOLE_RUN_S = 240  # of a machine that others use; a row takes 15 to 45 s
-
-
-@dataclass(frozen=True)
-class Row:
-    """One scenario. `weights` names the row whose final weights it must equal, byte for byte."""
-
-    name: str
-    tells: str
-    script: str
-    cluster: dict[str, Any] | None = None
-    state: str = "finished"
-    attempts: int = 1
-    causes: tuple[str, ...] = ()
-    weights: str | None = None
-
+SWEEP = "$ hpc sweep tiny.yaml launch.cluster=slurm"
 
 ROWS = [
     Row(
@@ -154,193 +125,70 @@ ROWS = [
         causes=("SIGUSR2",),
         weights="one-task",
     ),
+    Row(
+        "requeue-off",
+        "JobRequeue=0: the job asks for it itself, and comes back",
+        f"{TINY} launch.partition=grace\nwait for step 50\npreempt\nwait for requeue\nwait for end",
+        cluster={"job_requeue": 0},
+        attempts=2,
+        causes=("SIGTERM",),
+        weights="one-task",
+    ),
+    Row(
+        "preempt-cancel",
+        "PreemptMode=CANCEL: the job is ended for good; resume --all brings it back",
+        f"$ hpc plan tiny.yaml launch.cluster=slurm\n{TINY}\nwait for step 50\npreempt\nwait for the job to go\n"
+        "$ hpc ls\n$ hpc why tiny\n$ hpc resume --all\nwait for end",
+        cluster={"preempt_mode": "CANCEL"},
+        attempts=2,
+        causes=("SIGTERM",),
+        weights="one-task",
+    ),
+    Row(
+        "array-preempted",
+        "each index of an array preempted in turn, the last one too: no sibling is touched",
+        f"{SWEEP} train.keep=2,3,4 launch.cpus=12\n"
+        "row 0 at step 30\npreempt row 0\nrow 1 at step 60\npreempt row 1\nrow 2 at step 90\npreempt row 2\n"
+        "requeue row 0\nrequeue row 1\nrequeue row 2\nwait for all\n$ hpc ls tiny-sweep\n$ hpc ls",
+        cluster={"nodes": 3},
+        attempts=2,
+        causes=("SIGTERM",),
+        weights="one-task",
+    ),
+    Row(
+        "array-resume",
+        "a row is cancelled, and a whole sweep; resume submits what is not finished, and nothing else",
+        f"{SWEEP} train.keep=2,3,4 --max-parallel 2\nrow 1 at step 30\ncancel row 1\nwait for row 0\nwait for row 2\n"
+        "$ hpc ls tiny-sweep\n$ hpc resume tiny-sweep\nrow 1 at step 60\n$ hpc cancel tiny-sweep\nwait for silence\n"
+        "$ hpc ls tiny-sweep\n$ hpc resume tiny-sweep\nwait for all",
+        cluster={},
+        attempts=(1, 3, 1),
+        causes=("SIGTERM",),
+        weights="one-task",
+    ),
+    Row(
+        "array-here",
+        "a sweep without SLURM, its controller stopped as it runs; resume goes on",
+        "$ hpc sweep tiny.yaml train.keep=2,3 launch.cluster=local --max-parallel 1\nrow 0 at step 30\n"
+        "$ hpc ls tiny-sweep\n$ hpc cancel tiny-sweep\nwait for silence\n$ hpc resume tiny-sweep\nwait for all\n"
+        "$ hpc ls tiny-sweep",
+        attempts=(2, 1),
+        causes=("SIGTERM",),
+        weights="one-task",
+    ),
+    Row(
+        "pipeline",
+        "pack, train and evaluate as one command, each after the other",
+        "$ rm scans.h5\n$ hpc pipeline tiny.yaml launch.cluster=slurm train.epochs=2 --split validation"
+        " --pack 'scans --labels scans/labels.csv --split 80/20/0'\n$ hpc ls\nwait for all\n"
+        "$ ls runs/tiny-????????/predictions/validation.npz",
+        cluster={},
+    ),
+    Row(
+        "pipeline-here",
+        "the same without SLURM",
+        "$ rm scans.h5\n$ hpc pipeline tiny.yaml launch.cluster=local train.epochs=2 --split validation"
+        " --pack 'scans --labels scans/labels.csv --split 80/20/0'\n$ hpc ls\nwait for all\n"
+        "$ ls runs/tiny-????????/predictions/validation.npz",
+    ),
 ]
-
-
-@dataclass
-class Playing:
-    """A row as it runs: its folder, its cluster, what it printed."""
-
-    row: Row
-    folder: Path
-    goldens: dict[str, "Future[Playing]"]
-    cluster: Cluster | None = None
-    log: list[str] = field(default_factory=list)
-    by_hand: str = ""
-
-    @property
-    def run(self) -> Path:
-        return max((self.folder / "runs").glob("tiny-*"), key=lambda path: path.stat().st_mtime)
-
-    def read(self, name: str) -> dict[str, Any]:
-        try:
-            return dict(json.loads((self.run / name).read_text()))
-        except (OSError, ValueError):
-            return {}
-
-    @property
-    def job(self) -> str:
-        return self.by_hand or str(self.read("submit.json")["job"])
-
-    def environment(self) -> dict[str, str]:
-        own = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        return {**(self.cluster.environment() if self.cluster else os.environ), **own}
-
-    def command(self, text: str) -> None:
-        started = time.monotonic()
-        done = subprocess.run(text, shell=True, cwd=self.folder, env=self.environment(), capture_output=True, text=True)
-        self.log += [f"$ {text}   # {time.monotonic() - started:.1f} s", done.stdout + done.stderr]
-        assert done.returncode == 0, f"{text}: exit code {done.returncode}\n{self.block()}"
-
-    def wait(self, condition: Callable[[], Any], what: str, seconds: float = WHOLE_RUN_S) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}\n{self.block()}"
-            time.sleep(0.1)
-        self.log.append(f"# {what}")
-
-    def block(self) -> str:
-        """Commands and output of the row, then what its tasks wrote."""
-        logs = sorted(self.folder.glob("runs/*/logs/*_log.*"))
-        told = [f"--- {path.name}\n{path.read_text()}" for path in logs if path.stat().st_size]
-        cluster = [self.cluster.evidence()] if self.cluster and self.cluster.daemons else []
-        return "\n".join([f"===== {self.row.name}: {self.row.tells}", *self.log, *told, *cluster])
-
-    def weights(self) -> str:
-        final = max(self.run.glob("checkpoints/g*"), key=lambda path: path.name.split("-s")[1])
-        return hashlib.sha256((final / "model.safetensors").read_bytes()).hexdigest()
-
-
-def _queue(play: Playing, wanted: str) -> bool:
-    assert play.cluster
-    answer = play.cluster.run("squeue", "-h", "--states=all", "-j", play.job, "-o", "%T", check=False).stdout.strip()
-    return answer in wanted.split("|")
-
-
-def _release(play: Playing) -> None:
-    """SLURM holds a requeued job back for two minutes."""
-    assert play.cluster
-    play.wait(lambda: _queue(play, "PENDING"), "the job is pending again")
-    play.cluster.release(play.job)
-
-
-def _freeze(play: Playing, step: str) -> None:
-    """Stop the tasks' clock until SLURM signals them (CONT, then USR2): the run need not last as long as its limit.
-
-    SLURM may send USR2 up to 60 s early, even before the first step.
-    """
-
-    def there() -> bool:
-        attempted = list(play.run.glob("events/001-*"))
-        return int(play.read("state.json").get("step", 0)) >= int(step) or bool(attempted and _queue(play, "PENDING"))
-
-    play.wait(there, f"step {step}, or stopped before")
-    for rank in _ranks(play):
-        os.kill(rank, signal.SIGSTOP)
-
-
-def _ranks(play: Playing) -> list[int]:
-    """Pids of the run's ranks on this machine."""
-    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if _is_rank(path, play.run)]
-
-
-def _is_rank(cmdline: Path, run: Path) -> bool:
-    try:
-        return cmdline.read_bytes().split(b"\0")[1:5] == [b"-u", b"-m", b"jobs.run", str(run).encode()]
-    except OSError:
-        return False
-
-
-def _signal(play: Playing, name: str) -> None:
-    if play.cluster:
-        play.cluster.run("scancel", f"--signal={name}", play.job)
-    else:
-        subprocess.run(["kill", f"-{name}", str(play.read("state.json")["pid"])], check=True)
-
-
-def _by_hand(play: Playing) -> None:
-    assert play.cluster
-    play.by_hand = play.cluster.submit(play.run / "job.sbatch", cwd=play.folder)
-    play.log.append(f"$ sbatch runs/{play.run.name}/job.sbatch\nSubmitted batch job {play.by_hand}")
-
-
-def _expect_attempts(play: Playing, count: str) -> None:
-    time.sleep(2)
-    found = len(list((play.run / "events").glob("*-shell.jsonl")))
-    assert found == int(count), f"{found} attempts, not {count}\n{play.block()}"
-
-
-def _cluster(play: Playing) -> Cluster:
-    assert play.cluster
-    return play.cluster
-
-
-_EVENTS: dict[str, Callable[..., Any]] = {
-    r"wait for step (\d+)": lambda play, step: play.wait(
-        lambda: int(play.read("state.json").get("step", 0)) >= int(step), f"step {step}"
-    ),
-    r"wait for attempt": lambda play: play.wait(lambda: play.read("state.json"), "the first attempt has begun"),
-    r"wait for silence": lambda play: play.wait(lambda: not _ranks(play), "no rank is left"),
-    r"wait for end": lambda play: play.wait(lambda: play.read("result.json"), "result.json is there"),
-    r"wait for requeue": _release,
-    r"wait for the job to go": lambda play: play.wait(lambda: _queue(play, "CANCELLED|"), "the job is gone"),
-    r"preempt": lambda play: _cluster(play).preempt(play.job),
-    r"scancel": lambda play: _cluster(play).run("scancel", play.job),
-    r"freeze at step (\d+)": _freeze,
-    r"signal (\w+)": _signal,
-    r"sbatch by hand": _by_hand,
-    r"partition (\w+) (\w+)": lambda play, name, state: _cluster(play).run(
-        "scontrol", "update", f"PartitionName={name}", f"State={state}"
-    ),
-    r"more time": lambda play: _cluster(play).run("scontrol", "update", f"JobId={play.job}", "TimeLimit=30"),
-    r"expect attempts (\d+)": _expect_attempts,
-}
-
-
-def play(row: Row, folder: Path, goldens: "dict[str, Future[Playing]]") -> Playing:
-    """Run one row from its first line to its last. AssertionError carries the block."""
-    playing = Playing(row, folder, goldens)
-    if row.cluster is not None:
-        playing.cluster = Cluster(**row.cluster).start()
-    try:
-        for line in row.script.splitlines():
-            _line(playing, line)
-        _check(playing)
-    finally:
-        if playing.cluster:
-            playing.cluster.stop()
-    return playing
-
-
-def _line(playing: Playing, line: str) -> None:
-    if line.startswith("$ "):
-        playing.command(line.removeprefix("$ "))
-        return
-    for pattern, event in _EVENTS.items():
-        if match := re.fullmatch(pattern, line):
-            playing.log.append(f"# {line}")
-            event(playing, *match.groups())
-            return
-    raise AssertionError(f"{line!r} is no event; known: {', '.join(_EVENTS)}")
-
-
-def _check(playing: Playing) -> None:
-    row = playing.row
-    if row.state == "no run":
-        return
-    run = playing.run
-    command = ["hpc", "ls", "--json"]
-    environ = playing.environment()
-    shown = subprocess.run(command, cwd=playing.folder, env=environ, capture_output=True, text=True, check=True)
-    status = next(line for line in json.loads(shown.stdout) if line["run"] == run.name)
-    assert status["state"] == row.state, f"state {status['state']}, not {row.state}\n{playing.block()}"
-    assert row.attempts == status["attempts"], f"{status['attempts']} attempts\n{playing.block()}"
-    lines = [json.loads(line) for path in run.glob("events/*") for line in path.read_text().splitlines()]
-    causes = tuple(line["cause"] for line in lines if line["event"] == "signal")
-    assert causes == row.causes, f"stopped by {causes}, not {row.causes}\n{playing.block()}"
-    if row.state == "finished":
-        steps = [line["step"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
-        assert steps == sorted(set(steps)), f"an epoch was evaluated twice: {steps}\n{playing.block()}"
-    if row.weights:
-        golden = playing.goldens[row.weights].result(timeout=WHOLE_RUN_S * 2)
-        assert playing.weights() == golden.weights(), f"the weights differ from {row.weights}\n{playing.block()}"

@@ -8,7 +8,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from tests.scenarios import ROWS, Playing, Row, play
+from tests.playing import Playing, Row, play
+from tests.scenarios import ROWS
 from tests.slurm.cluster import obstacle, reap
 
 AT_A_TIME = 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -29,10 +30,11 @@ def pipeline(
 
     planned = pipelines.make(file, overrides or [], runs_folder(runs), pack, pack_instance, split)
     findings = pipelines.check(planned)
-    refusals = [line for found in findings for line in found.refusals]
+    refusals = [f"{name}: {line}" for name, found in findings.items() for line in found.refusals]
     if refusals:
-        raise UserError("\n".join(dict.fromkeys(refusals)))
-    for found in findings:
+        raise UserError("\n".join(refusals))
+    for name, found in findings.items():
+        print(f"# {name}", file=sys.stderr)
         report(found)
     done = pipelines.submit(planned)
     if as_json:
