@@ -7,14 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-from hpc import ledger
+from hpc import ledger, runlogs
 from hpc.attempt import record_submission
 from hpc.preempt import STOP_SIGNALS
 from hpc.rundir import RunDir, read_json
+from hpc.runlogs import Printer
+from hpc.sweepdir import submission_of
 
 _POLL_S = 0.3
+_ASK_S, _ASK_LEAST_S = 10.0, 2.0
+"""How often SLURM is asked whether a run that is followed goes on; at least so far apart when its files change."""
 
 
 def train(run: RunDir) -> int:
@@ -36,32 +39,45 @@ def train(run: RunDir) -> int:
     return process.wait()
 
 
-def print_logs(run: RunDir, follow: bool) -> None:
-    """Print all task outputs in the order of their jobs; with `follow`, what comes later too, until the run ends."""
-    offsets: dict[Path, int] = {}
-    shown: Path | None = None
+def print_logs(run: RunDir, follow: bool = False, tail: int | None = None, rank: int | None = None) -> None:
+    """Print all outputs in the order of their jobs; with `follow`, what comes later too, until the run ends.
+
+    `tail`: of each file the last lines only. `rank`: of one task only. Raises UserError.
+    """
+    printer = Printer(tail)
+    watch = _Watch(run)
     while True:
-        live = follow and ledger.live(ledger.status(run).state)
-        for path in sorted(run.logs.glob("*_log.*")):
-            shown = _print_new(path, offsets, shown)
+        live = follow and watch.live()
+        printer.print_new(runlogs.files(run, rank))
         if not live:
             break
         time.sleep(_POLL_S)
-    if not offsets:
-        submit = read_json(run.submit)
-        print(f"{run.name}: no output yet (job {submit.get('job', 'not submitted')})", file=sys.stderr)
+    if printer.empty:
+        job = submission_of(run).get("job")
+        print(f"{run.name}: no output yet ({f'job {job}' if job else 'not submitted'})", file=sys.stderr)
 
 
-def _print_new(path: Path, offsets: dict[Path, int], shown: Path | None) -> Path | None:
-    """Print what a file has beyond its offset, under its name when another was shown last; the file shown last."""
-    with path.open("rb") as file:
-        file.seek(offsets.get(path, 0))
-        text = file.read()
-    if not text:
-        return shown
-    if shown != path:
-        print(f"==> {path.name} <==")
-    sys.stdout.write(text.decode(errors="replace"))
-    sys.stdout.flush()
-    offsets[path] = offsets.get(path, 0) + len(text)
-    return path
+class _Watch:
+    """Whether a run is alive: SLURM is asked every 10 s, and soon after the run's own files have changed."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._seen: object = None
+        self._at = float("-inf")
+        self._every_s = 0.0
+        self._live = True
+
+    def live(self) -> bool:
+        seen = _phase(self._run)
+        since = time.monotonic() - self._at
+        if since >= (min(_ASK_LEAST_S, self._every_s) if seen != self._seen else self._every_s):
+            self._seen, self._at = seen, time.monotonic()
+            status = ledger.statuses([self._run])[0]
+            self._live, self._every_s = status.live, _ASK_S if status.cluster == "slurm" else 0.0
+        return self._live
+
+
+def _phase(run: RunDir) -> object:
+    """What changes when an attempt begins or ends. Raises UserError for a damaged file."""
+    state = read_json(run.state)
+    return state.get("generation"), state.get("phase"), run.result.exists()

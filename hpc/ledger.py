@@ -6,21 +6,23 @@ At most two calls of SLURM for any number of runs, and right without the second 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from hpc import slurm
 from hpc.attempt import record_submission, same_process
 from hpc.errors import UserError
 from hpc.records import Reader, Records
-from hpc.rundir import RunDir, write_json
+from hpc.rundir import RunDir, all_runs, find_run, write_json
 from hpc.states import Place, state_of
-from hpc.sweepdir import SweepDir
+from hpc.sweepdir import SweepDir, find_sweep, sweep_of
 
 _ORDER = ("finished", "running", "requeued", "pending", "stopped", "failed", "cancelled", "lost", "planned", "damaged")
 _CLOCKS_S = 30
@@ -121,12 +123,13 @@ def look(
     scheduler: Scheduler | None = None,
     reader: Reader | None = None,
     *,
+    account: bool = False,
     thorough: bool = False,
 ) -> list[Seen]:
     """What is known of each run. One whose files are damaged does not hide the others.
 
     A job that carries a run's token and is not recorded (its shell was killed after sbatch) is recorded here.
-    `thorough`: also asks sacct about runs that say themselves how they ended, and reads experiment.yaml.
+    `account`: ask sacct also about runs that say themselves how they ended. `thorough`: parse experiment.yaml as well.
     """
     scheduler, reader = scheduler or Scheduler(), reader or Reader()
     told = reader.read(runs, thorough)
@@ -139,7 +142,7 @@ def look(
     unclear = [
         place.job
         for place, records in zip(places, told, strict=True)
-        if place and isinstance(records, Records) and jobs is not None and _unclear(place, records, thorough)
+        if place and isinstance(records, Records) and jobs is not None and _unclear(place, records, account)
     ]
     accounted = scheduler.accounting(unclear) if unclear else {}
     return [
@@ -196,11 +199,11 @@ def _repair_sweep(sweep: SweepDir, jobs: dict[str, slurm.JobInfo]) -> bool:
     return False
 
 
-def _unclear(place: Place, records: Records, thorough: bool) -> bool:
+def _unclear(place: Place, records: Records, account: bool) -> bool:
     """Whether only sacct may know how the run ended."""
     if place.cluster != "slurm" or records.result or (place.info and place.info.live):
         return False
-    if thorough:
+    if account:
         return True
     says_itself = records.phase == "ended" and records.state.get("code", 0) < _SIGNALLED
     return not (place.info or records.cancelled or says_itself)
@@ -246,6 +249,34 @@ def _seen(run: RunDir, told: Records, place: Place, accounted: slurm.Accounted |
         age_s=time.time() - float(told.state.get("time") or told.submitted or told.made),
     )
     return Seen(run, told, place.info, accounted, status)
+
+
+def find(runs: Path, name: str) -> RunDir | SweepDir:
+    """A run or sweep by its path, name, id, unique beginning, or job (123, 123_4). Raises UserError."""
+    if (sweep := find_sweep(runs, name)) is not None:
+        if sweep.name.startswith(name) and sweep.name != name:
+            others = [r.name for r in all_runs(runs) if r.name.startswith(name) and r.path.parent != sweep.path]
+            if others:
+                raise UserError(f"{name!r} names {len(others) + 1}: {', '.join([sweep.name, *others])}")
+        return sweep
+    try:
+        return find_run(runs, name)
+    except UserError:
+        if re.fullmatch(r"\d+(_\d+)?", name) and (found := _of_job(runs, name)):
+            return found
+        raise
+
+
+def _of_job(runs: Path, job: str) -> RunDir | SweepDir | None:
+    """The run of this job; of an array as a whole its sweep."""
+    known = all_runs(runs)
+    for run, records in zip(known, Reader().read(known), strict=True):
+        jobs = [number for _, number in records.places()] if isinstance(records, Records) else []
+        if job in jobs:
+            return run
+        if run.in_sweep and job in [number.partition("_")[0] for number in jobs]:
+            return sweep_of(run)
+    return None
 
 
 def live(state: str) -> bool:

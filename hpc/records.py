@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -79,6 +80,8 @@ _KINDS: dict[str, dict[str, Any]] = {
     },
     "result": {"best": dict},
 }
+_MANY, _AT_ONCE = 50, 16
+"""Of so many runs several are read at once: a shared file system takes its time for each file, not for several."""
 _NEEDED = {"state": ("phase", "pid", "host", "time")}
 
 
@@ -93,12 +96,19 @@ class Reader:
 
         `thorough` parses experiment.yaml as well: that takes longer than all the rest.
         """
-        sweeps: dict[Path, _Shared | UserError | None] = {}
-        found: list[Records | str] = []
-        for run in runs:
-            if (folder := run.path.parent) not in sweeps:
-                sweeps[folder] = self._shared(folder)
-            found.append(self._read(run, sweeps[folder], thorough))
+        runs = list(runs)
+        sweeps = {folder: self._shared(folder) for folder in dict.fromkeys(run.path.parent for run in runs)}
+
+        def read(run: RunDir) -> Records | str:
+            return self._read(run, sweeps[run.path.parent], thorough)
+
+        if len(runs) < _MANY:
+            return list(map(read, runs))
+        shares = [runs[first::_AT_ONCE] for first in range(_AT_ONCE)]
+        found: list[Records | str] = [""] * len(runs)
+        with ThreadPoolExecutor(_AT_ONCE) as readers:
+            for first, share in enumerate(readers.map(lambda share: list(map(read, share)), shares)):
+                found[first::_AT_ONCE] = share
         return found
 
     def _shared(self, folder: Path) -> _Shared | UserError | None:
