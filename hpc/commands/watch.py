@@ -7,79 +7,97 @@ from typing import Annotated, Any
 
 import typer
 
-from hpc.commands.common import AsJson, RunName, Runs, app, print_json, say, table, width
+from hpc.commands.common import AsJson, RunName, RunNames, Runs, app, print_json, say, table, width
+from hpc.errors import UserError
 
-_NARROW, _NAME, _DETAIL, _GAP = 100, 32, 12, 2
-"""Widths: of a terminal that shows less; of a name and of a detail where there is little room; between two columns."""
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")]
+Tail = Annotated[int | None, typer.Option("--tail", min=0, help="Only the last N lines of each file.", metavar="N")]
+Rank = Annotated[int | None, typer.Option("--rank", min=0, help="Only the task of this rank.", metavar="K")]
 
 
 @app.command("ls", rich_help_panel="Watch")
-def list_runs(runs: Runs = None, as_json: AsJson = False) -> None:
-    """List all runs: state, job, epoch, step, best metric."""
+def list_runs(
+    names: RunNames = None,
+    everything: Annotated[bool, typer.Option("--all", "-a", help="A line for each row of each sweep.")] = False,
+    runs: Runs = None,
+    as_json: AsJson = False,
+) -> None:
+    """List runs and sweeps: state, job, epoch, step, best metric; of a sweep that is named, its rows."""
     from hpc import ledger
     from hpc.rundir import all_runs, runs_folder
+    from hpc.sweepdir import SweepDir
 
     folder = runs_folder(runs)
-    found = ledger.statuses(list(all_runs(folder)))
-    if as_json:
-        print_json([status.as_dict() for status in found])
-    elif not found:
+    targets = [ledger.find(folder, name) for name in names or []]
+    found = _expanded(targets) if names else list(all_runs(folder))
+    if not found and not as_json:
         say(f"no runs in {folder}; start one with 'hpc submit EXPERIMENT.yaml'")
+        return
+    statuses = ledger.statuses(found)
+    if as_json:
+        _list_json(found, statuses)
+    elif len(targets) == 1 and isinstance(targets[0], SweepDir):
+        _list_rows(found, statuses)
     else:
-        table(*_fitted([_row(status) for status in found], width()))
+        _list_all(statuses, everything or bool(names))
 
 
-def _row(status: Any) -> dict[str, str]:
-    from hpc.units import short_time
+def _expanded(targets: list[Any]) -> list[Any]:
+    """Runs, and the rows of sweeps."""
+    from hpc.rundir import RunDir
 
-    return {
-        "run": status.run,
-        "state": status.state,
-        "epoch": str(status.epoch),
-        "step": str(status.step),
-        "best": status.metric,
-        "attempts": str(status.attempts),
-        "job": f"{status.cluster} {status.job}".strip(),
-        "changed": f"{short_time(status.age_s)} ago",
-        "": " ".join(status.detail.split()),
-    }
+    return [run for one in targets for run in ([one] if isinstance(one, RunDir) else one.rows())]
 
 
-def _fitted(rows: list[dict[str, str]], width: int) -> tuple[list[str], list[list[str]]]:
-    """Titles and rows of one line each: in a narrow terminal columns are left out, and long texts are cut."""
-    sizes = {title: max(len(title), *(len(row[title]) for row in rows)) for title in rows[0]}
-    shown = [title for title in sizes if width >= _NARROW or title not in ("attempts", "job", "changed")]
-    if sum(sizes.values()) + _GAP * len(sizes) > width:
-        sizes["run"] = min(sizes["run"], _NAME)
-    for title in ("changed", "attempts", "job", "epoch", "best", "step", ""):
-        detail = min(sizes[""], _DETAIL) if "" in shown else 0
-        if sum(sizes[t] for t in shown if t) + detail + _GAP * (len(shown) - 1) > width and title in shown:
-            shown.remove(title)
-    room = {title: sizes[title] for title in shown}
-    for title, shorten in (("", _cut), ("run", _cut_middle)):
-        if title in room:
-            taken = sum(room[t] for t in shown if t != title) + _GAP * (len(shown) - 1)
-            room[title] = min(room[title], max(width - taken, 0))
-            rows = [{**row, title: shorten(row[title], room[title])} for row in rows]
-    return shown, [[row[title] for title in shown] for row in rows]
+def _list_json(found: list[Any], statuses: list[Any]) -> None:
+    from hpc.records import read_delta
+
+    both = zip(found, statuses, strict=True)
+    print_json([{**status.as_dict(), "path": str(run.path), "delta": read_delta(run)} for run, status in both])
 
 
-def _cut(text: str, room: int) -> str:
-    return text if len(text) <= room else text[: max(room - 3, 0)] + "..."
+def _list_rows(found: list[Any], statuses: list[Any]) -> None:
+    from hpc import listing, tables
+
+    tables.print_rows(listing.row_lines(found, statuses), width(), listing.DROP_OF_ROWS)
+    say(f"\n{listing.sweep_line('', statuses)['rows']}")
+    if best := listing.best_in_words(statuses):
+        say(f"best {best}")
 
 
-def _cut_middle(name: str, room: int) -> str:
-    """A run's name with its id, by which it is found."""
-    return name if len(name) <= room else f"{name[: max(room - 11, 0)]}..{name[-9:]}"
+def _list_all(statuses: list[Any], everything: bool) -> None:
+    from hpc import listing, tables
+
+    alone = [status for status in statuses if everything or not status.sweep]
+    sweeps: dict[str, list[Any]] = {}
+    for status in statuses:
+        if status.sweep and not everything:
+            sweeps.setdefault(status.sweep, []).append(status)
+    tables.print_rows(listing.run_lines(alone, width()), width(), listing.DROP_OF_RUNS)
+    if alone and sweeps:
+        say()
+    lines = [listing.sweep_line(name, rows) for name, rows in sweeps.items()]
+    tables.print_rows(lines, width(), listing.DROP_OF_SWEEPS)
 
 
 @app.command(rich_help_panel="Watch")
 def show(name: RunName, runs: Runs = None, as_json: AsJson = False) -> None:
-    """Show one run: state, metrics per epoch, events, files."""
+    """Show one run: state, metrics per epoch, events, use of the machine. Of a sweep: its axes, rows and best row."""
     from hpc import ledger
-    from hpc.rundir import find_run, read_json, runs_folder
+    from hpc.rundir import runs_folder
+    from hpc.sweepdir import SweepDir
 
-    run = find_run(runs_folder(runs), name)
+    target = ledger.find(runs_folder(runs), name)
+    if isinstance(target, SweepDir):
+        _show_sweep(target, as_json)
+    else:
+        _show_run(target, as_json)
+
+
+def _show_run(run: Any, as_json: bool) -> None:
+    from hpc import ledger, usage
+    from hpc.rundir import read_json
+
     status, metrics, events = ledger.status(run), run.read_metrics(), run.read_events()
     if as_json:
         state = read_json(run.state)
@@ -94,22 +112,118 @@ def show(name: RunName, runs: Runs = None, as_json: AsJson = False) -> None:
     table(columns, rows)
     for event in events:
         fields = "  ".join(f"{key}={value}" for key, value in event.items() if key not in ("time", "event"))
-        say(f"{_clock(event['time'])}  {event['event']:<10}  {fields}")
+        clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
+        say(f"{clock}  {event['event']:<10}  {fields}")
+    for line in usage.card(run):
+        say(line)
 
 
-def _clock(when: float) -> str:
+def _show_sweep(sweep: Any, as_json: bool) -> None:
+    from hpc import ledger, listing, yamlfile
 
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
+    axes = yamlfile.read(sweep.file).get("axes", {})
+    rows = sweep.rows()
+    statuses = ledger.statuses(rows)
+    best = listing.best_row(statuses)
+    if as_json:
+        told = [{**status.as_dict(), "row": number} for number, status in enumerate(statuses)]
+        print_json({"sweep": sweep.name, "path": str(sweep.path), "axes": axes, "best_row": best, "rows": told})
+        return
+    say(str(sweep.path))
+    for key, values in axes.items():
+        shown = [*values[:8], "...", values[-1]] if len(values) > 10 else values
+        say(f"{key} = {', '.join(map(str, shown))}")
+    say()
+    _list_rows(rows, statuses)
+    if best is not None:
+        say(f"see it: hpc show {statuses[best].run}")
 
 
 @app.command(rich_help_panel="Watch")
-def logs(
-    name: RunName,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+def why(name: RunName, runs: Runs = None, as_json: AsJson = False) -> None:
+    """Explain the state of a run or sweep in words, and say what to type next."""
+    from hpc import ledger
+    from hpc import why as explanations
+    from hpc.rundir import runs_folder
+    from hpc.sweepdir import SweepDir
+
+    target = ledger.find(runs_folder(runs), name)
+    if isinstance(target, SweepDir):
+        groups = explanations.explain_sweep(target)
+        print_json([group.as_dict() for group in groups]) if as_json else _say_groups(target, groups)
+        return
+    answer = explanations.explain(target)
+    if as_json:
+        print_json(answer.as_dict())
+        return
+    say(f"{answer.run} is {answer.state}")
+    _say_answer(answer)
+
+
+def _say_lines(lines: list[str], indent: str = "") -> None:
+    import textwrap
+
+    wrap = textwrap.TextWrapper(min(width(), 110), indent, indent, break_long_words=False, break_on_hyphens=False)
+    for line in lines:
+        say(wrap.fill(line))
+
+
+def _say_answer(answer: Any) -> None:
+    _say_lines(answer.lines)
+    if answer.quote:
+        say(f"\n{answer.source}" if answer.source else "")
+        say("\n".join(f"    {line}" for line in answer.quote))
+    if answer.attempts:
+        say("\nbefore that")
+        say("\n".join(f"    {line}" for line in answer.attempts))
+    say("\nnext")
+    say("\n".join(f"    {command}" for command in answer.commands))
+
+
+def _say_groups(sweep: Any, groups: list[Any]) -> None:
+    from hpc.why import rows_in_words
+
+    for group in groups:
+        answer = group.answer
+        cause = f": {answer.cause}" if answer.cause != answer.state else ""
+        say(f"{rows_in_words(group.rows)} {answer.state}{cause}")
+        if answer.state not in ("finished", "running"):
+            _say_lines(answer.lines, "    ")
+    open_states = {"failed", "lost", "stopped", "cancelled", "planned"}
+    bad = next((group for group in groups if group.answer.state in open_states), None)
+    say("\nnext")
+    if bad:
+        say(f"    hpc why {bad.answer.run}")
+        say(f"    hpc resume {sweep.name}")
+    else:
+        say(f"    hpc ls {sweep.name}")
+
+
+@app.command(rich_help_panel="Watch")
+def watch(
+    names: RunNames = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one frame and leave.")] = False,
     runs: Runs = None,
 ) -> None:
-    """Print what a run's tasks wrote to stdout and stderr."""
-    from hpc import foreground
-    from hpc.rundir import find_run, runs_folder
+    """Live runs: progress, time left, loss and metric, samples/s, what the queue says. Ctrl-C leaves."""
+    from hpc import ledger
+    from hpc import watch as view
+    from hpc.rundir import runs_folder
 
-    foreground.print_logs(find_run(runs_folder(runs), name), follow)
+    folder = runs_folder(runs)
+    targets = [ledger.find(folder, name) for name in names or []]
+    view.watch(folder, _expanded(targets) if names else None, once, width())
+
+
+@app.command(rich_help_panel="Watch")
+def logs(name: RunName, follow: Follow = False, tail: Tail = None, rank: Rank = None, runs: Runs = None) -> None:
+    """Print what a run's tasks wrote to stdout and stderr."""
+    from hpc import foreground, ledger
+    from hpc.rundir import runs_folder
+    from hpc.sweepdir import SweepDir
+
+    target = ledger.find(runs_folder(runs), name)
+    if isinstance(target, SweepDir):
+        _list_rows(target.rows(), ledger.statuses(target.rows()))
+        raise UserError(f"{target.name} is a sweep: each row has logs of its own; hpc logs {target.rows()[0].name}")
+    foreground.print_logs(target, follow, tail, rank)

@@ -1,0 +1,291 @@
+"""Why a run has ended without a result: each cause is looked for in turn, the surest first."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil
+from typing import Any
+
+from hpc import evidence, usage
+from hpc.errors import UserError
+from hpc.evidence import Evidence
+from hpc.experiment import Experiment
+from hpc.instances import Instance, Request
+from hpc.ledger import Seen
+from hpc.pending import moment
+from hpc.preempt import NOTICE, ExitCode
+from hpc.records import Records
+from hpc.states import ended_on_slurm
+from hpc.sweepdir import alone
+from hpc.units import slurm_time
+
+_FULL = re.compile(r"No space left on device|Disk quota exceeded|\[Errno (28|122)\]")
+_GPU_MEMORY = re.compile(r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED|HIP out of memory")
+_KILLED = 128 + signal.SIGKILL
+_NEAR = 0.9
+"""A kill with so much of the memory in use was for memory."""
+_MORE = 1.5
+"""So much more is asked for than was not enough."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a run ended, in sentences, and what to type next."""
+
+    name: str
+    """The same for runs that ended alike."""
+    lines: list[str]
+    commands: list[str]
+    quote: list[str]
+    """Lines of a log."""
+    source: str = ""
+    """The log that they are from."""
+
+
+class Case:
+    """A run that has ended, and all that is there to judge it by, read when it is asked for."""
+
+    def __init__(self, seen: Seen, records: Records) -> None:
+        self.seen, self.records, self.run = seen, records, seen.run
+        self.name, self.status = seen.run.name, seen.status
+        self.word = (ended_on_slurm(seen.job, seen.accounted) or ("", ""))[1]
+
+    @property
+    def code(self) -> int:
+        """The exit code of the last attempt, 0 where none is known; 128 + n for signal n."""
+        if "code" in self.records.state and self.status.job in ("", self.records.state.get("job") or self.status.job):
+            return int(self.records.state["code"])
+        told = self.seen.accounted
+        return (128 + told.signal if told.signal else told.exit_code) if told else 0
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        job = self.status.job if self.status.cluster == "slurm" else None
+        return evidence.gather(self.run, job, self.records.began)
+
+    @cached_property
+    def events(self) -> list[dict[str, Any]]:
+        """Of the last attempt."""
+        return [event for event in self.run.read_events() if event.get("generation") == self.records.generation]
+
+    @cached_property
+    def asked(self) -> tuple[Experiment, Request, Instance] | None:
+        """What the run asked for; None where its experiment or instance cannot be read any more."""
+        from hpc.plan import reopen
+
+        try:
+            experiment, instance = reopen(self.run)
+        except UserError:
+            return None
+        return experiment, instance.request(experiment.launch), instance
+
+    @cached_property
+    def used(self) -> dict[str, Any]:
+        """What was sampled of its use of the machine."""
+        return usage.summary(self.run)
+
+    @property
+    def node(self) -> str:
+        return self.status.node or (self.seen.accounted.nodes if self.seen.accounted else "") or "its node"
+
+    @property
+    def resume(self) -> str:
+        return f"hpc resume {self.name}"
+
+    @property
+    def saved(self) -> str:
+        newest = self.run.newest_checkpoint()
+        return f"It goes on from checkpoint {newest}." if newest else "It had saved nothing yet: it starts afresh."
+
+    def with_options(self, *options: str) -> list[str]:
+        """The command that submits the same run with other options, or resumes it where there is no SLURM."""
+        if self.status.cluster != "slurm":
+            return [self.resume]
+        single = alone(self.run)
+        return [f"sbatch {shlex.join([*options, *single.options, str(single.script)])}"]
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """The last words of rank 0, for a cause that nothing better tells of."""
+        path = self.evidence.last_log
+        return {"quote": self.evidence.last, "source": str(path.relative_to(self.run.path.parent)) if path else ""}
+
+
+def find(case: Case) -> Cause:
+    """The best explanation of a run's end."""
+    return next(cause for look in _LOOKS for cause in look(case))
+
+
+def _cancelled(case: Case) -> Iterator[Cause]:
+    if case.status.state == "cancelled":
+        when = float(case.records.submit.get("cancelled", 0))
+        by = (
+            f"with 'hpc cancel' at {moment(when)}"
+            if case.records.cancelled
+            else "with scancel, by you or an administrator"
+        )
+        yield Cause("cancelled", [f"It was cancelled {by}.", case.saved], [case.resume], [])
+
+
+def _bad_node(case: Case) -> Iterator[Cause]:
+    found = [event for event in case.events if event["event"] == "bad-node"]
+    if found:
+        faults = "; ".join(f"{event['node']}: {event['reason']}" for event in found)
+        yield Cause(
+            "bad node", [f"It met a bad node: {faults}.", str(case.status.detail)], ["hpc doctor", case.resume], []
+        )
+
+
+def _memory(case: Case) -> Iterator[Cause]:
+    told, line = case.seen.accounted, case.evidence.daemons.get("memory")
+    peaks = ((told.max_rss_gb if told else None), case.used.get("memory_peak_gb"))
+    limits = ((told.req_mem_gb if told else None), (case.asked[1].mem_gb if case.asked else None))
+    peak, limit = max(filter(None, peaks), default=0.0), next(filter(None, limits), 0.0)
+    near = case.code == _KILLED and limit and peak > _NEAR * limit
+    if not (case.word == "out of memory" or line or near):
+        return
+    asked = f" of {limit:.4g} GB a node" if limit else ""
+    measured = f": {peak:.1f} GB when it was last measured" if peak else ""
+    lines = [f"It used more than the memory{asked} that it had asked for{measured}."]
+    lines.append("Use less (data.batch_size, data.threads), or ask for more (launch.mem).")
+    wanted = ceil(_MORE * max(limit, peak))
+    if wanted and case.asked and wanted > (instance := case.asked[2]).mem_gb:
+        most = f"{instance.name} offers {instance.mem_gb:g} GB a node"
+        lines.append(f"{most}: for more, 'hpc instances' lists larger ones, if its nodes have no more than that.")
+    commands = case.with_options(f"--mem={wanted}000M") if wanted else [case.resume]
+    yield Cause("out of memory", [*lines, case.saved], commands, [line] if line else [])
+
+
+def _time_limit(case: Case) -> Iterator[Cause]:
+    noticed = any(event["event"] == "signal" and event.get("cause") == NOTICE.name for event in case.events)
+    if not ("time limit" in case.word or "time limit" in case.evidence.daemons or noticed):
+        return
+    told = case.seen.accounted
+    limit = (told.time_limit_s if told else None) or (case.asked[1].time_s if case.asked else None)
+    lines = [f"Its time limit{f' of {slurm_time(limit)}' if limit else ''} was reached at step {case.status.step}."]
+    if not noticed:
+        lines.append("It did not hear the notice ahead of it, or could not save in time: see train.checkpoint_every.")
+    lines += [case.saved]
+    longer = case.with_options(f"--time={slurm_time(ceil(_MORE * limit))}") if limit else []
+    yield Cause("time limit", lines, [case.resume, *(longer if longer != [case.resume] else [])], [])
+
+
+def _node_failure(case: Case) -> Iterator[Cause]:
+    if "node" in case.word or "node failure" in case.evidence.daemons:
+        lines = [f"{case.node} failed while it ran ({case.word or 'node failure'}).", case.saved]
+        yield Cause("node failure", lines, [case.resume], [])
+
+
+def _preempted(case: Case) -> Iterator[Cause]:
+    if case.word == "preempted" or "preemption" in case.evidence.daemons:
+        words = "A job of higher priority took its place, and this cluster does not requeue what it preempts."
+        yield Cause("preempted", [words, case.saved], ["hpc resume --all"], [])
+
+
+def _storage(case: Case) -> Iterator[Cause]:
+    texts = [*(found.error for found in case.evidence.tracebacks), *case.evidence.last]
+    full = next((text for text in texts if _FULL.search(text)), None)
+    if full or case.code == ExitCode.STORAGE:
+        words = "The disk is full or over its quota" if full else "A file could not be written or read"
+        said: dict[str, Any] = {"quote": [full]} if full else case.said
+        yield Cause("storage", [f"{words}.", case.saved], [f"df -h {case.run.runs}", case.resume], **said)
+
+
+def _gpu_memory(case: Case) -> Iterator[Cause]:
+    for found in case.evidence.tracebacks:
+        if _GPU_MEMORY.search(found.error):
+            parts = 2 * (case.asked[0].train.accumulate if case.asked else 1)
+            lines = [
+                f"GPU memory ran out on rank {found.rank}: {found.error.partition(': ')[2] or found.error}",
+                f"The same step in less memory: train.accumulate={parts} (the batch in parts), train.precision=bf16.",
+                "Or a smaller data.batch_size or model; 'hpc models NAME --input ... --batch N' tells their memory.",
+            ]
+            command = f"hpc submit {shlex.quote(str(case.run.experiment))} train.accumulate={parts}"
+            yield Cause("GPU out of memory", lines, [command], found.lines, _source(case, found))
+            return
+
+
+def _exception(case: Case) -> Iterator[Cause]:
+    if not case.evidence.tracebacks:
+        return
+    first, *others = case.evidence.tracebacks
+    rank = f"Rank {first.rank}" if first.rank is not None else "The batch script"
+    lost = f"; {len(others)} more ended with it" if others else ""
+    commands = [f"hpc logs {case.name} --tail 100" + (f" --rank {first.rank}" if first.rank else ""), case.resume]
+    lines = [f"{rank} failed first{lost}: {first.error}" if others else f"{rank} failed: {first.error}", case.saved]
+    yield Cause(f"exception: {first.error}", lines, commands, first.lines, _source(case, first))
+
+
+def _source(case: Case, found: evidence.Traceback) -> str:
+    return str(found.log.relative_to(case.run.path.parent))
+
+
+def _bad_input(case: Case) -> Iterator[Cause]:
+    if case.code == ExitCode.BAD_INPUT:
+        words = "The job refused its input: it would fail again, so it was not started again."
+        name = f"bad input: {case.evidence.last[-1]}" if case.evidence.last else "bad input"
+        yield Cause(
+            name, [words], [f"hpc plan {shlex.quote(str(case.run.experiment))}", f"hpc logs {case.name}"], **case.said
+        )
+
+
+def _never_began(case: Case) -> Iterator[Cause]:
+    if not case.records.state or "first attempt" in case.status.detail or "no attempt" in case.status.detail:
+        yield Cause("no attempt began", ["No attempt has begun."], [f"hpc logs {case.name}", case.resume], **case.said)
+
+
+def _signalled(case: Case) -> Iterator[Cause]:
+    if case.code <= 128 or case.status.state == "stopped":
+        return
+    try:
+        name = signal.Signals(case.code - 128).name
+    except ValueError:
+        name = f"signal {case.code - 128}"
+    words = {
+        "SIGKILL": "Mostly that is the kernel, for memory; else somebody's kill -9, or the time limit of a local run.",
+        "SIGSEGV": "That is a fault in native code: a driver, a library, or a wrong version of one.",
+        "SIGBUS": "That is often a file that was cut short while it was read, or a full /dev/shm.",
+    }.get(name, "Nobody has said why.")
+    lines = [f"The tasks were ended by {name}. {words}", case.saved]
+    yield Cause(f"ended by {name}", lines, [f"hpc logs {case.name} --tail 50", case.resume], **case.said)
+
+
+def _stopped(case: Case) -> Iterator[Cause]:
+    if case.status.state == "stopped":
+        words = case.status.detail or "It stopped cleanly"
+        lines = [
+            f"It saved and stopped: {words}.",
+            "It was not requeued, or its job has been removed since.",
+            case.saved,
+        ]
+        yield Cause("stopped", lines, [case.resume], [])
+
+
+def _unknown(case: Case) -> Iterator[Cause]:
+    lines = [f"{case.status.detail[:1].upper()}{case.status.detail[1:]}."]
+    if case.status.state == "lost":
+        lines.append(f"Neither its files nor SLURM say why: a kill -9, or {case.node} went down or was restarted.")
+    yield Cause(case.status.detail, [*lines, case.saved], [f"hpc logs {case.name} --tail 50", case.resume], **case.said)
+
+
+_LOOKS: tuple[Callable[[Case], Iterator[Cause]], ...] = (
+    _cancelled,
+    _bad_node,
+    _memory,
+    _time_limit,
+    _node_failure,
+    _preempted,
+    _storage,
+    _gpu_memory,
+    _exception,
+    _bad_input,
+    _never_began,
+    _signalled,
+    _stopped,
+    _unknown,
+)

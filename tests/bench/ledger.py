@@ -1,0 +1,108 @@
+"""How long `hpc ls` takes for 100 and 1,000 runs: `python -m tests.bench.ledger` (`make bench-ledger`).
+
+Half of the runs stand alone, half are rows of one sweep; a third each is finished, running and pending. Each command
+is a fresh process, squeue a stand-in that prints the jobs at once. Beside them: a Python that only lists the same
+folders and reads the same files, and `hpc --help`. Medians of several repeats, with a warm cache of the file system.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from hpc import yamlfile
+from hpc.rundir import RunDir, write_json
+from hpc.sweepdir import Chunk, SweepDir
+
+REPEATS = 7
+HPC = [sys.executable, "-m", "hpc.cli"]
+BARE = """
+import os, sys
+for folder, _, files in os.walk(sys.argv[1]):
+    for name in files:
+        if name in ("state.json", "submit.json", "result.json", "rows.txt", "sweep.yaml"):
+            with open(os.path.join(folder, name), "rb") as file:
+                file.read()
+"""
+EXPERIMENT = "name: exp\nmodel: {name: resnet3d_tiny}\ndata: {file: x.h5}\n"
+
+
+def make_run(path: Path, number: int, job: str, submit: bool) -> str:
+    """A run in one of three states; its line of squeue, empty when it is finished."""
+    run, now = RunDir(path), time.time()
+    run.events.mkdir(parents=True)
+    run.logs.mkdir()
+    run.experiment.write_text(EXPERIMENT)
+    run.delta.write_text(yamlfile.dump({"train.seed": number, "train.optimizer.lr": 1e-3}))
+    if submit:
+        write_json(run.submit, {"cluster": "slurm", "job": job, "time": now - 900})
+    kind = ("finished", "running", "pending")[number % 3]
+    if kind != "pending":
+        run.event("start", "shell", 1, job=job)
+        best = {"epoch": 3, "step": 30, "metrics": {"accuracy": 0.5 + number / 4000, "loss": 0.4}}
+        state = {"generation": 1, "job": job, "host": "n", "node": "n", "pid": 1, "phase": "training", "step": 40}
+        common = {"epoch": 4, "steps": 90, "monitor": "accuracy", "best": best, "started": now - 800, "time": now - 1}
+        write_json(run.state, {**state, **common})
+        if kind == "finished":
+            write_json(run.result, {"monitor": "accuracy", "direction": "max", "best": best})
+            return ""
+    state, reason = ("RUNNING", "None") if kind == "running" else ("PENDING", "Priority")
+    return f"{job}|{state}|{reason}|n|gpu|1|N/A|N/A|N/A|8:00:00|1|(null)|(null)"
+
+
+def make_runs(folder: Path, count: int) -> Path:
+    """`count` runs under `folder`/runs, and a squeue that knows their jobs; the folder of that."""
+    half, runs = count // 2, folder / "runs"
+    lines = [make_run(runs / f"exp-{number:08x}", number, str(1000 + number), True) for number in range(half)]
+    sweep = SweepDir(runs / "exp-sweep-0123abcd")
+    names = [f"exp-{number:08x}" for number in range(half, count)]
+    lines += [make_run(sweep.path / name, n, f"999_{n}", False) for n, name in enumerate(names)]
+    sweep.rows_file.write_text("".join(f"{name}\n" for name in names))
+    sweep.write_chunks([Chunk(0, 0, len(names), 8)], axes={"train.seed": [str(n) for n in range(len(names))]})
+    sweep.record("slurm", {0: ("999", list(range(len(names))))})
+    (folder / "bin").mkdir()
+    (folder / "jobs").write_text("".join(f"{line}\n" for line in lines if line))
+    squeue = folder / "bin" / "squeue"
+    squeue.write_text(f"#!/bin/sh\nexec cat '{folder}/jobs'\n")
+    squeue.chmod(0o755)
+    return folder / "bin"
+
+
+def median(command: list[str], environ: dict[str, str]) -> float:
+    """Seconds of a fresh process."""
+
+    def once() -> float:
+        began = time.perf_counter()
+        subprocess.run(command, env=environ, stdout=subprocess.DEVNULL, check=True)
+        return time.perf_counter() - began
+
+    return repeated(once)
+
+
+def repeated(once: Callable[[], float]) -> float:
+    once()
+    return statistics.median(once() for _ in range(REPEATS))
+
+
+def main() -> None:
+    print(f"{'runs':>6}  {'command':<24}{'seconds':>9}{'of bare reading':>17}")
+    for count in (100, 1000):
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            path = f"{make_runs(folder, count)}{os.pathsep}{os.environ['PATH']}"
+            environ = {**os.environ, "PATH": path, "HPC_RUNS": str(folder / "runs"), "COLUMNS": "160"}
+            bare = median([sys.executable, "-c", BARE, str(folder / "runs")], environ)
+            print(f"{count:>6}  {'bare reading':<24}{bare:>9.3f}{1:>17.1f}")
+            for words in ("--help", "ls", "ls --all", "ls exp-sweep-0123abcd", "ls --json", "watch --once"):
+                took = median([*HPC, *words.split()], environ)
+                print(f"{count:>6}  {'hpc ' + words:<24}{took:>9.3f}{took / bare:>17.1f}")
+
+
+if __name__ == "__main__":
+    main()
