@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, ClusterError
+from tests.slurm.cluster import Cluster, ClusterError, obstacle
 
 pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).parent.parent
+INSTALL = ROOT / "tests" / "slurm" / "install.sh"
 BY_HAND = [sys.executable, "-m", "tests.slurm"]
 
 # Batch shell and tasks log their signals; a task leaves with 75 soon after TERM or USR2, as ours do.
@@ -137,9 +138,150 @@ def test_job_requeue_0_and_stop_with_a_job_running() -> None:
         cluster.wait_state(job, "RUNNING")
         refused = cluster.run("scontrol", "requeue", job, check=False)
         assert (refused.returncode, "presently disabled" in refused.stderr) == (1, True)
+    nothing_is_left(folder)
+
+
+def nothing_is_left(folder: Path) -> None:
+    """No file, no cgroup, and no process that was started for the cluster in this folder."""
     assert not folder.exists()
+    assert not Path("/sys/fs/cgroup/memory", folder.name).exists()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             assert str(folder).encode() not in (entry / "environ").read_bytes()
         except OSError:
             continue
+
+
+@pytest.mark.slurm(accounting=True)
+def test_accounting_remembers_each_attempt(tmp_path: Path) -> None:
+    with Cluster(accounting=True, kill_wait=1) as cluster:
+        print(f"the cluster with accounting was up in {cluster.start_seconds:.2f} s")
+        folder = cluster.folder
+        job = Watched(cluster, tmp_path)
+        cluster.preempt(job.id)
+        job.finish()
+        failed = cluster.submit("--wrap=exit 3", "--output=/dev/null")
+        shown = ("sacct", "--noheader", "--parsable2", "--duplicates", "--allocations", "--format=JobID,State,ExitCode")
+        expected = {f"{job.id}|PREEMPTED|0:0", f"{job.id}|COMPLETED|0:0", f"{failed}|FAILED|3:0"}
+        cluster.wait_for(lambda: expected <= set(cluster.run(*shown).stdout.splitlines()), 10, "the records")
+        memory = ("sacct", "--noheader", "--parsable2", f"--jobs={job.id}.batch", "--duplicates", "--format=MaxRSS")
+        cluster.wait_for(lambda: cluster.run(*memory).stdout.strip(), 10, "the memory of the batch shell")
+    nothing_is_left(folder)
+
+
+def test_without_accounting_sacct_says_so(slurm_cluster: Cluster) -> None:
+    refused = slurm_cluster.run("sacct", check=False)
+    assert (refused.returncode, refused.stderr) == (1, "Slurm accounting storage is disabled\n")
+
+
+HOG = "python3 -c 'import time; eaten = bytes(range(256)) * 800_000; time.sleep(9)'"
+KILLED = {
+    "kernel": ("OUT_OF_MEMORY", "0:125", "oom-kill event(s) in StepId={}.batch"),
+    "sampled": ("FAILED", "0:9", "StepId={}.batch exceeded memory limit"),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slurm(memory_limit=kind)) for kind in ("kernel", "sampled")]
+)
+def test_a_job_over_its_memory_is_killed(kind: str, tmp_path: Path) -> None:
+    with Cluster(memory_limit=kind) as cluster:
+        folder = cluster.folder
+        modest = cluster.submit("--mem=400M", "--output=/dev/null", f"--wrap={HOG.replace('9', '2')}")
+        greedy = cluster.submit("--mem=50M", "--output=out", f"--wrap={HOG}", cwd=tmp_path)
+        state, code, words = KILLED[kind]
+        cluster.wait_state(greedy, state)
+        assert cluster.job_field(greedy, "ExitCode") == code
+        assert words.format(greedy) in (tmp_path / "out").read_text()
+        cluster.wait_state(modest, "COMPLETED")
+    nothing_is_left(folder)
+
+
+def test_cancel_mode_and_the_signal_of_the_users_choice(tmp_path: Path) -> None:
+    with Cluster(preempt_mode="CANCEL", user_signal=True, kill_wait=1) as cluster:
+        job = Watched(cluster, tmp_path, "--partition=grace", "--signal=USR2@60", "--time=10")
+        cluster.preempt(job.id)
+        cluster.wait_for(lambda: any(line.startswith("srun") for line in job.lines()), 20, "the end of srun")
+        assert {"task0 USR2", "task1 USR2"} <= set(job.lines())
+        assert not [line for line in job.lines() if line.startswith("batch") or line.endswith("TERM")]
+        plain = cluster.submit("--requeue", "--wrap=sleep 60", "--output=/dev/null")
+        cluster.wait_state(plain, "RUNNING")
+        cluster.preempt(plain)
+        cluster.wait_state(plain, "PREEMPTED")
+        assert cluster.job_field(plain, "Restarts") == "0", "not even --requeue helps"
+
+
+def test_each_task_of_an_array_is_displaced_alone(tmp_path: Path) -> None:
+    with Cluster(nodes=3, max_array_size=4, kill_wait=1) as cluster:
+        whole = ("--requeue", "--cpus-per-task=12", "--output=/dev/null", "--wrap=exec sleep 60")
+        with pytest.raises(ClusterError, match="Invalid job array specification"):
+            cluster.submit("--array=0-4", *whole)
+        job = cluster.submit("--array=0-3", *whole)
+        expected = {0: "RUNNING", 1: "RUNNING", 2: "RUNNING", 3: "PENDING"}
+        cluster.wait_for(lambda: cluster.array_states(job) == expected, 10, "three tasks to run")
+        cluster.run("scancel", f"{job}_3")
+        with pytest.raises(ClusterError, match="is CANCELLED: only a running job"):
+            cluster.preempt(f"{job}_3")
+        for index in (2, 0, 1):
+            cluster.wait_state(cluster.preempt(f"{job}_{index}", seconds=0.1), "COMPLETED")
+            expected |= {index: "PENDING", 3: "CANCELLED"}
+            assert cluster.array_states(job) == expected
+        assert [cluster.job_field(f"{job}_{index}", "Restarts") for index in range(3)] == ["1"] * 3
+
+
+def test_jobs_outlive_the_controller_and_a_failed_sbatch_may_have_submitted() -> None:
+    with Cluster(message_timeout=2) as cluster:
+        job = cluster.submit("--wrap=exec sleep 60", "--output=/dev/null")
+        cluster.wait_state(job, "RUNNING")
+        cluster.stop_controller()
+        with pytest.raises(ClusterError, match=r"Unable to contact slurm controller \(connect failure\)"):
+            cluster.submit("--wrap=true")
+        cluster.start_controller()
+        assert cluster.state(job) == "RUNNING"
+        cluster.pause_controller()
+        with pytest.raises(ClusterError, match="Socket timed out"):
+            cluster.submit("--hold", "--comment=token", "--wrap=true")
+        cluster.resume_controller()
+        comments = ("squeue", "--noheader", "--states=all", "--format=%k")
+        cluster.wait_for(lambda: cluster.run(*comments).stdout.split().count("token") == 1, 10, "exactly one job")
+
+
+def test_a_node_goes_down_and_comes_back(tmp_path: Path) -> None:
+    with Cluster(node_timeout=3, message_timeout=2, kill_wait=1) as cluster:
+        again, never = (
+            cluster.submit(option, "--nodelist=node0", "--wrap=exec sleep 60", "--output=/dev/null")
+            for option in ("--requeue", "--no-requeue")
+        )
+        for job in (again, never):
+            cluster.wait_state(job, "RUNNING")
+        cluster.node_down("node0")
+        cluster.wait_state(never, "NODE_FAIL")
+        cluster.wait_state(again, "PENDING")
+        assert cluster.node_state("node0") in ("down", "drained", "draining")
+        cluster.node_up("node0")
+        cluster.release(again)
+        cluster.wait_state(again, "RUNNING")
+        cluster.cut_power("node0")
+        cluster.wait_for(lambda: cluster.node_state("node0") == "down*", 30, "the silent node to be missed")
+        cluster.node_up("node0")
+        cluster.wait_state(again, "PENDING")
+        assert cluster.job_field(again, "Restarts") == "2"
+
+
+def test_two_clusters_side_by_side_know_nothing_of_each_other(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    names = ("squeue", "--noheader", "--states=all", "--format=%j")
+    with Cluster(nodes=1) as other:
+        for cluster, name in ((slurm_cluster, "ours"), (other, "theirs")):
+            job = cluster.submit(f"--job-name={name}", f"--wrap=echo {name} $SLURM_CONF > {name}", cwd=tmp_path)
+            cluster.wait_state(job, "COMPLETED")
+            assert (tmp_path / name).read_text() == f"{name} {cluster.folder}/slurm.conf\n"
+        assert "theirs" not in slurm_cluster.run(*names).stdout.split()
+        assert sorted(set(other.run(*names).stdout.split())) == ["theirs", "true"]
+    assert slurm_cluster.run("srun", "echo", "well").stdout == "well\n"
+
+
+def test_nothing_is_installed_where_all_is_there() -> None:
+    if obstacle(accounting=True):
+        pytest.skip("something is missing, and a test installs nothing")
+    done = subprocess.run(["sh", INSTALL], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

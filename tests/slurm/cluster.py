@@ -10,6 +10,7 @@ real cluster.
 """
 
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from tests.slurm import accounting as database
+from tests.slurm import memory
 from tests.slurm.processes import (
     ClusterError,
     free_ports,
@@ -43,18 +45,21 @@ T = TypeVar("T")
 CPUS = 12
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "munged", "unmunge", "unshare")
 CONF = Path(__file__).with_name("slurm.conf.in")
-# Mounts a hosts file of its own over /etc/hosts, seen by this slurmd and its jobs only, then becomes slurmd.
-IN_NODE = ("unshare", "--mount", "--propagation", "slave", "sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"')
+# What a node mounts is seen by its slurmd and their jobs only.
+IN_NODE = ("unshare", "--mount", "--propagation", "slave", "sh", "-c")
 MEASURED = ("JobAcctGatherType=jobacct_gather/linux", "JobAcctGatherFrequency=1")
+USER_SIGNAL = ("SlurmctldParameters=preempt_send_user_signal",)
 
 
-def obstacle(*, accounting: bool = False) -> str | None:
-    """Says in a few words why no cluster can be started here and what helps; None when one can be started."""
+def obstacle(*, accounting: bool = False, memory_limit: str = "") -> str | None:
+    """Says in a few words why no (such) cluster can be started here and what helps; None when one can be started."""
     if os.geteuid() != 0:
         return "not root; run this as root"
     wanted = PROGRAMS + (database.PROGRAMS if accounting else ())
     missing = [name for name in wanted if shutil.which(name, path=search_path()) is None]
-    return f"not installed: {', '.join(missing)}; install with: sudo sh tests/slurm/install.sh" if missing else None
+    if missing:
+        return f"not installed: {', '.join(missing)}; install with: sudo sh tests/slurm/install.sh"
+    return memory.obstacle(memory_limit)
 
 
 class Cluster:
@@ -70,8 +75,10 @@ class Cluster:
         user_signal: jobs that are displaced get the signal of their `--signal` first.
         kill_wait: seconds between SIGTERM and SIGKILL.
         max_array_size: one more than the highest index that an array may have.
-        memory_limit: a job that uses more memory than it asked for is killed within about a second.
-        node_timeout: after so many seconds without an answer a node is down.
+        memory_limit: who kills what uses more memory than the job asked for: "kernel" (at once, and SLURM says
+            OUT_OF_MEMORY, as on real clusters) or "sampled" (SLURM itself looks each second); "": nobody.
+        node_timeout: after so many seconds without an answer (3 at least, and some more) a node is down.
+        message_timeout: after so many seconds a client, or slurmctld asking a node, no longer waits for an answer.
         extra: further lines for slurm.conf; one that repeats a key of the template wins.
     """
 
@@ -85,18 +92,17 @@ class Cluster:
         user_signal: bool = False,
         kill_wait: int = 5,
         max_array_size: int = 1001,
-        memory_limit: bool = False,
+        memory_limit: str = "",
         node_timeout: int = 30,
+        message_timeout: int = 10,
         extra: Sequence[str] = (),
     ) -> None:
         self.nodes = tuple(f"node{number}" for number in range(nodes))
-        self.accounting = accounting
+        self.accounting, self.memory_limit = accounting, memory_limit
         self.settings = {"job_requeue": job_requeue, "preempt_mode": preempt_mode, "kill_wait": kill_wait}
         self.settings |= {"max_array_size": max_array_size, "node_timeout": node_timeout}
-        lines = list(MEASURED) if accounting or memory_limit else []
-        lines += ["JobAcctGatherParams=OverMemoryKill"] if memory_limit else []
-        lines += ["SlurmctldParameters=preempt_send_user_signal"] if user_signal else []
-        self.extra = (*lines, *extra)
+        self.settings |= {"message_timeout": message_timeout}
+        self.extra = (*(MEASURED if accounting or memory_limit else ()), *(USER_SIGNAL if user_signal else ()), *extra)
         self.folder = Path()
         self.ports: dict[str, int] = {}
         self.borrowed_munge = False
@@ -111,7 +117,7 @@ class Cluster:
         Raises:
             ClusterError: when it cannot start here, or does not answer in time; with the tails of the logs.
         """
-        if reason := obstacle(accounting=self.accounting):
+        if reason := obstacle(accounting=self.accounting, memory_limit=self.memory_limit):
             raise ClusterError(f"no SLURM cluster can be started here: {reason}")
         began = time.monotonic()
         self.folder = new_folder()
@@ -292,35 +298,49 @@ class Cluster:
     # -- harm -------------------------------------------------------------------------------------------------------
 
     def stop_controller(self, *, clean: bool = True) -> None:
-        """Ends slurmctld; jobs run on, and clients fail until `start_controller`.
+        """Ends slurmctld; jobs run on, and clients fail within `message_timeout` until `start_controller`.
 
         Args:
-            clean: by SIGTERM, which saves the state; else by SIGKILL, and what it was told in the last seconds is
-                lost, a job that sbatch has just reported among it.
+            clean: by SIGTERM, which saves the state; else by SIGKILL, which loses what it was told in the last 5 s or
+                so: a job that sbatch has reported is forgotten, and its id given to another.
         """
         self.daemons["slurmctld"].send_signal(signal.SIGTERM if clean else signal.SIGKILL)
         self.daemons["slurmctld"].wait(30)
 
     def start_controller(self) -> None:
-        """Starts slurmctld again, from its saved state, and returns when it knows its nodes."""
+        """Starts slurmctld again, from its saved state, and returns when it answers; idle nodes follow in 5 s."""
         self.launch("slurmctld")
-        lost = ("*", "unknown", "down")
-        self.wait_for(lambda: not any(word in self._nodes("%T") for word in lost), 30, "all nodes to answer")
+        self.wait_for(lambda: self._nodes("%t"), 30, "an answer from slurmctld")
+
+    def pause_controller(self) -> None:
+        """Stops slurmctld in its tracks: clients give up after `message_timeout`.
+
+        What they asked is done on `resume_controller`: an sbatch that fails may have submitted.
+        """
+        self.daemons["slurmctld"].send_signal(signal.SIGSTOP)
+
+    def resume_controller(self) -> None:
+        """Lets a paused slurmctld go on, with all that it was asked meanwhile."""
+        self.daemons["slurmctld"].send_signal(signal.SIGCONT)
 
     def node_down(self, name: str) -> None:
-        """Says to SLURM that the node is down, as an administrator does: its jobs end or are requeued at once."""
-        self.run("scontrol", "update", f"NodeName={name}", "State=DOWN", "Reason=test")
+        """Says to SLURM that the node is down, as an administrator does: its jobs end or are requeued at once.
+
+        Its slurmd lives and would bring it back within a second: so it is drained too.
+        """
+        for state in ("DRAIN", "DOWN"):
+            self.run("scontrol", "update", f"NodeName={name}", f"State={state}", "Reason=test")
 
     def cut_power(self, name: str) -> None:
-        """Kills slurmd and every process on the node; SLURM notices after `node_timeout`."""
+        """Kills slurmd and every process on the node; SLURM notices after about `node_timeout + message_timeout`."""
         kill_mount_namespace(self.daemons[name])
 
     def node_up(self, name: str) -> None:
         """Brings a node back after either of these, and returns when it takes jobs."""
         if self.daemons[name].poll() is not None:
             self.launch(name)
-        if self.node_state(name).startswith(("down", "drain")):
-            self.run("scontrol", "update", f"NodeName={name}", "State=RESUME")
+        # Refused when the new slurmd was faster: a node that was silent comes back by itself.
+        self.run("scontrol", "update", f"NodeName={name}", "State=RESUME", check=False)
         self.wait_for(lambda: self.node_state(name) in ("idle", "mixed", "allocated"), 30, f"{name} to be up")
 
     # -- inside -----------------------------------------------------------------------------------------------------
@@ -345,8 +365,9 @@ class Cluster:
         if self.accounting:
             munge = None if self.borrowed_munge else self._own_munge
             lines += database.configure(self.folder, self.ports["slurmdbd"], munge)
-        (self.folder / "slurm.conf").write_text("\n".join([text, *lines, *self.extra, ""]))
         (self.folder / "cgroup.conf").write_text("CgroupAutomount=no\nConstrainCores=no\n")
+        lines += memory.configure(self.memory_limit, self.folder, self.nodes)
+        (self.folder / "slurm.conf").write_text("\n".join([text, *lines, *self.extra, ""]))
         (self.folder / "gres.conf").write_text("".join(self._fake_gpu(node) for node in self.nodes))
         (self.folder / "hosts").write_text(Path("/etc/hosts").read_text() + f"\n127.0.0.1 {' '.join(self.nodes)}\n")
         key = self.folder / "munge.key"
@@ -369,7 +390,10 @@ class Cluster:
         commands |= database.commands(self.folder) if self.accounting else {}
         commands["slurmctld"] = ["slurmctld", "-D", "-f", conf]
         for node in self.nodes:
-            commands[node] = [*IN_NODE, str(self.folder / "hosts"), "slurmd", "-D", "-f", conf, "-N", node]
+            mounts = {Path("/etc/hosts"): self.folder / "hosts"} | memory.mounts(self.memory_limit, self.folder, node)
+            steps = [shlex.join(["mount", "--bind", str(real), str(seen)]) for seen, real in mounts.items()]
+            script = " && ".join([*steps, 'exec "$@"'])
+            commands[node] = [*IN_NODE, script, "sh", "slurmd", "-D", "-f", conf, "-N", node]
         return commands
 
     def _answers(self) -> bool:

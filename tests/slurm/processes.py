@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.slurm import memory
+
 PREFIX = "slurm-cluster-"
 SBIN = "/usr/sbin:/sbin"
 
@@ -50,6 +52,7 @@ def sweep(folder: Path) -> None:
         for pid in left:
             kill(pid)
         time.sleep(0.02)
+    memory.remove(folder)
     shutil.rmtree(folder, ignore_errors=True)
 
 
