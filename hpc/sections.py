@@ -179,8 +179,10 @@ class Container(BaseModel):
 def bindable(place: Path) -> str:
     """A folder as containers are given it. Raises UserError where its name would be read as more than a name."""
     text = str(place)
-    if set(":,$") & set(text):
-        raise UserError(f"{text!r} cannot be bound into a container: ':', ',' and '$' have a meaning there; move it")
+    if set(":,$") & set(text) or _CONTROL.search(text):
+        raise UserError(
+            f"{text!r} cannot be bound into a container: ':', ',', '$' and line breaks have a meaning there; move it"
+        )
     return text
 
 

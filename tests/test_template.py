@@ -8,7 +8,7 @@ import pytest
 
 from hpc import plan, template
 from hpc.errors import UserError
-from hpc.experiment import load
+from hpc.experiment import Launch, load
 from hpc.instances import Instance
 from hpc.rundir import RunDir
 from hpc.sweepdir import Chunk
@@ -135,6 +135,20 @@ def test_a_task_without_a_row_is_bad_input_in_one_line(task: str, tmp_path: Path
     assert done.returncode == 2
     assert done.stderr == f"array task '{task}': no row in {tmp_path}/sweep/rows.txt\n"
     assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.slurm
+def test_sbatch_itself_reads_every_value_as_it_is(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    launch = Launch(cpus=1, mem=0.1, gpus=0, time=60)
+    values = [*ODD, "\\", "'\\'", '\\"', "a\\nb"]
+    for odd in values:
+        script = tmp_path / "job.sbatch"
+        script.write_text(template.render_function(odd, CEDIA, launch, tmp_path, "true", None, comment=odd))
+        slurm_cluster.submit("--hold", script)
+    told = slurm_cluster.run("squeue", "--noheader", "--format=%i|%j|%k").stdout.splitlines()
+    jobs = {line.split("|")[0]: line.split("|")[1:] for line in told}
+    slurm_cluster.run("scancel", *jobs)
+    assert sorted(jobs.values()) == sorted([odd, odd] for odd in values)
 
 
 @pytest.mark.slurm
