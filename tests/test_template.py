@@ -3,6 +3,7 @@
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -214,6 +215,77 @@ def test_the_instances_environment_and_prologue_reach_the_tasks(tmp_path: Path) 
     told = (tmp_path / "record").read_text()
     assert told == "a 'b' $(touch canary) `id`\nsecond|http://p:3128|hello world|2"
     assert not (tmp_path / "canary").exists()
+
+
+SITE = {
+    "name": "site",
+    "cpus": 2,
+    "mem_gb": 4,
+    "time_limit": 3600,
+    "modules": ["cuda/12.4"],
+    "venv": "$SITE/my venv",
+    "scratch": "$SITE/scratch",
+    "scratch_gb": 2.5,
+    "prologue": ["set -euo pipefail", 'said="$LOADED $ACTIVE $HPC_SCRATCH $HPC_SCRATCH_GB"'],
+    "epilogue": ['echo "$said, then $code" > "$SITE/said"', "set -e", "false", "exit 9"],
+}
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A site's files: modules of which only cuda/12.4 is there, and a venv."""
+    init, venv = tmp_path / "modules" / "init" / "bash", tmp_path / "my venv" / "bin"
+    for folder in (init.parent, venv):
+        folder.mkdir(parents=True)
+    init.write_text('module() { [ "$2" = cuda/12.4 ] && LOADED=$2; }\n')
+    (venv / "activate").write_text("ACTIVE=venv\n")
+    (tmp_path / "python").write_text(STUB.replace("#!/bin/sh\n", '#!/bin/sh\n[ "$2" != hpc.localstep ] || exit 3\n'))
+    (tmp_path / "python").chmod(0o755)
+    return tmp_path
+
+
+def at_the_site(site: Path, given: Instance) -> subprocess.CompletedProcess[str]:
+    (site / "job.sbatch").write_text(render(experiment(), site / "x-1", str(site / "python"), given))
+    environ = {"PATH": os.environ["PATH"], "MODULESHOME": str(site / "modules"), "SITE": str(site)}
+    environ["RECORD"] = str(site / "record")
+    return subprocess.run(["bash", "job.sbatch"], cwd=site, env=environ, capture_output=True, text=True, check=False)
+
+
+def test_a_sites_sections_come_in_order_and_the_tail_runs_whatever_they_do(site: Path) -> None:
+    done = at_the_site(site, Instance.model_validate(SITE))
+    assert (done.returncode, done.stderr) == (3, ""), "the step's code, not the epilogue's"
+    assert (site / "said").read_text() == f"cuda/12.4 venv {site}/scratch 2.5, then 3\n"
+    assert (site / "record").read_text().split("\1")[-2].split("\0")[:5] == [
+        "-m",
+        "hpc.requeue",
+        f"{site}/x-1",
+        "7",
+        "3",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"modules": ["cuda/12.4", "gcc/99"]}, 2, "modules: gcc/99 cannot be loaded here; see 'module avail'"),
+        ({"venv": "/none"}, 2, "/none/bin/activate: No such file or directory"),
+        ({"scratch": "$NOWHERE/x"}, None, "NOWHERE: is not set on this node"),
+    ],
+)
+def test_a_section_that_fails_ends_the_job_with_one_line_before_the_attempt(
+    change: dict[str, Any], code: int | None, words: str, site: Path
+) -> None:
+    done = at_the_site(site, Instance.model_validate({**SITE, **change}))
+    assert done.returncode == code or (code is None and done.returncode)
+    assert done.stderr.rstrip().endswith(words) and done.stderr.count("\n") == 1
+    assert not (site / "record").exists()
+
+
+def test_a_pyxis_container_ends_a_local_run_with_one_line(site: Path) -> None:
+    given = Instance.model_validate({**SITE, "venv": None, "container": {"engine": "pyxis", "image": "x"}})
+    done = at_the_site(site, given)
+    assert done.returncode == 2 and done.stderr == f"{given.local_obstacle}\n"
+    assert not (site / "record").exists()
 
 
 @pytest.fixture
