@@ -100,9 +100,10 @@ class SlurmRunExecutor(SlurmExecutor):
         try:
             found = slurm.find_by_comment(self._token)
         except slurm.SlurmError as silence:
+            name = self._token.split("/")[0]
             raise UserError(
-                f"sbatch failed ({words}) and may have submitted all the same ({silence}); "
-                f"before you repeat it, look for a job with the comment {self._token}"
+                f"sbatch failed ({words}) and may have submitted all the same ({silence}); when SLURM answers again, "
+                f"'hpc ls' shows whether {name} is in the queue, and 'hpc resume {name}' submits it if it is not"
             ) from None
         if found is None:
             raise Refused(f"sbatch refused {self._script}: {words}")

@@ -102,8 +102,8 @@ class Playing:
 def _result(play: Playing, run: Path) -> bool:
     """Whether a run is finished; one that has failed will never be."""
     state = play.read("state.json", run)
-    failed = state.get("phase") == "ended" and not (run / "result.json").exists()
-    assert not failed, f"{run.name} failed: {state.get('reason')}\n{play.block()}"
+    told = state.get("reason") if state.get("phase") == "ended" else None  # by the batch script's tail
+    assert not told or (run / "result.json").exists(), f"{run.name} failed: {told}\n{play.block()}"
     return (run / "result.json").exists()
 
 
@@ -172,6 +172,26 @@ def _by_hand(play: Playing) -> None:
     play.log.append(f"$ sbatch runs/{play.run.name}/job.sbatch\nSubmitted batch job {play.by_hand}")
 
 
+def _submit_meanwhile(play: Playing, command: str) -> None:
+    """The controller stops as the command calls sbatch, and is there again before sbatch gives up (9 s)."""
+    programs, cluster = play.folder / "programs", _cluster(play)
+    programs.mkdir()
+    waiting = f'touch "{programs}/now"\nwhile [ ! -e "{programs}/go" ]; do sleep 0.05; done\n'
+    test_only = 'case "$*" in *--test-only*) exec /usr/bin/sbatch "$@";; esac\n'
+    (programs / "sbatch").write_text(f'#!/bin/sh\n{test_only}{waiting}exec /usr/bin/sbatch "$@"\n')
+    (programs / "sbatch").chmod(0o755)
+    before = {**play.environment()}
+    before["PATH"] = f"{programs}{os.pathsep}{before['PATH']}"
+    submitting = subprocess.Popen(command, shell=True, cwd=play.folder, env=before, stdout=subprocess.PIPE, text=True)
+    play.wait((programs / "now").exists, "sbatch is called")
+    cluster.stop_controller()
+    (programs / "go").touch()
+    time.sleep(3)
+    cluster.start_controller()
+    play.log += [f"$ {command}", submitting.communicate(timeout=60)[0]]
+    assert submitting.returncode == 0, play.block()
+
+
 def _expect_attempts(play: Playing, count: str) -> None:
     time.sleep(2)
     found = len(list((play.run / "events").glob("*-shell.jsonl")))
@@ -202,6 +222,9 @@ _EVENTS: dict[str, Callable[..., Any]] = {
     r"preempt row (\d+)": lambda play, number: _cluster(play).preempt(_row_job(play, number)),
     r"requeue row (\d+)": lambda play, number: _release(play, _row_job(play, number)),
     r"cancel row (\d+)": lambda play, number: play.command(f"hpc cancel {play.row_of(number).name}"),
+    r"controller stops": lambda play: _cluster(play).stop_controller(),
+    r"controller starts": lambda play: _cluster(play).start_controller(),
+    r"controller is away during (hpc submit .*)": _submit_meanwhile,
     r"preempt": lambda play: _cluster(play).preempt(play.job),
     r"scancel": lambda play: _cluster(play).run("scancel", play.job),
     r"freeze at step (\d+)": _freeze,

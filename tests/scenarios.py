@@ -145,6 +145,14 @@ ROWS = [
         weights="one-task",
     ),
     Row(
+        "controller-away",
+        "no answer: refused, and nothing is left; stopped during the submission: exactly one job",
+        "controller stops\n$ ! hpc submit tiny.yaml launch.cluster=slurm\n$ ! ls runs\ncontroller starts\n"
+        "controller is away during hpc submit tiny.yaml launch.cluster=slurm\nwait for end",
+        cluster={},
+        weights="one-task",
+    ),
+    Row(
         "array-preempted",
         "each index of an array preempted in turn, the last one too: no sibling is touched",
         f"{SWEEP} train.keep=2,3,4 launch.cpus=12\n"

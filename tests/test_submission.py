@@ -63,7 +63,7 @@ def test_an_old_job_of_the_same_token_is_not_taken_for_it(run: RunDir, fake: Fak
 def test_when_nobody_answers_the_doubt_is_told(run: RunDir, fake: FakeSlurm) -> None:
     fake.fails("sbatch", "Socket timed out on send/recv operation")
     fake.fails("squeue", "Unable to contact slurm controller")
-    with pytest.raises(UserError, match=r"may have submitted all the same .*comment exp-0000aaaa"):
+    with pytest.raises(UserError, match=r"may have submitted all the same .*'hpc resume exp-0000aaaa' submits it"):
         submission.submit(run, "slurm")
 
 

@@ -54,11 +54,13 @@ def report(
 
 
 def _run_data(run: Any) -> Any:
-    """What the journal needs of a run; None, and a line on stderr, of one whose files are damaged."""
+    """What the journal needs of a run; None of a step that does not train, and of one whose files are damaged."""
     from hpc import ledger, yamlfile
     from hpc.journal.report import RunData
     from hpc.rundir import read_json
 
+    if run.step.exists():
+        return None
     status = ledger.status(run)
     if status.state == "damaged":
         print(f"{run.name} is left out: {status.detail}", file=sys.stderr)
