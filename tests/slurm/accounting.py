@@ -10,8 +10,15 @@ from tests.slurm.processes import ClusterError, search_path
 
 PROGRAMS = ("slurmdbd", "sacct", "sacctmgr", "mariadbd", "mariadb-install-db")
 # Small and careless with the disk: it lives for some seconds and a crash of the machine may eat it.
-MARIADB = ("--no-defaults", "--user=root", "--skip-networking", "--innodb-buffer-pool-size=64M")
-MARIADB += ("--innodb-log-file-size=16M", "--innodb-flush-log-at-trx-commit=0", "--innodb-lock-wait-timeout=900")
+MARIADB = (
+    "--no-defaults",
+    "--user=root",
+    "--skip-networking",
+    "--innodb-buffer-pool-size=64M",
+    "--innodb-log-file-size=16M",
+    "--innodb-flush-log-at-trx-commit=0",
+    "--innodb-lock-wait-timeout=900",
+)
 
 
 def socket(folder: Path) -> Path:
