@@ -122,6 +122,9 @@ def _check_cluster(experiments: Sequence[Experiment], instance: Instance, findin
     except slurm.SlurmError as error:
         findings.unchecked.append(f"partition, nodes, preemption and sbatch's verdict: {error}")
         return False
+    rows, most = len(experiments), live.settings.max_array_size
+    if rows > most:
+        findings.passed.append(f"{rows} rows are several arrays: one has {most} at most here (MaxArraySize)")
     partitions: dict[str, None] = {}
     for group in _groups(experiments, lambda one: one.launch.model_dump_json()):
         launch = group.experiment.launch

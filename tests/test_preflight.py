@@ -65,7 +65,9 @@ def test_all_that_fits_is_told_and_the_budget_of_a_preemption_too(fake: FakeSlur
 
 
 def test_three_questions_to_scontrol_and_one_to_sbatch_for_any_number_of_rows(fake: FakeSlurm) -> None:
-    check(*rows(*({"train__seed": seed} for seed in range(200))))
+    fake.configure({"MaxArraySize": "100"})
+    found = check(*rows(*({"train__seed": seed} for seed in range(200))))
+    assert "200 rows are several arrays: one has 100 at most here (MaxArraySize)" in found.passed
     assert [call.split()[0] for call in fake.calls()] == ["scontrol"] * 3 + ["sbatch"]
 
 
