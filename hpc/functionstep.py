@@ -8,6 +8,8 @@ preemption too, and a job that SLURM has already requeued or cancelled leaves at
 from __future__ import annotations
 
 import argparse
+import atexit
+import multiprocessing.util  # it registers its end here, to come after ours
 import os
 import signal
 import sys
@@ -15,7 +17,7 @@ import time
 import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from submitit.core.utils import DelayedSubmission, JobPaths, UncompletedJobError, cloudpickle_dump
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE, LocalJobEnvironment
@@ -28,6 +30,7 @@ from hpc.preempt import NOTICE, ExitCode, ignore_stops
 _PICKLE_WAIT_S = 60
 _NOTICE_S = 180
 """USR2 so close to the time limit, or closer, is its notice: two minutes, and SLURM may be one early."""
+_LOOKS = 20
 _TERMINATED = 128 + signal.SIGTERM
 
 
@@ -55,6 +58,9 @@ def call(paths: JobPaths, local: bool) -> int:
         outcome = ("success", submission.result())
     except Exception:
         outcome = ("error", traceback.format_exc())
+        if stops and stops.told:  # a child that SLURM ended, say: no error of the function
+            print(outcome[1], file=sys.stderr)
+            stops.leave()
     if stops:
         stops.done = True
     try:
@@ -66,6 +72,13 @@ def call(paths: JobPaths, local: bool) -> int:
         return ExitCode.DONE
     print(outcome[1], file=sys.stderr)
     return ExitCode.CRASH
+
+
+def _kill_workers() -> None:
+    """Before multiprocessing's own end, which sends them TERM, to which they are deaf, and waits for them."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def dump(value: Any, path: Path) -> None:
@@ -100,10 +113,14 @@ class Stops:
         self._saves = hasattr(function, "__submitit_checkpoint__") or hasattr(function, "checkpoint")
         self.done = False
         """Once set, no signal changes anything."""
+        self.told = False
+        """By TERM, on SLURM: this attempt will not be left to its end."""
 
     def install(self) -> Stops:
         signal.signal(NOTICE, self._notice)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored until here, and so by what it would execute
         signal.signal(signal.SIGTERM, self._terminate_here if self._local else self._terminate)
+        atexit.register(_kill_workers)
         os.register_at_fork(after_in_child=_end_at_term if self._local else ignore_stops)
         return self
 
@@ -117,19 +134,25 @@ class Stops:
         self._come_again()
 
     def _terminate(self, number: int, frame: FrameType | None) -> None:
-        """Preempted or cancelled: the job's state tells. While it is RUNNING, there is grace, and its end is ours."""
+        """Preempted or cancelled. A function that cannot save may use what grace there is."""
+        self.told = True
         if self.done or not self._leads:
             return
         if self._saves:
             self.done = True
             self._save()
-        state = _state()
-        if state is not None and state != "RUNNING":
+            self.leave()
+        if _state() not in (None, "RUNNING"):
             sys.exit(_TERMINATED)
-        if self._saves and state is not None:
+
+    def leave(self) -> NoReturn:
+        """End this attempt. In a time of grace the job is RUNNING, and its end is ours; else SLURM has decided."""
+        state = _state() if self._leads else ""
+        if state == "RUNNING":
             self._come_again()
-        while self._saves:  # nobody answers: KILL ends this, and the job comes back or not as SLURM decided
+        while state is None:  # nobody answers: KILL ends this
             signal.pause()
+        sys.exit(_TERMINATED)
 
     def _terminate_here(self, number: int, frame: FrameType | None) -> None:
         if not self.done:
@@ -150,7 +173,7 @@ class Stops:
         again.set_timeout(self._submission._timeout_min, left)
         dump(again, self._paths.submitted_pickle)
 
-    def _come_again(self) -> None:
+    def _come_again(self) -> NoReturn:
         if self._local:
             sys.exit(LOCAL_REQUEUE_RETURN_CODE)
         job = str(allocation.job_id())
@@ -164,13 +187,18 @@ class Stops:
 
 
 def _state() -> str | None:
-    """This job's state; None when nobody answers."""
-    job = str(allocation.job_id())
-    try:
-        info = slurm.queue([job]).get(job)
-    except slurm.SlurmError:
-        return None
-    return info.state if info else None
+    """This job's state, RUNNING in a time of grace; None when nobody answers."""
+    job, state = str(allocation.job_id()), None
+    for _ in range(_LOOKS):
+        try:
+            info = slurm.queue([job]).get(job)
+            state = info.state if info else None
+        except slurm.SlurmError:  # squeue is a process of this step: SLURM's TERM may have ended it, too
+            state = None
+        if state not in (None, "SIGNALING"):  # so until slurmctld knows that its signal has arrived
+            return state
+        time.sleep(0.1)
+    return "RUNNING" if state else None
 
 
 def _end_at_term() -> None:

@@ -153,7 +153,8 @@ class Launcher(SlurmExecutor):
     @property
     def _submitit_command_str(self) -> str:
         own = [path for path in map(os.path.abspath, sys.path) if not path.startswith((sys.prefix, sys.base_prefix))]
-        words = [str(self.folder), "--path", os.pathsep.join(path for path in own if Path(path).is_dir())]
+        folders = [path for path in dict.fromkeys(own) if Path(path).is_dir()]
+        words = [str(self.folder), "--path", os.pathsep.join(folders)]
         return f"{_DEAF} {self.python} -u -m hpc.functionstep {shlex.join(words)}"
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:

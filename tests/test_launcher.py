@@ -1,8 +1,10 @@
 """Launcher: a user's own functions as jobs here and on SLURM, their results, refusals and preemption."""
 
+import multiprocessing
 import os
 import pickle
 import re
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, UncompletedJobError
 
-from hpc import template
+from hpc import functionstep, template
 from hpc.errors import UserError
 from hpc.experiment import Launch
 from hpc.functionjob import QueueWatcher, SlurmFunctionJob, outcome
@@ -51,23 +53,25 @@ def left(folder: Path) -> list[str]:
 
 
 class Saver:
-    """Returns how often it was started; each time but the last it waits to be stopped.
-
-    Sent by value, for its methods are found in no installed module.
-    """
+    """Saved so many times, it returns; before, it waits to be stopped. Has a child, as with a data loader's worker."""
 
     def __init__(self, marks: Path, starts: int) -> None:
         self.marks, self.starts, self.saved = marks, starts, 0
 
     def __call__(self) -> int:
         number = len(list(self.marks.parent.glob(f"{self.marks.name}*"))) + 1
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+        worker.start()
         self.marks.with_name(f"{self.marks.name}{number}").touch()
         while number < self.starts:
+            assert worker.is_alive(), "a preempted job's workers live as long as it does"
             time.sleep(0.05)
         return self.saved
 
     def checkpoint(self) -> DelayedSubmission:
         self.saved += 1
+        with self.marks.with_name(f"saved-{self.marks.name}").open("a") as file:
+            file.write(f"{os.getpid()}\n")
         return DelayedSubmission(self)
 
 
@@ -119,16 +123,16 @@ def test_a_batch_is_an_array_and_ranks_have_results_each(here: Launcher) -> None
 
 
 def test_at_the_time_limit_a_function_that_saves_goes_on(here: Launcher, tmp_path: Path) -> None:
-    here.update_parameters(time="3s")
-    assert here.submit(Saver(tmp_path / "start", 2)).result() == 1
-
-
-def test_the_time_limit_is_told_and_counted(logs: Path, tmp_path: Path) -> None:
-    launcher = Launcher(logs, cluster="local", max_num_timeout=0, cpus_per_task=1, time="2s")
-    saver = launcher.submit(Saver(tmp_path / "start", 2))
-    plain = launcher.submit(time.sleep, 60)
+    here.update_parameters(time="8s")  # told after four
+    here.max_num_timeout = 1
+    saver = here.submit(Saver(tmp_path / "once", 2))
+    here.max_num_timeout = 0
+    spent = here.submit(Saver(tmp_path / "never", 2))
+    here.update_parameters(time="1s")
+    plain = here.submit(time.sleep, 60)
+    assert saver.result() == 1
     with pytest.raises(FailedJobError, match=r"reached its time limit too often \(max_num_timeout\)"):
-        saver.result()
+        spent.result()
     with pytest.raises(FailedJobError, match="ended with exit code 137 and left no result"):
         plain.result()
 
@@ -338,6 +342,16 @@ def test_an_error_counts_only_when_the_job_has_ended(logs: Path, fake: FakeSlurm
         job.result()
 
 
+def test_a_step_knows_whether_slurm_has_decided(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(functionstep, "_LOOKS", 2)
+    for shown, known in (("COMPLETING", "COMPLETING"), ("RUNNING", "RUNNING"), ("SIGNALING", "RUNNING")):
+        fake.job("7", shown)
+        assert functionstep._state() == known
+    fake.fails("squeue", "Unable to contact slurm controller")
+    assert functionstep._state() is None
+
+
 def test_all_jobs_are_asked_for_in_one_call(logs: Path, fake: FakeSlurm) -> None:
     jobs = Launcher(logs).map_array(abs, range(9))
     for job in jobs:
@@ -436,17 +450,24 @@ def test_a_preempted_function_is_run_again_and_one_that_saves_goes_on(
             time.sleep(0.05)
         return number
 
+    def with_a_program(mark: Path) -> int:
+        if mark.exists():
+            return 1
+        subprocess.run(["bash", "-c", 'touch "$0"; exec sleep 60', str(mark)], check=True)
+        return 0
+
     jobs = [launcher.submit(attempts, tmp_path), launcher.submit(Saver(tmp_path / "start", 2))]
     launcher.update_parameters(partition="grace")
-    jobs.append(launcher.submit(Saver(tmp_path / "grace", 2)))
-    wait(lambda: all((tmp_path / name).exists() for name in ("attempt0", "start1", "grace1")))
+    jobs += [launcher.submit(Saver(tmp_path / "grace", 2)), launcher.submit(with_a_program, tmp_path / "program")]
+    wait(lambda: all((tmp_path / name).exists() for name in ("attempt0", "start1", "grace1", "program")))
     for node in {cluster.job_field(job.job_id, "NodeList") for job in jobs}:
         cluster.preempt(node)
     for job in jobs:
         cluster.release(job.job_id)
         assert not job.done(force_check=True)
-    assert [job.result() for job in jobs] == [1, 1, 1]
-    assert [cluster.job_field(job.job_id, "Restarts") for job in jobs] == ["1", "1", "1"]
+    assert [job.result() for job in jobs] == [1, 1, 1, 1]
+    assert [cluster.job_field(job.job_id, "Restarts") for job in jobs] == ["1", "1", "1", "1"]
+    assert [len((tmp_path / f"saved-{name}").read_text().split()) for name in ("start", "grace")] == [1, 1]
 
 
 @pytest.mark.slurm
