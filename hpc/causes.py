@@ -171,8 +171,10 @@ def _time_limit(case: Case) -> Iterator[Cause]:
     if not noticed:
         lines.append("It did not hear the notice ahead of it, or could not save in time: see train.checkpoint_every.")
     lines += [case.saved]
-    longer = case.with_options(f"--time={slurm_time(ceil(_MORE * limit))}") if limit else []
-    yield Cause("time limit", lines, [case.resume, *(longer if longer != [case.resume] else [])], [])
+    most = case.asked[2].time_limit if case.asked else 0
+    longer = min(ceil(_MORE * limit), most) if limit else 0
+    more = case.with_options(f"--time={slurm_time(longer)}") if limit and longer > limit else []
+    yield Cause("time limit", lines, list(dict.fromkeys([case.resume, *more])), [])
 
 
 def _node_failure(case: Case) -> Iterator[Cause]:

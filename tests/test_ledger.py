@@ -15,25 +15,10 @@ from hpc import ledger, slurm
 from hpc.attempt import process_start
 from hpc.errors import UserError
 from hpc.rundir import RunDir, read_json, write_json, write_text
-from tests.fakeslurm import FakeSlurm, without_slurm
+from tests.fakeslurm import FakeSlurm
 
 HOST = os.uname().nodename
 NOW = 1_800_000_000.0
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
-    without_slurm(monkeypatch)
-    run = RunDir(tmp_path / "runs" / "exp-0000aaaa")
-    write_text(run.experiment, "name: exp\n")
-    return run
-
-
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
-    fake = FakeSlurm(tmp_path / "slurm")
-    monkeypatch.setenv("PATH", fake.path)
-    return fake
 
 
 @pytest.fixture
