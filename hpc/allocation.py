@@ -7,6 +7,12 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+_REACH = frozenset(["SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS"])
+_OF_A_RUN = tuple(
+    f"HPC_{name}"
+    for name in ("STEP", "RANK", "WORLD_SIZE", "LOCAL_RANK", "ARRAY", "GENERATION", "MASTER", "RESTART", "CPUS", "GPUS")
+)
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -78,6 +84,7 @@ def master(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
 def without_job(environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """The environment less the outer job's own variables: a job submitted from a job must not inherit its array id.
 
-    SLURM_CONF stays: without it sbatch may not find the controller (submitit#1814).
+    What says how the controller is reached stays (without SLURM_CONF sbatch may not find it, submitit#1814), and of a
+    run around this process nothing does: HPC_STEP=local would go through sbatch into the new job.
     """
-    return {key: value for key, value in environ.items() if not key.startswith("SLURM_") or key == "SLURM_CONF"}
+    return {key: value for key, value in environ.items() if key in _REACH or not key.startswith(("SLURM_", *_OF_A_RUN))}

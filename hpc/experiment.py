@@ -263,7 +263,7 @@ class Source:
         self._path = path
         self._values, base = _read_layers(path, ())
         reference = base if base is not None else self._values
-        self._before = _flatten(validate(reference, str(path)).as_dict()) if _complete(reference) else {}
+        self._before = flatten(validate(reference, str(path)).as_dict()) if _complete(reference) else {}
 
     def resolve(self, overrides: Sequence[str] = ()) -> tuple[Experiment, dict[str, Any]]:
         """The experiment with `overrides` (a.b=c), and its delta: what differs from the base, {dotted key: value}.
@@ -275,7 +275,7 @@ class Source:
         for override in sorted(overrides, key=lambda text: not text.startswith("model.name=")):
             _apply(final, override)
         experiment = validate(final, str(self._path))
-        after = _flatten(experiment.as_dict())
+        after = flatten(experiment.as_dict())
         before = self._before
         if before.get("model.name") != after["model.name"]:  # the options of another model are no difference
             before = {key: value for key, value in before.items() if not key.startswith("model.") or key in after}
@@ -357,11 +357,12 @@ def _apply(values: dict[str, Any], override: str) -> None:
     values.update(merged)
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as {dotted key: value}."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

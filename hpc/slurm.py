@@ -159,6 +159,11 @@ def find_by_comment(token: str) -> str | None:
     return next((job for job, info in queue().items() if info.comment == token and info.live), None)
 
 
+def submission(script: Path, *options: str) -> list[str]:
+    """The command that submits a script, for those who run it themselves (submitit)."""
+    return ["sbatch", *options, str(script)]
+
+
 def submit(script: Path, *options: str) -> str:
     """sbatch a script, with `--key=value` options that win over its own; the job id.
 

@@ -80,7 +80,7 @@ class SlurmRunExecutor(SlurmExecutor):
         return self._script.read_text()
 
     def _make_submission_command(self, submission_file_path: Path) -> list[str]:
-        return ["sbatch", *self._options, str(submission_file_path)]
+        return slurm.submission(submission_file_path, *self._options)
 
     def submit_script(self) -> SlurmRunJob:
         """sbatch the script. A failed sbatch may have submitted: the token (--comment) tells.

@@ -14,7 +14,7 @@ from typing import Any
 from hpc import instances, payload, template, yamlfile
 from hpc.arrays import most_tasks
 from hpc.errors import UserError
-from hpc.experiment import Experiment, Source, is_duration
+from hpc.experiment import Experiment, Source, flatten, is_duration
 from hpc.instances import Instance
 from hpc.plan import Carrier, make_whole
 from hpc.rundir import RunDir, all_runs, run_id
@@ -57,7 +57,7 @@ def make(file: Path, axes: Sequence[str], runs: Path, zipped: bool = False, para
     if len(values) < len(axes):
         raise UserError(f"an axis stands twice in: {' '.join(axes)}")
     source = Source(file)
-    variants = [(overrides, *source.resolve(overrides)) for overrides in combine(values, zipped)]
+    variants = [_variant(source, overrides) for overrides in combine(values, zipped)]
     rows, finished = _place(variants, runs)
     if not rows:
         raise UserError(f"all {len(finished)} rows are finished: see 'hpc ls'; for more, add seeds: train.seed=5:10")
@@ -131,6 +131,14 @@ def combine(axes: dict[str, list[str]], zipped: bool) -> list[tuple[str, ...]]:
     if total > MOST_ROWS:
         raise UserError(f"{total} combinations; a sweep has at most {MOST_ROWS} rows")
     return list(itertools.product(*columns))
+
+
+def _variant(source: Source, overrides: tuple[str, ...]) -> tuple[tuple[str, ...], Experiment, dict[str, Any]]:
+    """A row's delta names every axis, also where the row has the base's value."""
+    experiment, delta = source.resolve(overrides)
+    values = flatten(experiment.as_dict())
+    axes = [override.partition("=")[0] for override in overrides]
+    return overrides, experiment, {**delta, **{key: values[key] for key in axes if key in values}}
 
 
 def _place(

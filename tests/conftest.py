@@ -12,8 +12,11 @@ UNTESTED = "submission, preemption, requeue and cancellation on a real SLURM"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Tests marked `slurm` are skipped where no cluster can run, and fail there under HPC_REQUIRE_SLURM=1."""
-    if item.get_closest_marker("slurm") and (reason := obstacle()):
+    """Tests marked `slurm` are skipped where no such cluster can run, and fail there under HPC_REQUIRE_SLURM=1.
+
+    The mark's arguments are `obstacle`'s: slurm(accounting=True).
+    """
+    if (marker := item.get_closest_marker("slurm")) and (reason := obstacle(**marker.kwargs)):
         if os.environ.get("HPC_REQUIRE_SLURM") == "1":
             pytest.fail(f"HPC_REQUIRE_SLURM=1, but no SLURM cluster can be started here ({reason})", pytrace=False)
         pytest.skip(f"no SLURM cluster can be started here ({reason})")
@@ -29,10 +32,10 @@ def slurm_cluster() -> Iterator[Cluster]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One loud line when tests on the cluster were skipped: which, what that leaves untested, and the remedy."""
-    reason = obstacle()
     skipped = [report for report in terminalreporter.stats.get("skipped", []) if "slurm" in report.keywords]
-    if not reason or not skipped:
+    if not skipped:
         return
+    reason = obstacle() or skipped[0].longrepr[2]
     names = ", ".join(report.nodeid.rpartition("::")[2] for report in skipped)
     line = f"NOT TESTED: {UNTESTED} ({len(skipped)} tests skipped: {names}), because: {reason}"
     terminalreporter.write_line(line, red=True, bold=True)

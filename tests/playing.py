@@ -209,6 +209,7 @@ _EVENTS: dict[str, Callable[..., Any]] = {
     ),
     r"wait for attempt": lambda play: play.wait(lambda: play.read("state.json"), "the first attempt has begun"),
     r"wait for silence": lambda play: play.wait(lambda: not _ranks(play), "no rank is left"),
+    r"wait until none is under way": lambda play: play.wait(lambda: not _live(play), "none is under way"),
     r"wait for end": lambda play: play.wait(lambda: _result(play, play.run), "result.json is there"),
     r"wait for requeue": _release,
     r"wait for the job to go": lambda play: play.wait(lambda: _queue(play, "CANCELLED|PREEMPTED|"), "the job is gone"),
@@ -265,14 +266,21 @@ def _line(playing: Playing, line: str) -> None:
     raise AssertionError(f"{line!r} is no event; known: {', '.join(_EVENTS)}")
 
 
+def _listed(play: Playing) -> list[dict[str, Any]]:
+    command, environ = ["hpc", "ls", "--json"], play.environment()
+    shown = subprocess.run(command, cwd=play.folder, env=environ, capture_output=True, text=True, check=True)
+    return list(json.loads(shown.stdout))
+
+
+def _live(play: Playing) -> list[str]:
+    return [line["run"] for line in _listed(play) if line["state"] in ("running", "pending", "requeued")]
+
+
 def _check(playing: Playing) -> None:
     row = playing.row
     if row.state == "no run":
         return
-    command = ["hpc", "ls", "--json"]
-    environ = playing.environment()
-    shown = subprocess.run(command, cwd=playing.folder, env=environ, capture_output=True, text=True, check=True)
-    status = {line["run"]: line for line in json.loads(shown.stdout)}
+    status = {line["run"]: line for line in _listed(playing)}
     runs = playing.runs
     assert sorted(status) == sorted(run.name for run in runs), f"hpc ls shows {sorted(status)}\n{playing.block()}"
     attempts = row.attempts if isinstance(row.attempts, tuple) else (row.attempts,) * len(runs)

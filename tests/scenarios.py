@@ -155,7 +155,7 @@ ROWS = [
     Row(
         "array-preempted",
         "each index of an array preempted in turn, the last one too: no sibling is touched",
-        f"{SWEEP} train.keep=2,3,4 launch.cpus=12\n"
+        f"{SWEEP} train.keep=2,3,4\n"
         "row 0 at step 30\npreempt row 0\nrow 1 at step 60\npreempt row 1\nrow 2 at step 90\npreempt row 2\n"
         "requeue row 0\nrequeue row 1\nrequeue row 2\nwait for all\n$ hpc ls tiny-sweep\n$ hpc ls",
         cluster={"nodes": 3},
@@ -167,7 +167,7 @@ ROWS = [
         "array-resume",
         "a row is cancelled, and a whole sweep; resume submits what is not finished, and nothing else",
         f"{SWEEP} train.keep=2,3,4 --max-parallel 2\nrow 1 at step 30\ncancel row 1\nwait for row 0\nwait for row 2\n"
-        "$ hpc ls tiny-sweep\n$ hpc resume tiny-sweep\nrow 1 at step 60\n$ hpc cancel tiny-sweep\nwait for silence\n"
+        "$ hpc ls tiny-sweep\n$ hpc resume tiny-sweep\nrow 1 at step 60\n$ hpc cancel tiny-sweep\nwait until none is under way\n"
         "$ hpc ls tiny-sweep\n$ hpc resume tiny-sweep\nwait for all",
         cluster={},
         attempts=(1, 3, 1),
@@ -178,7 +178,7 @@ ROWS = [
         "array-here",
         "a sweep without SLURM, its controller stopped as it runs; resume goes on",
         "$ hpc sweep tiny.yaml train.keep=2,3 launch.cluster=local --max-parallel 1\nrow 0 at step 30\n"
-        "$ hpc ls tiny-sweep\n$ hpc cancel tiny-sweep\nwait for silence\n$ hpc resume tiny-sweep\nwait for all\n"
+        "$ hpc ls tiny-sweep\n$ hpc cancel tiny-sweep\nwait until none is under way\n$ hpc resume tiny-sweep\nwait for all\n"
         "$ hpc ls tiny-sweep",
         attempts=(2, 1),
         causes=("SIGTERM",),
