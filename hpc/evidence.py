@@ -33,7 +33,8 @@ _SLURMD = {
     "node failure": re.compile(r"DUE TO NODE FAILURE"),
     "preemption": re.compile(r"DUE TO PREEMPTION"),
 }
-_SPEAKERS = ("slurmstepd: ", "srun: ", "kernel: ")
+_SPEAKER = re.compile(r"(slurmstepd|srun|kernel)[-\w.]*: ")
+"""With several nodes on one host a daemon adds its node's name."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def gather(run: RunDir, job: str | None, began: float) -> Evidence:
         lines = _last_attempt([_PREFIX.sub("", line) for line in last_lines(log.path, _TAIL)], run.name)
         if found := last_traceback(lines):
             tracebacks.append(Traceback(log.path, log.rank, found, log.path.stat().st_mtime))
-        daemons |= dict(_daemons(lines))
+        daemons = dict(_daemons(lines)) | daemons
         tasks += [int(match["first"]) for line in lines if (match := _SRUN_TASK.search(line))]
         if log.rank in (0, None) and (words := _own_words(lines, run.name)) and (log.stream == "err" or not last):
             last, last_log = words, log.path
@@ -96,10 +97,12 @@ def gather(run: RunDir, job: str | None, began: float) -> Evidence:
 
 def _last_attempt(lines: list[str], name: str) -> list[str]:
     """What follows the end of the attempt before: the script ends each with a line that begins with the run's name."""
-    ends = [i for i, line in enumerate(lines) if line.startswith(f"{name}: ") and line.endswith("started again")]
-    ends += [i for i, line in enumerate(lines) if line.startswith(f"{name}: ") and line.endswith("starting again")]
-    ends.sort()
-    if ends and not any(line.strip() for line in lines[ends[-1] + 1 :]):
+    ends = [
+        number
+        for number, line in enumerate(lines)
+        if line.startswith(f"{name}: ") and line.endswith(("started again", "starting again"))
+    ]
+    if ends and not _own_words(lines[ends[-1] + 1 :], name):  # it ends the last attempt itself
         ends.pop()
     return lines[ends[-1] + 1 :] if ends else lines
 
@@ -118,12 +121,13 @@ def last_traceback(lines: Sequence[str]) -> list[str]:
 
 
 def _daemons(lines: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for line in lines:
-        if line.startswith(_SPEAKERS):
+    """Kind and line, the first line of a kind last."""
+    for line in reversed(lines):
+        if _SPEAKER.match(line):
             yield from ((kind, line.strip()) for kind, pattern in _SLURMD.items() if pattern.search(line))
 
 
 def _own_words(lines: Sequence[str], name: str) -> list[str]:
     """The last lines that say something, less what srun, its daemons and the script's end add."""
-    others = ("srun: ", "slurmstepd: ", f"{name}: ")
-    return [line.rstrip() for line in lines if line.strip() and not line.startswith(others)][-_WORDS:]
+    own = (line.rstrip() for line in lines if not _SPEAKER.match(line) and not line.startswith(f"{name}: "))
+    return [line for line in own if line][-_WORDS:]

@@ -79,7 +79,8 @@ def test_of_two_own_failures_sruns_word_counts_before_the_clock(
 def test_a_traceback_of_an_earlier_attempt_or_job_is_not_the_cause(run: RunDir, fake: FakeSlurm) -> None:
     ended(run, code=2, reason="bad input: it would fail again")
     before = HEAD + "OSError: old\n" + f"{run.name}: stopped by SIGTERM at step 3; starting again\n"
-    log(run, before + "x.h5: no such file\n" + f"{run.name}: bad input: it would fail again; not started again\n")
+    last = "x.h5: no such file\n" + f"{run.name}: bad input: it would fail again; not started again\n"
+    log(run, before + last + "slurmstepd: error: a word after the end\n")
     log(run, HEAD + "KeyError: of another job\n", job="54")
     log(run, HEAD + "KeyError: of last week\n", rank=3, age_s=9999)
     answer = why.explain(run)
@@ -161,6 +162,7 @@ def test_a_notice_of_the_time_limit_is_one_without_accounting_too(run: RunDir, f
         (CANCELLED + "NODE FAILURE ***", "node failure"),
         (CANCELLED + "PREEMPTION ***", "preempted"),
         ("slurmstepd: error: Job 55 exceeded memory limit (70000 > 65536), being killed", "out of memory"),
+        ("slurmstepd-node1: error: StepId=55.0 exceeded memory limit (7 > 6), being killed", "out of memory"),
         ("INFO my own words: DUE TO TIME LIMIT", "ended by SIGKILL"),
     ],
 )
