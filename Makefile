@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check clean bench-loader
+.PHONY: setup demo test check clean
 
 setup: $(READY)
 
@@ -27,8 +27,8 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench-loader: $(READY)
-	$(BIN)/python -m tests.bench.loader
+bench-%: $(READY)
+	$(BIN)/python -m tests.bench.$*
 
 clean:
 	rm -rf $(VENV) demo .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
