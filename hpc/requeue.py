@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from hpc import allocation, badnodes, slurm
 from hpc.errors import UserError
@@ -96,6 +97,7 @@ def finish(run: RunDir, generation: int, code: int, told: bool) -> str:
         return "end"  # a later attempt holds the run; its records are not ours to touch
     job = allocation.job_id()
     bad = _bad_nodes(run, generation)
+    code = ExitCode.BAD_NODE if bad else code  # a rank that was killed for it may have been faster
     out = _leave_out(run, bad) if bad and job else []
     again, reason = decide(run, generation, code, told, bad, out)
     stopped = read_json(run.stop).get("generation") == generation
@@ -111,7 +113,8 @@ def finish(run: RunDir, generation: int, code: int, told: bool) -> str:
         return "end"
     if job is None:
         return "again"
-    run.event("requeue", "shell", generation, job=job, **({"out": out} if out else {}))
+    with suppress(OSError):  # as above
+        run.event("requeue", "shell", generation, job=job, **({"out": out} if out else {}))
     _requeue(run, generation, job, out)
     return "end"
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc import nvidia
-from hpc.allocation import Allocation
+from hpc.allocation import Allocation, node_name
 from hpc.rundir import RunDir, write_json
 
 WRITE_S = 30.0
@@ -86,8 +86,7 @@ class Processes:
     """All processes on this node that carry this attempt's generation and port in their environment, and ourselves."""
 
     def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
-        keys = [key for key in ("HPC_GENERATION", "HPC_MASTER_PORT") if key in environ]
-        self._marks = {f"{key}={environ[key]}".encode() for key in keys} if len(keys) == 2 else set()
+        self._mark = _mark(environ)
         self._ours: dict[int, bool] = {os.getpid(): True}
         self._last = self._seconds = 0.0
 
@@ -111,9 +110,16 @@ class Processes:
 
     def _is_ours(self, pid: int) -> bool:
         try:
-            return bool(self._marks) and self._marks <= set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+            text = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace")
         except OSError:
             return False
+        environ = dict(pair.split("=", 1) for pair in text.split("\0") if "=" in pair)
+        return None not in self._mark and self._mark == _mark(environ)
+
+
+def _mark(environ: Mapping[str, str]) -> tuple[str | None, ...]:
+    """What the processes of an attempt have in common; several nodes may be one machine, and two attempts one node."""
+    return environ.get("HPC_GENERATION"), environ.get("HPC_MASTER_PORT"), node_name(environ)
 
 
 def _cpu_seconds(pid: int) -> float:

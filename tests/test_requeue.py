@@ -225,7 +225,7 @@ def test_a_bad_node_is_left_out_by_the_job_and_remembered_for_others(
     assert changes(fake) == ["scontrol requeue 55", "scontrol update JobId=55 ExcNodeList=node0,node9"]
     assert badnodes.current(run.runs) == {"node9": "no scratch space", "node0": "GPU 0 is lost"}
     state = read_json(run.state)
-    assert (state["phase"], state["code"], state["step"]) == ("stopped", code, 40)
+    assert (state["phase"], state["code"], state["step"]) == ("stopped", 77, 40)
     assert state["reason"] == "bad node node0: GPU 0 is lost; the job keeps off node0, node9"
 
 

@@ -61,7 +61,9 @@ def told(run: RunDir, generation: int = 1) -> dict[str, Any]:
 
 def test_cores_and_memory_of_all_ranks_on_the_node_are_measured(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
-    stranger = subprocess.Popen([sys.executable, "-c", f"x = b'x' * {400 * MB}; import time; time.sleep(60)"])
+    other_node = {"HPC_GENERATION": "1", "HPC_MASTER_PORT": str(os.getpid()), "SLURMD_NODENAME": "another"}
+    code = f"x = b'x' * {400 * MB}; import time; time.sleep(60)"
+    stranger = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **other_node})
     assert start(run, "0.2", "64").wait(60) == 0
     stranger.kill()
     stranger.wait()
