@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test soak check clean
 
 setup: $(READY)
 
@@ -21,6 +21,11 @@ demo: $(READY)
 test: check
 	bash tests/slurm/install.sh
 	$(BIN)/python -m pytest
+
+# The full counts of what `make test` runs once.
+soak: $(READY)
+	bash tests/slurm/install.sh
+	HPC_SOAK=1 $(BIN)/python -m pytest tests/test_scenarios.py
 
 check: $(READY)
 	$(BIN)/ruff check .

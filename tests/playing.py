@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.slurm.cluster import Cluster
 
-WHOLE_RUN_S = 240  # of a machine that others use; a row takes 15 to 45 s
+WHOLE_RUN_S = 240  # of a machine that others use; a row takes 15 to 45 s, and a long one waits for its parts
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Row:
     causes: tuple[str, ...] = ()
     """What its attempts were stopped by; where there are several runs, each attempt but the last by the one named."""
     weights: str | None = None
+    soak: bool = False
+    """Long: runs under `make soak` only."""
 
 
 @dataclass

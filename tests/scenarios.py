@@ -199,4 +199,16 @@ ROWS = [
         " --pack 'scans --labels scans/labels.csv --split 80/20/0'\n$ hpc ls\nwait for all\n"
         "$ ls runs/tiny-????????/predictions/validation.npz",
     ),
+    Row(
+        "array-of-40",
+        "forty rows as one array, four of them preempted as they run, the first and the last among them",
+        f"{SWEEP} train.seed=0:40 data.batch_size=48\n"
+        "row 0 at step 10\npreempt row 0\nrequeue row 0\nrow 7 at step 10\npreempt row 7\nrequeue row 7\n"
+        "row 20 at step 10\npreempt row 20\nrequeue row 20\nrow 39 at step 10\npreempt row 39\nrequeue row 39\n"
+        "wait for all\n$ hpc ls\n$ hpc ls tiny-sweep",
+        cluster={"nodes": 4},
+        attempts=tuple(2 if row in (0, 7, 20, 39) else 1 for row in range(40)),
+        causes=("SIGTERM",),
+        soak=True,
+    ),
 ]
