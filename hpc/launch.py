@@ -24,10 +24,11 @@ from submitit.core.core import Job, PicklingExecutor
 from submitit.core.utils import DelayedSubmission
 from submitit.slurm.slurm import SlurmExecutor
 
-from hpc import functionpayload, instances, slurm, template
+from hpc import instances, slurm, template
 from hpc.errors import UserError, nearest
 from hpc.experiment import Launch
-from hpc.functionsubmit import Files, submit_local, submit_slurm
+from hpc.functions import payload
+from hpc.functions.submit import Files, submit_local, submit_slurm
 from hpc.instances import Instance, Request
 from hpc.submission import choose_cluster
 from hpc.sweep import cut
@@ -155,7 +156,7 @@ class Launcher(SlurmExecutor):
         own = [path for path in map(os.path.abspath, sys.path) if not path.startswith((sys.prefix, sys.base_prefix))]
         folders = [path for path in dict.fromkeys(own) if Path(path).is_dir()]
         words = [str(self.folder), "--path", os.pathsep.join(folders)]
-        return f"{_DEAF} {self.python} -u -m hpc.functionstep {shlex.join(words)}"
+        return f"{_DEAF} {self.python} -u -m hpc.functions.step {shlex.join(words)}"
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         return self._text(command, None, uid)
@@ -226,7 +227,7 @@ class Launcher(SlurmExecutor):
     def _check_size(self, submissions: Sequence[DelayedSubmission]) -> None:
         """submitit's estimate by the first of them, for arrays, too. Raises UserError."""
         try:
-            size_gb = functionpayload.size(submissions[0]) / 1e9
+            size_gb = payload.size(submissions[0]) / 1e9
         except Exception as error:
             raise UserError(f"the function or its arguments cannot be pickled: {error}") from error
         count = len(submissions)

@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.slurm.cluster import Cluster
 
-WHOLE_RUN_S = 240  # of a machine that others use; a row takes 15 to 45 s, and a long one waits for its parts
+WHOLE_RUN_S = 240  # of a machine that others use; a row takes 15 to 45 s
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class Playing:
         self.log += [f"$ {text}   # {time.monotonic() - started:.1f} s", done.stdout + done.stderr]
         assert done.returncode == 0, f"{text}: exit code {done.returncode}\n{self.block()}"
 
-    def wait(self, condition: Callable[[], Any], what: str, seconds: float = WHOLE_RUN_S) -> None:
+    def wait(self, condition: Callable[[], Any], what: str) -> None:
+        seconds = WHOLE_RUN_S * (5 if self.row.soak else 1)
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}\n{self.block()}"

@@ -14,10 +14,11 @@ import pytest
 import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, UncompletedJobError
 
-from hpc import functionstep, template
+from hpc import template
 from hpc.errors import UserError
 from hpc.experiment import Launch
-from hpc.functionjob import QueueWatcher, SlurmFunctionJob, outcome
+from hpc.functions import step
+from hpc.functions.job import QueueWatcher, SlurmFunctionJob, outcome
 from hpc.launch import Launcher
 from tests.fakeslurm import FakeSlurm, without_slurm
 from tests.slurm.cluster import Cluster
@@ -344,12 +345,12 @@ def test_an_error_counts_only_when_the_job_has_ended(logs: Path, fake: FakeSlurm
 
 def test_a_step_knows_whether_slurm_has_decided(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    monkeypatch.setattr(functionstep, "_LOOKS", 2)
+    monkeypatch.setattr(step, "_LOOKS", 2)
     for shown, known in (("COMPLETING", "COMPLETING"), ("RUNNING", "RUNNING"), ("SIGNALING", "RUNNING")):
         fake.job("7", shown)
-        assert functionstep._state() == known
+        assert step._state() == known
     fake.fails("squeue", "Unable to contact slurm controller")
-    assert functionstep._state() is None
+    assert step._state() is None
 
 
 def test_all_jobs_are_asked_for_in_one_call(logs: Path, fake: FakeSlurm) -> None:

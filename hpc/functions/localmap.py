@@ -1,4 +1,4 @@
-"""Controller of submitted functions where there is no SLURM: `python -m hpc.localmap FOLDER JOB SCRIPT ...`.
+"""Controller of submitted functions where there is no SLURM: `python -m hpc.functions.localmap FOLDER JOB SCRIPT ...`.
 
 Runs the script that SLURM would get under bash, once per task and rank, some tasks at a time, each with GPUs of its
 own; again after a checkpoint (submitit's exit code 144); and writes an error for whatever leaves no result.
@@ -19,8 +19,8 @@ from pathlib import Path
 from submitit.core.utils import JobPaths
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
-from hpc.functionjob import cancel_mark
-from hpc.functionstep import dump
+from hpc.functions.job import cancel_mark
+from hpc.functions.step import dump
 
 _POLL_S = 0.05
 _GRACE_S = 10.0
@@ -127,7 +127,7 @@ def _signal(task: Task, number: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m hpc.localmap", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m hpc.functions.localmap", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("job")
     parser.add_argument("script", type=Path)

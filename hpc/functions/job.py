@@ -16,9 +16,10 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.local.local import LocalJob
 from submitit.slurm.slurm import SlurmJob
 
-from hpc import functionpayload, slurm
+from hpc import slurm
 from hpc.attempt import same_process
 from hpc.errors import UserError
+from hpc.functions import payload
 from hpc.rundir import read_json
 
 _GONE = "ENDED"
@@ -102,7 +103,7 @@ class SlurmFunctionJob(SlurmJob[R]):
 
 
 class LocalFunctionJob(LocalJob[R]):
-    """A function's job here, under the controller hpc.localmap that writes a result for whatever leaves none."""
+    """A function's job here, under hpc.functions.localmap, which writes a result for whatever leaves none."""
 
     _results_timeout_s = 1
 
@@ -137,7 +138,7 @@ class LocalFunctionJob(LocalJob[R]):
 
 def _submission(paths: JobPaths) -> DelayedSubmission:
     """Raises FileNotFoundError where it was removed."""
-    found = functionpayload.load(paths)
+    found = payload.load(paths)
     if found is None:
         raise FileNotFoundError(f"no pickle of job {paths.job_id} in {paths.folder}")
     return found
@@ -149,7 +150,7 @@ def controller_file(folder: Path, job: str) -> Path:
 
 
 def cancel_mark(paths: JobPaths) -> Path:
-    """The file that asks hpc.localmap to end a job."""
+    """The file that asks hpc.functions.localmap to end a job."""
     return paths.folder / f"{paths.job_id}_cancelled"
 
 

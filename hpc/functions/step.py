@@ -1,4 +1,4 @@
-"""One rank of a submitted function: `python -u -m hpc.functionstep FOLDER` calls what hpc.launch pickled there.
+"""One rank of a submitted function: `python -u -m hpc.functions.step FOLDER` calls what hpc.launch pickled there.
 
 The files are submitit's (JOB_submitted.pkl, JOB_RANK_result.pkl), and so is `submitit.JobEnvironment()` inside the
 function. What a signal does is not: forked children (data loader workers) never checkpoint, TERM without a USR2 is a
@@ -24,7 +24,7 @@ from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE, LocalJobEnvironment
 from submitit.slurm.slurm import SlurmJobEnvironment
 
 from hpc import allocation, slurm
-from hpc import functionpayload as payload
+from hpc.functions import payload
 from hpc.preempt import NOTICE, ExitCode, ignore_stops
 
 _PICKLE_WAIT_S = 60
@@ -35,7 +35,7 @@ _TERMINATED = 128 + signal.SIGTERM
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m hpc.functionstep", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m hpc.functions.step", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--path", default="", help="folders of the submitter's sys.path, parted by colons")
     options = parser.parse_args()

@@ -12,10 +12,11 @@ from typing import Any
 
 from submitit.core.utils import DelayedSubmission, FailedSubmissionError, JobPaths
 
-from hpc import allocation, functionpayload, slurm
+from hpc import allocation, slurm
 from hpc.attempt import process_start
 from hpc.errors import UserError
-from hpc.functionjob import LocalFunctionJob, SlurmFunctionJob, controller_file
+from hpc.functions import payload
+from hpc.functions.job import LocalFunctionJob, SlurmFunctionJob, controller_file
 from hpc.instances import Request
 from hpc.rundir import write_json
 from hpc.sweepdir import Chunk
@@ -63,16 +64,16 @@ class Files:
 
     def write(self, submissions: Sequence[DelayedSubmission], array: bool, text: str) -> None:
         """Payload and script of one job or one array. Raises UserError."""
-        payload, script = (self.folder / f"{self.id}-{len(self.scripts)}.{kind}" for kind in ("pkl", "sh"))
-        self.payloads.append(payload)
+        pickled, script = (self.folder / f"{self.id}-{len(self.scripts)}.{kind}" for kind in ("pkl", "sh"))
+        self.payloads.append(pickled)
         self.scripts.append(script)
         self._array = array
         try:
             script.write_text(text)
             if array:
-                functionpayload.write_array(payload, submissions)
+                payload.write_array(pickled, submissions)
             else:
-                submissions[0].dump(payload)
+                submissions[0].dump(pickled)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error})") from None
         except Exception as error:
@@ -86,9 +87,9 @@ class Files:
         for old in self.folder.glob("*_*.pkl"):
             if old.name.partition("_")[0] in jobs:
                 old.unlink(missing_ok=True)
-        for job, payload, script in zip(jobs, self.payloads, self.scripts, strict=True):
+        for job, pickled, script in zip(jobs, self.payloads, self.scripts, strict=True):
             script.rename(JobPaths(self.folder, job).submission_file)
-            payload.rename(functionpayload.path_of(self.folder, job, self._array))
+            pickled.rename(payload.path_of(self.folder, job, self._array))
         self._kept = True
 
 
@@ -141,13 +142,13 @@ def _roll_back(jobs: Sequence[str], error: BaseException) -> None:
 def submit_local(
     files: Files, request: Request, slots: Sequence[str], count: int | None
 ) -> list[LocalFunctionJob[Any]]:
-    """Start the controller, which outlives this process and its terminal; `slots`: see hpc.localmap --gpus.
+    """Start the controller, which outlives this process and its terminal; `slots`: see hpc.functions.localmap --gpus.
 
     `count`: of tasks of an array, None for a single job.
     """
     job = f"local{files.id[:12]}"
     files.keep([job])
-    command = [sys.executable, "-m", "hpc.localmap", str(files.folder), job]
+    command = [sys.executable, "-m", "hpc.functions.localmap", str(files.folder), job]
     command += [str(JobPaths(files.folder, job).submission_file), "--ranks", str(request.tasks_per_node)]
     command += [] if count is None else ["--count", str(count)]
     record = controller_file(files.folder, job)

@@ -1,0 +1,1 @@
+"""What stands behind hpc.launch.Launcher: a user's functions as jobs, by submitit's pickle."""
