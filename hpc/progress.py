@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
@@ -82,16 +83,20 @@ class Pace:
     def __init__(self, run: RunDir) -> None:
         self._run = run
         self._generation = -1
+        self._trains = False
         self._first = (0.0, 0)
+        """Time and step at which this attempt began to train."""
         self._seen: deque[tuple[float, int]] = deque()
         """Time and step, by the job's own clock."""
 
     def update(self, records: Records) -> None:
         state = records.state
         if records.generation != self._generation:
-            self._generation = records.generation
+            self._generation, self._trains = records.generation, False
             self._first = (records.began, resumed_step(self._run, records.generation))
             self._seen.clear()
+        if not self._trains and (since := training_began(self._run, records.generation)):
+            self._trains, self._first = True, (max(since, records.began), self._first[1])
         point = (float(state.get("time", 0)), int(state.get("step", 0)))
         if not self._seen or point[1] > self._seen[-1][1]:
             self._seen.append(point)
@@ -121,6 +126,13 @@ def resumed_step(run: RunDir, generation: int) -> int:
         event for event in run.read_events() if event["event"] == "checkpoint" and event["generation"] < generation
     ]
     return int(max(saved, key=lambda event: (event["generation"], event["step"]))["step"]) if saved else 0
+
+
+def training_began(run: RunDir, generation: int) -> float | None:
+    """When an attempt was through with its preparations: its event file has the second in its name."""
+    names = [path.name for path in run.tensorboard.glob(f"*.g{generation:03d}")]
+    found = [int(match[1]) for name in names if (match := re.search(r"tfevents\.(\d+)\.", name))]
+    return float(min(found)) if found else None
 
 
 def sparkline(values: Sequence[float], width: int, plain: bool = False) -> str:

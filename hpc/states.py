@@ -49,7 +49,7 @@ def state_of(told: Records, place: Place, accounted: Accounted | None, silent: b
             return ended_unstarted(place.info, accounted)
         return _ended(told, ended_on_slurm(place.info, accounted), reason)
     if not told.state or told.submitted > told.state["time"]:
-        return _unstarted_here(told.submit)
+        return _unstarted_here(told)
     return _here(told.state, told.phase, reason)
 
 
@@ -99,11 +99,11 @@ def _here(state: dict[str, Any], phase: str, reason: str) -> tuple[str, str]:
     return "running", phase if here else _heard(state).removesuffix("; ")
 
 
-def _unstarted_here(submit: dict[str, Any]) -> tuple[str, str]:
-    if not submit:
+def _unstarted_here(told: Records) -> tuple[str, str]:
+    if not told.submit:
         return "planned", "not submitted"
-    if same_process(int(submit["job"]), submit.get("process_start")):
-        return "pending", "starting"
+    if same_process(int(told.submit["job"]), told.submit.get("process_start")):
+        return "pending", "waits for its turn" if told.sweep else "starting"
     return "failed", "the batch script ended before its first attempt"
 
 

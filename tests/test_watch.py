@@ -96,6 +96,10 @@ def test_time_left_counts_the_steps_of_this_attempt_alone(run: RunDir) -> None:
     pace.update(look(run))
     left = pace.left_s(1000, now)
     assert left == pytest.approx(700 * 12) and pace.left_s(1000, now + 60) == pytest.approx(700 * 12 - 60)
+    write_text(run.tensorboard / f"events.out.tfevents.{int(now) - 100}.node1.7.0.g002", "")
+    pace.update(look(run))
+    left = pace.left_s(1000, now)
+    assert left == pytest.approx(700 * 2, rel=0.05), "the 500 s before it began to train do not count"
     started(run, generation=2, step=340, started=now - 600, time=now + 40)  # a step a second, seen by ourselves
     pace.update(look(run))
     assert pace.left_s(1000, now + 40) == pytest.approx(660)

@@ -188,7 +188,8 @@ def _say_groups(sweep: Any, groups: list[Any]) -> None:
         cause = f": {answer.cause}" if answer.cause != answer.state else ""
         say(f"{rows_in_words(group.rows)} {answer.state}{cause}")
         if answer.state not in ("finished", "running"):
-            _say_lines(answer.lines, "    ")
+            first = [f"The first of them, {answer.run}:"] if len(group.rows) > 1 else []
+            _say_lines([*first, *answer.lines], "    ")
     open_states = {"failed", "lost", "stopped", "cancelled", "planned"}
     bad = next((group for group in groups if group.answer.state in open_states), None)
     say("\nnext")

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from hpc import yamlfile
@@ -74,34 +73,31 @@ def make_runs(folder: Path, count: int) -> Path:
     return folder / "bin"
 
 
-def median(command: list[str], environ: dict[str, str]) -> float:
-    """Seconds of a fresh process."""
-
-    def once() -> float:
-        began = time.perf_counter()
+def measure(command: list[str], environ: dict[str, str]) -> tuple[float, float]:
+    """Seconds of a fresh process, by the clock and of a core: the second hardly knows what else the machine does."""
+    took = []
+    for _ in range(REPEATS + 1):
+        began, before = time.perf_counter(), os.times()
         subprocess.run(command, env=environ, stdout=subprocess.DEVNULL, check=True)
-        return time.perf_counter() - began
-
-    return repeated(once)
-
-
-def repeated(once: Callable[[], float]) -> float:
-    once()
-    return statistics.median(once() for _ in range(REPEATS))
+        now = os.times()
+        cpu = now.children_user + now.children_system - before.children_user - before.children_system
+        took.append((time.perf_counter() - began, cpu))
+    wall, cpu_seconds = zip(*took[1:], strict=True)
+    return statistics.median(wall), statistics.median(cpu_seconds)
 
 
 def main() -> None:
-    print(f"{'runs':>6}  {'command':<24}{'seconds':>9}{'of bare reading':>17}")
+    print(f"{'runs':>6}  {'command':<24}{'seconds':>9}{'of a core':>11}{'to bare reading':>17}")
     for count in (100, 1000):
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             path = f"{make_runs(folder, count)}{os.pathsep}{os.environ['PATH']}"
             environ = {**os.environ, "PATH": path, "HPC_RUNS": str(folder / "runs"), "COLUMNS": "160"}
-            bare = median([sys.executable, "-c", BARE, str(folder / "runs")], environ)
-            print(f"{count:>6}  {'bare reading':<24}{bare:>9.3f}{1:>17.1f}")
-            for words in ("--help", "ls", "ls --all", "ls exp-sweep-0123abcd", "ls --json", "watch --once"):
-                took = median([*HPC, *words.split()], environ)
-                print(f"{count:>6}  {'hpc ' + words:<24}{took:>9.3f}{took / bare:>17.1f}")
+            bare, bare_cpu = measure([sys.executable, "-c", BARE, str(folder / "runs")], environ)
+            print(f"{count:>6}  {'bare reading':<24}{bare:>9.3f}{bare_cpu:>11.3f}{1:>17.1f}")
+            for words in ("--help", "ls", "ls --all", "ls 0123abcd", "ls --json", "watch --once"):
+                wall, cpu = measure([*HPC, *words.split()], environ)
+                print(f"{count:>6}  {'hpc ' + words:<24}{wall:>9.3f}{cpu:>11.3f}{cpu / bare_cpu:>17.1f}")
 
 
 if __name__ == "__main__":
