@@ -219,8 +219,9 @@ def _parts(lines: list[Line], form: Form) -> Iterator[Finding]:
             yield None, f"no {name}: {why}; write {remedy}"
     if form.rows is not None and (form.rows not in code or "HPC_ARRAY_TASK_ID" not in code):
         yield None, "no {{ array.rows_file }}: an array's tasks would not find their runs; write the run block"
+    around = code.replace(form.command, "")
     for field, shown in form.sections.items():
-        if shown not in code:
+        if shown not in around:
             yield None, f"no {shown!r}: the instance's {field} would have no effect; write its block"
     for line in lines:
         if (call := re.search(r"-m hpc\.requeue\b([^)]*)", line.text)) and len(call[1].split()) < 4:

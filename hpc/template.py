@@ -20,7 +20,7 @@ from hpc.sections import bindable, on_node
 from hpc.sweepdir import Chunk, SweepDir
 
 _NOTICE_S = 120
-_DEAF = """sh -c 'trap "" TERM INT USR2; exec "$@"' rank"""
+_DEAF = 'trap "" TERM INT USR2'
 """Ranks ignore stop signals until Python has its own handlers: one that comes earlier must not kill them."""
 
 
@@ -99,7 +99,11 @@ def _run_context(experiment: Experiment, instance: Instance, folder: Path, code:
     data = Path(experiment.data.file).parent
     places = _places(instance, folder, data)
     context = _context(instance, experiment.launch, python, places, ("PYTHONPATH", "PYTHONSAFEPATH"))
-    words = [*_container_words(instance, context["request"], places), _DEAF, payload_python(instance, python)]
+    words = [
+        *_container_words(instance, context["request"], places),
+        _rank_shell(instance),
+        payload_python(instance, python),
+    ]
     return {**context, "command": Raw(" ".join([*words, "-u", "-m", "jobs.run", '"$run"'])), "code": code}
 
 
@@ -120,6 +124,13 @@ def _context(
         "container_environment": passed if container and container.engine == "apptainer" else (),
         "output": _output,
     }
+
+
+def _rank_shell(instance: Instance) -> str:
+    """What each rank begins in; a scratch folder may have another name on each node."""
+    scratch = instance.scratch if instance.scratch and "$" in instance.scratch else None
+    lines = [_DEAF, *([f"export HPC_SCRATCH={on_node(scratch)}"] if scratch else []), 'exec "$@"']
+    return f"sh -c {shlex.quote('; '.join(lines))} rank"
 
 
 def _places(instance: Instance, *folders: Path) -> list[str]:

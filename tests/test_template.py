@@ -153,6 +153,21 @@ def test_sbatch_itself_reads_every_value_as_it_is(slurm_cluster: Cluster, tmp_pa
 
 
 @pytest.mark.slurm
+def test_each_node_has_its_own_scratch_folder(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    run, python = RunDir(tmp_path / "x-1"), tmp_path / "python"
+    run.logs.mkdir(parents=True)
+    python.write_text('#!/bin/sh\n[ "$2" != jobs.run ] && [ "$3" != jobs.run ] || echo "$HPC_SCRATCH"\n')
+    python.chmod(0o755)
+    given = experiment(cpus=1, mem="100MB", time="5min", gpus=0, nodes=2)
+    script = tmp_path / "job.sbatch"
+    script.write_text(render(given, run.path, str(python), CEDIA.model_copy(update={"scratch": "/s/$SLURMD_NODENAME"})))
+    job = slurm_cluster.submit(script, cwd=tmp_path)
+    slurm_cluster.wait_state(job, "COMPLETED")
+    told = [run.output(job, task).read_text() for task in ("0", "1")]
+    assert told == ["/s/node0\n", "/s/node1\n"]
+
+
+@pytest.mark.slurm
 def test_each_task_of_an_array_writes_to_the_logs_of_its_row(slurm_cluster: Cluster, tmp_path: Path) -> None:
     sweep = rows_of(tmp_path / "50% of it's $(touch canary)", 5)
     sweep.logs.mkdir()

@@ -16,6 +16,7 @@ from hpc.errors import UserError
 from hpc.experiment import Launch, validate
 from hpc.instances import Instance
 from hpc.rundir import RunDir
+from hpc.sections import on_node
 from hpc.sweepdir import Chunk, SweepDir
 from tests.batchtext import DEAF, options
 
@@ -143,44 +144,54 @@ def path(folder: Path, odd: str) -> Path:
 
 def test_a_run_in_apptainer(folder: Path) -> None:
     """Every accepted string reaches sbatch and the rank's command as it is."""
+    sites = {key: SECTIONS[key] for key in SECTIONS if key != "venv"}
     played = 0
     for odd in STRINGS:
-        run = path(folder, odd)
-        launch = {key: odd for key in LAUNCH if not refused(lambda key=key, odd=odd: single(folder / "x", {key: odd}))}
-        data = "x" if refused(lambda odd=odd: single(folder / "x", data=odd, container=APPTAINER)) else odd
-        box = {**APPTAINER, **taken(CONTAINER, odd, folder / "x", "apptainer")}
+        run, usual = path(folder, odd), folder / "x"
+        launch = {key: odd for key in LAUNCH if not refused(lambda key=key, odd=odd, to=usual: single(to, {key: odd}))}
+        data = "x" if refused(lambda odd=odd, to=usual: single(to, data=odd, container=APPTAINER)) else odd
+        box = {**APPTAINER, **taken(CONTAINER, odd, usual, "apptainer")}
         if refused(lambda run=run, box=box: single(run, container=box)):
-            run = folder / "x"
-        fields = taken({key: SECTIONS[key] for key in SECTIONS if key != "venv"}, odd, folder / "x")
+            run = usual
+        fields = taken(sites, odd, usual)
         script = single(run, launch, data, **fields, container=box)
         read = options(script)
         assert {read["mail-user" if key == "mail" else key] for key in launch} <= {odd}
-        assert read["gres"] == f"gpu:{fields['gpu_type']}:1" if "gpu_type" in fields else read["gres"] == "gpu:1"
+        assert read["gres"] == ":".join(["gpu", *([fields["gpu_type"]] if "gpu_type" in fields else []), "1"])
         assert read.get("licenses") == fields.get("sbatch", {}).get("licenses")
-        calls = play(script, folder)
-        scratch = fields.get("scratch", "")
-        paths = [expanded(text) for text in (scratch, box["image"], *box.get("mounts", []))]
-        if None in paths:
-            continue
-        played += 1
-        calls = [call for call in calls if call[0] != "load" or call[:-2] != ["load", odd]]
-        assert [call[:2] for call in calls] == [["-m", f"hpc.{name}"] for name in ("attempt", "localstep", "requeue")]
-        step = calls[1]
-        assert step[-2:] == [fields.get("environment", {}).get("ODD", ""), paths[0]]
-        binds = [str(run), f"/data/{data}", *([paths[0]] if scratch else []), *paths[2:]]
-        words = ["apptainer", "exec", "--nv", *(word for bind in binds for word in ("--bind", bind))]
-        words += [
-            *box.get("options", []),
-            paths[1],
-            *DEAF,
-            box.get("python", "python3"),
-            "-u",
-            "-m",
-            "jobs.run",
-            str(run),
-        ]
-        assert step[step.index("--") + 1 : -2] == words
+        calls = [call for call in play(script, folder) if call[:-2] != ["load", odd]]
+        paths = [expanded(text) for text in (fields.get("scratch", ""), box["image"], *box.get("mounts", []))]
+        if None not in paths:
+            played += 1
+            check_calls(calls, run, fields, f"/data/{data}", box, [text or "" for text in paths])
     assert played > 100, "most strings are played to the end"
+
+
+def shell(scratch: str) -> list[str]:
+    """What a rank begins in; a scratch folder with a variable in its name is read anew on each node."""
+    own = f"; export HPC_SCRATCH={on_node(scratch)}; exec" if "$" in scratch else "; exec"
+    return [word.replace("; exec", own) for word in DEAF]
+
+
+def check_calls(calls: list[list[str]], run: Path, fields: Fields, data: str, box: Fields, paths: list[str]) -> None:
+    """The three calls of a local run; `paths` are scratch, image and mounts as the node reads them."""
+    scratch, image, *mounts = paths
+    assert [call[:2] for call in calls] == [["-m", f"hpc.{name}"] for name in ("attempt", "localstep", "requeue")]
+    step = calls[1]
+    assert step[-2:] == [fields.get("environment", {}).get("ODD", ""), scratch]
+    binds = [str(run), data, *([scratch] if scratch else []), *mounts]
+    words = ["apptainer", "exec", "--nv", *(word for bind in binds for word in ("--bind", bind))]
+    words += [
+        *box.get("options", []),
+        image,
+        *shell(fields.get("scratch", "")),
+        box.get("python", "python3"),
+        "-u",
+        "-m",
+        "jobs.run",
+        str(run),
+    ]
+    assert step[step.index("--") + 1 : -2] == words
 
 
 def test_an_array_in_a_venv(folder: Path) -> None:
@@ -210,31 +221,26 @@ def test_an_array_in_a_venv(folder: Path) -> None:
     assert played > 150
 
 
+def function(folder: Path, place: Path, box: Fields, name: str = "f", comment: str | None = None) -> str:
+    site, python = instance(environment={"ODD": "x"}, container=box), str(folder / "stub")
+    return template.render_function(name, site, Launch(), place, "echo hi", "0-3%2", python=python, comment=comment)
+
+
 def test_a_function_in_pyxis(folder: Path) -> None:
     """Name, comment and folder of a function, and srun's arguments."""
+    kinds = {key: CONTAINER[key] for key in CONTAINER if key != "python"}
     played = 0
     for odd in STRINGS:
-        place = path(folder, odd)
-        box = {
-            **PYXIS,
-            **taken({key: CONTAINER[key] for key in CONTAINER if key != "python"}, odd, folder / "x", "pyxis"),
-        }
-
-        def render(place: Path = place, box: Fields = box, **own: Any) -> str:
-            site = instance(environment={"ODD": "x"}, container=box)
-            given: Fields = {"name": "f", "python": str(folder / "stub"), **own}
-            return template.render_function(
-                instance=site, launch=Launch(), folder=place, command="echo hi", array="0-3%2", **given
-            )
-
-        if refused(render):
-            place = folder / "x"
+        place, usual = path(folder, odd), folder / "x"
+        box = {**PYXIS, **taken(kinds, odd, usual, "pyxis")}
+        if refused(lambda place=place, box=box: function(folder, place, box)):
+            place = usual
         names = {
             key: odd
             for key in ("name", "comment")
-            if not refused(lambda key=key, odd=odd: render(folder / "x", **{key: odd}))
+            if not refused(lambda own={key: odd}, box=box, to=usual: function(folder, to, box, **own))
         }
-        script = render(place, **names)
+        script = function(folder, place, box, **names)
         read = options(script)
         assert {read["job-name" if key == "name" else key] for key in names} <= {odd}
         log = re.sub("%(?![jtAa])", "%%", str(place)).replace("%j", "%A_%a") + "/%A_%a_%t_log.out"
@@ -249,7 +255,7 @@ def test_a_function_in_pyxis(folder: Path) -> None:
         assert f"--output={log}" in srun and srun[-4:-2] == ["echo", "hi"]
         assert f"--container-image={paths[0]}" in srun
         bound = f"{place}:{place}" if not re.search("%[jtAa]", str(place)) else f"{folder}:{folder}"
-        assert f"--container-mounts={','.join([bound, *paths[1:]])}" in srun
+        assert f"--container-mounts={','.join([bound, *map(str, paths[1:])])}" in srun
         assert all(option in srun for option in box.get("options", []))
     assert played > 100
 
