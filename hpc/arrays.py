@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from hpc import slurm
+from hpc import badnodes, slurm
 from hpc.attempt import process_start
 from hpc.errors import UserError
-from hpc.submission import LocalRunExecutor, Refused, SlurmRunExecutor, exclusion
+from hpc.submission import LocalRunExecutor, Refused, SlurmRunExecutor
 from hpc.sweepdir import Chunk, SweepDir, spec
 
 _SETTLED_S = 60
@@ -54,7 +54,7 @@ def _parts(sweep: SweepDir, rows: Iterable[int] | None) -> list[tuple[Chunk, lis
 def _submit_slurm(sweep: SweepDir, rows: Iterable[int] | None, after: Sequence[str]) -> list[str]:
     """Several chunks are held until all of them are accepted: a refusal finds none that has started."""
     parts, submission = _parts(sweep, rows), sweep.count_submissions()
-    common = [*exclusion(sweep.path.parent), *(["--hold"] if len(parts) > 1 else [])]
+    common = [*badnodes.exclusion(sweep.path.parent), *(["--hold"] if len(parts) > 1 else [])]
     jobs: dict[int, str] = {}
     try:
         for chunk, chosen in parts:

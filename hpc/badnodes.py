@@ -36,6 +36,12 @@ def current(runs: Path) -> dict[str, str]:
     return known(runs, cluster_name()) if _entries(runs) else {}
 
 
+def exclusion(runs: Path) -> list[str]:
+    """sbatch's option that keeps a job off these nodes."""
+    nodes = sorted(current(runs))
+    return [f"--exclude={','.join(nodes)}"] if nodes else []
+
+
 def known(runs: Path, cluster: str) -> dict[str, str]:
     """The nodes of a cluster that are still left out, and why."""
     return {entry.node: entry.reason for entry in _entries(runs) if entry.cluster == cluster}

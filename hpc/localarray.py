@@ -27,7 +27,7 @@ class Controller:
     """The rows of a sweep, some at a time."""
 
     def __init__(self, sweep: SweepDir, rows: list[int]) -> None:
-        self._sweep, self._waiting = sweep, list(rows)
+        self._sweep, self._runs, self._waiting = sweep, sweep.rows(), list(rows)
         self._slots, self._gpus = capacity(sweep)
         self._running: dict[int, subprocess.Popen[bytes]] = {}
         """By slot."""
@@ -59,9 +59,13 @@ class Controller:
         environ = {**os.environ, "HPC_STEP": "local", "HPC_ARRAY_TASK_ID": str(index)}
         if self._gpus:
             environ["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus[slot])
-        # A session of its own: Ctrl-C in a terminal reaches the rows once, through this process.
+        run, job = self._runs[row], str(os.getpid())
         command = ["bash", str(self._sweep.script(chunk.number))]
-        return subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, start_new_session=True)
+        with run.output(job, "0").open("ab") as out, run.output(job, "0", "err").open("ab") as err:
+            # A session of its own: Ctrl-C in a terminal reaches the rows once, through this process.
+            return subprocess.Popen(
+                command, env=environ, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+            )
 
 
 def capacity(sweep: SweepDir) -> tuple[int, list[list[str]]]:

@@ -95,8 +95,9 @@ def check(pipeline: Pipeline) -> dict[str, Findings]:
     for link in pipeline.links:
         plan = link.plan
         whole = link.step is None and pipeline.packed
-        checked = preflight.check(plan.experiment, plan.instance, pipeline.cluster, plan.script, payload=whole)
-        found[plan.run.name] = checked
+        found[plan.run.name] = preflight.check(
+            plan.experiment, plan.instance, pipeline.cluster, plan.script, plan.run.runs, payload=whole
+        )
     return found
 
 

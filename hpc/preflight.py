@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpc import fit, slurm, yamlfile
+from hpc import badnodes, fit, slurm, yamlfile
 from hpc.cluster import Cluster
 from hpc.experiment import Experiment
 from hpc.instances import Instance
@@ -40,16 +40,25 @@ class _Group:
     experiment: Experiment
 
 
-def check(experiment: Experiment, instance: Instance, cluster: str, script: str, *, payload: bool = True) -> Findings:
+def check(
+    experiment: Experiment, instance: Instance, cluster: str, script: str, runs: Path, *, payload: bool = True
+) -> Findings:
     """Every check that can run here. Never raises for a fault of the experiment: that is a refusal.
 
-    `payload`: whether data file and model are looked at; not where an earlier job is to make the file.
+    `runs`: the folder of the runs, which knows the bad nodes. `payload`: whether data file and model are looked at; not
+    where an earlier job is to make the file.
     """
-    return check_many([experiment], instance, cluster, script, payload=payload)
+    return check_many([experiment], instance, cluster, script, runs, payload=payload)
 
 
 def check_many(
-    experiments: Sequence[Experiment], instance: Instance, cluster: str, script: str, *, payload: bool = True
+    experiments: Sequence[Experiment],
+    instance: Instance,
+    cluster: str,
+    script: str,
+    runs: Path,
+    *,
+    payload: bool = True,
 ) -> Findings:
     """The same for the rows of a sweep, each thing once: a sentence names its rows (from 0) where it is not of all.
 
@@ -64,7 +73,11 @@ def check_many(
     if payload and not findings.refusals:
         _check_payload(experiments, findings)
     if answers and not findings.refusals:
-        _check_sbatch(script, findings)
+        bad = badnodes.current(runs)
+        findings.passed += [
+            f"{node} is left out for a day ({badnodes.file(runs)}): {bad[node]}" for node in sorted(bad)
+        ]
+        _check_sbatch(script, badnodes.exclusion(runs), findings)
     return findings
 
 
@@ -168,12 +181,12 @@ def _name_rows(line: str, groups: list[_Group]) -> str:
     return groups[int(numbered[1])].label + line[numbered.end() :] if numbered else line
 
 
-def _check_sbatch(script: str, findings: Findings) -> None:
+def _check_sbatch(script: str, options: Sequence[str], findings: Findings) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".sbatch") as file:
         file.write(script)
         file.flush()
         try:
-            accepted, words = slurm.test_only(Path(file.name))
+            accepted, words = slurm.test_only(Path(file.name), *options)
         except slurm.SlurmError as error:
             findings.unchecked.append(str(error))
             return

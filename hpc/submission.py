@@ -175,7 +175,7 @@ def submit(run: RunDir, cluster: str, after: Sequence[str] = ()) -> SlurmRunJob 
         local = _local([*index, "bash", str(single.script)], run.logs, after)
         record_submission(run, cluster, local.job_id)
         return local
-    options = [*after, *exclusion(run.runs), *single.options]
+    options = [*after, *badnodes.exclusion(run.runs), *single.options]
     job = SlurmRunExecutor(single.script, run.logs, single.token, options).submit_script()
     record_submission(run, cluster, single.job(job.job_id))
     return job
@@ -186,12 +186,6 @@ def _local(command: list[str], logs: Path, after: Sequence[str]) -> LocalRunJob:
         waiting = shlex.join([sys.executable, "-m", "hpc.after", *after])
         command = ["bash", "-c", f"{waiting} && exec env {shlex.join(command)}"]
     return LocalRunExecutor(command, logs).submit_script()
-
-
-def exclusion(runs: Path) -> list[str]:
-    """sbatch's option that keeps a job off the nodes known to be bad."""
-    nodes = sorted(badnodes.current(runs))
-    return [f"--exclude={','.join(nodes)}"] if nodes else []
 
 
 def choose_cluster(wanted: str) -> str:

@@ -50,7 +50,7 @@ def rows(*changed: dict[str, Any]) -> list[Experiment]:
 
 
 def check(*experiments: Experiment, cluster: str = "slurm", payload: bool = False) -> preflight.Findings:
-    return preflight.check_many(experiments, CEDIA, cluster, SCRIPT, payload=payload)
+    return preflight.check_many(experiments, CEDIA, cluster, SCRIPT, Path("runs"), payload=payload)
 
 
 def test_all_that_fits_is_told_and_the_budget_of_a_preemption_too(fake: FakeSlurm) -> None:
@@ -117,7 +117,7 @@ def test_a_controller_that_is_silent_is_unchecked_in_words_and_asked_once(
 def test_a_local_run_asks_no_slurm(fake: FakeSlurm) -> None:
     assert check(experiment(), cluster="local").refusals == [] and fake.calls() == []
     many = instances.find("cedia-a100-40gb").model_copy(update={"nodes": 4})
-    found = preflight.check(experiment(launch__nodes=2), many, "local", SCRIPT, payload=False)
+    found = preflight.check(experiment(launch__nodes=2), many, "local", SCRIPT, Path("runs"), payload=False)
     assert found.refusals == ["launch.nodes: 2 asked, but a local run has 1"]
 
 

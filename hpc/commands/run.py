@@ -24,7 +24,7 @@ def plan(file: ExperimentFile, overrides: Overrides = None, runs: Runs = None) -
     say(yamlfile.dump(planned.experiment.as_dict()))
     say("# the batch script, byte for byte\n")
     say(planned.script)
-    findings = preflight.check(planned.experiment, planned.instance, cluster, planned.script)
+    findings = preflight.check(planned.experiment, planned.instance, cluster, planned.script, planned.run.runs)
     report(findings)
     raise typer.Exit(ExitCode.BAD_INPUT if findings.refusals else ExitCode.DONE)
 
@@ -36,7 +36,7 @@ def _check(file: Path, overrides: list[str] | None, runs: Path | None, cluster: 
 
     planned = plan.make(file, overrides or [], runs_folder(runs))
     where = cluster or submission.choose_cluster(planned.experiment.launch.cluster)
-    findings = preflight.check(planned.experiment, planned.instance, where, planned.script)
+    findings = preflight.check(planned.experiment, planned.instance, where, planned.script, planned.run.runs)
     if findings.refusals:
         raise UserError("\n".join(findings.refusals))
     report(findings)

@@ -58,7 +58,8 @@ def _checked(planned: Any) -> Any:
     from hpc import preflight
 
     experiments = [row.experiment for row in planned.rows]
-    findings = preflight.check_many(experiments, planned.instance, planned.cluster, planned.scripts[0])
+    runs = planned.sweep.path.parent
+    findings = preflight.check_many(experiments, planned.instance, planned.cluster, planned.scripts[0], runs)
     if findings.refusals:
         raise UserError("\n".join(findings.refusals))
     return findings
