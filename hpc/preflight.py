@@ -104,6 +104,8 @@ def _check_request(group: _Group, instance: Instance, cluster: str, findings: Fi
     refusals = instance.check(request)
     if cluster == "local" and request.nodes > 1:
         refusals.append(f"launch.nodes: {request.nodes} asked, but a local run has 1")
+    if cluster == "local" and instance.local_obstacle:
+        refusals.append(f"launch.cluster: {instance.local_obstacle}")
     findings.refusals += [group.label + line for line in refusals]
     if not refusals:
         findings.passed.append(

@@ -135,12 +135,22 @@ def _leave_out(run: RunDir, bad: Mapping[str, str]) -> list[str]:
     return sorted({*bad, *badnodes.known(run.runs, cluster)})
 
 
+def _excluded(job: str) -> list[str]:
+    """What the user excluded: SLURM replaces the whole list."""
+    try:
+        info = slurm.queue([job]).get(job)
+    except slurm.SlurmError:
+        return []
+    return [info.excluded] if info and info.excluded else []
+
+
 def _requeue(run: RunDir, generation: int, job: str, out: list[str]) -> None:
     """The same job again; where the cluster refuses (JobRequeue=0), the same script once, under the same token.
 
     SLURM sends TERM as soon as it agrees, and takes a change of the job's nodes only after that.
     """
     ignore_stops()
+    out = [*out, *_excluded(job)] if out else []
     try:
         slurm.requeue(job)
         if out:

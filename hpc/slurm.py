@@ -75,6 +75,8 @@ class JobInfo:
     """0: held."""
     dependency: str = ""
     """What it still waits for: afterok:12(unfulfilled)."""
+    excluded: str = ""
+    """Nodes that it may not have: node[1-3],node7."""
 
     @property
     def live(self) -> bool:
@@ -128,15 +130,30 @@ def queue(jobs: Sequence[str] = ()) -> dict[str, JobInfo]:
 
     Raises SlurmError when the controller does not answer.
     """
-    fields = "%i|%T|%r|%N|%P|%D|%V|%S|%e|%l|%Q|%E|%k"
+    fields = "%i|%T|%r|%N|%P|%D|%V|%S|%e|%l|%Q|%E|%x|%k"
     text = _ask("squeue", "--me", "--all", "--noheader", "--array", "--states=all", f"--format={fields}")
     found = map(_job_info, text.splitlines())
     return {info.job: info for info in found if not jobs or info.job in jobs}
 
 
 def _job_info(line: str) -> JobInfo:
-    parts = [part.strip() for part in line.split("|", 12)]
-    job, state, reason, node, partition, nodes, submitted, start, end, limit, priority, dependency, comment = parts
+    parts = [part.strip() for part in line.split("|", 13)]
+    (
+        job,
+        state,
+        reason,
+        node,
+        partition,
+        nodes,
+        submitted,
+        start,
+        end,
+        limit,
+        priority,
+        dependency,
+        excluded,
+        comment,
+    ) = parts
     return JobInfo(
         job=job,
         state=state,
@@ -151,6 +168,7 @@ def _job_info(line: str) -> JobInfo:
         time_limit_s=duration(limit),
         priority=int(priority) if priority.isdecimal() else 0,
         dependency="" if dependency == "(null)" else dependency,
+        excluded=excluded,
     )
 
 

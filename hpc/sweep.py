@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc import instances, payload, template, yamlfile
+from hpc import instances, ledger, payload, template, yamlfile
 from hpc.arrays import most_tasks
 from hpc.errors import UserError
 from hpc.experiment import Experiment, Source, flatten, is_duration
@@ -41,8 +42,8 @@ class SweepPlan:
 
     axes: dict[str, list[str]]
     rows: list[Row]
-    finished: list[RunDir]
-    """Equal runs that are finished: their rows are left out."""
+    left_out: dict[str, str]
+    """Equal runs that are finished or under way, with their states: they have no row."""
     cluster: str
     instance: Instance
     sweep: SweepDir
@@ -58,17 +59,21 @@ def make(file: Path, axes: Sequence[str], runs: Path, zipped: bool = False, para
         raise UserError(f"an axis stands twice in: {' '.join(axes)}")
     source = Source(file)
     variants = [_variant(source, overrides) for overrides in combine(values, zipped)]
-    rows, finished = _place(variants, runs)
+    rows, left_out = _place(variants, runs)
     if not rows:
-        raise UserError(f"all {len(finished)} rows are finished: see 'hpc ls'; for more, add seeds: train.seed=5:10")
+        told = ", ".join(f"{count} {state}" for state, count in Counter(left_out.values()).items())
+        raise UserError(
+            f"nothing to submit: there are equal runs of all rows ({told}), see 'hpc ls'; add seeds for more"
+        )
     _share_one_request(rows)
     first = rows[0].experiment
     cluster = choose_cluster(first.launch.cluster)
     instance = instances.find(first.launch.instance)
     sweep = SweepDir(_folder(runs, rows))
     chunks = cut(len(rows), most_tasks(cluster) or len(rows), parallel)
-    scripts = [template.render_array(first, instance, sweep, chunk, sys.executable) for chunk in chunks]
-    return SweepPlan(values, rows, finished, cluster, instance, sweep, chunks, scripts)
+    experiments = [row.experiment for row in rows]
+    scripts = [template.render_array(experiments, instance, sweep, chunk, sys.executable) for chunk in chunks]
+    return SweepPlan(values, rows, left_out, cluster, instance, sweep, chunks, scripts)
 
 
 def parse_axis(text: str) -> tuple[str, list[str]]:
@@ -133,7 +138,11 @@ def combine(axes: dict[str, list[str]], zipped: bool) -> list[tuple[str, ...]]:
     return list(itertools.product(*columns))
 
 
-def _variant(source: Source, overrides: tuple[str, ...]) -> tuple[tuple[str, ...], Experiment, dict[str, Any]]:
+_Variant = tuple[tuple[str, ...], Experiment, dict[str, Any]]
+"""Overrides, the experiment that they make, and its delta."""
+
+
+def _variant(source: Source, overrides: tuple[str, ...]) -> _Variant:
     """A row's delta names every axis, also where the row has the base's value."""
     experiment, delta = source.resolve(overrides)
     values = flatten(experiment.as_dict())
@@ -141,24 +150,32 @@ def _variant(source: Source, overrides: tuple[str, ...]) -> tuple[tuple[str, ...
     return overrides, experiment, {**delta, **{key: values[key] for key in axes if key in values}}
 
 
-def _place(
-    variants: list[tuple[tuple[str, ...], Experiment, dict[str, Any]]], runs: Path
-) -> tuple[list[Row], list[RunDir]]:
-    """Rows under free names, and the finished runs that equal one."""
+def _place(variants: list[_Variant], runs: Path) -> tuple[list[Row], dict[str, str]]:
+    """Rows under free names, and the equal runs that are finished or under way, with their states."""
     known = {run.name: run for run in all_runs(runs)}
-    taken, rows, finished = set(known), [], []
-    for overrides, experiment, delta in variants:
-        resolved = experiment.as_dict()
-        for count in itertools.count():
-            name = f"{experiment.name}-{run_id(resolved, count)}"
-            if name not in taken:
-                taken.add(name)
-                rows.append(Row(name, overrides, experiment, delta))
-                break
-            if name in known and known[name].result.exists():
-                finished.append(known[name])
-                break
-    return rows, finished
+    names = [_names(experiment, known) for _, experiment, _ in variants]
+    first: dict[str, int] = {}
+    for row, taken in enumerate(names):
+        if (other := first.setdefault(taken[0], row)) != row:
+            both = " and ".join(" ".join(variants[number][0]) for number in (other, row))
+            raise UserError(f"rows {other} and {row} are equal ({both}): leave one of them out")
+    equal = [known[name] for taken in names for name in taken[:-1]]
+    settled = {s.run: s.state for s in ledger.statuses(equal) if s.state == "finished" or s.live} if equal else {}
+    rows = [
+        Row(taken[-1], overrides, experiment, delta)
+        for (overrides, experiment, delta), taken in zip(variants, names, strict=True)
+        if not settled.keys() & set(taken)
+    ]
+    return rows, settled
+
+
+def _names(experiment: Experiment, known: Container[str]) -> list[str]:
+    """The names of equal runs that are there, and last the name that the next one has."""
+    names: list[str] = []
+    resolved = experiment.as_dict()
+    while not names or names[-1] in known:
+        names.append(f"{experiment.name}-{run_id(resolved, len(names))}")
+    return names
 
 
 def _share_one_request(rows: list[Row]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ _DEAF = 'trap "" TERM INT USR2'
 
 def render(experiment: Experiment, instance: Instance, run: RunDir, python: str) -> str:
     """The batch script of a run. Raises UserError for a value that the text cannot carry, or a faulty own template."""
-    context = _run_context(experiment, instance, run.path, run.code, python)
+    context = _run_context([experiment], instance, run.path, run.code, python)
     options = _options(experiment.name, run.name, instance, experiment.launch) | {
         "output": _slurm_path(run.output(task="0")),
         "error": _slurm_path(run.output(task="0", stream="err")),
@@ -34,13 +35,16 @@ def render(experiment: Experiment, instance: Instance, run: RunDir, python: str)
     return fill(instance, context | {"run": run.path, "array": None, "slurm_job": "%j"}, options)
 
 
-def render_array(experiment: Experiment, instance: Instance, sweep: SweepDir, chunk: Chunk, python: str) -> str:
+def render_array(
+    experiments: Sequence[Experiment], instance: Instance, sweep: SweepDir, chunk: Chunk, python: str
+) -> str:
     """The batch script of one array of a sweep: each task finds its row, and is that row's run from there on.
 
-    `experiment` stands for all rows: its name, its launch section, and its data file's folder for containers.
+    The rows' experiments share name and launch section; a container sees the folders of all their data files.
     Locally HPC_ARRAY_TASK_ID names the task. Raises UserError, as `render`.
     """
-    context = _run_context(experiment, instance, sweep.path, sweep.code, python)
+    experiment = experiments[0]
+    context = _run_context(experiments, instance, sweep.path, sweep.code, python)
     limit = f"%{chunk.parallel}" if chunk.parallel else ""
     options = _options(experiment.name, sweep.token(chunk.number), instance, experiment.launch) | {
         "array": f"0-{chunk.count - 1}{limit}",
@@ -95,10 +99,12 @@ def notice_seconds(request: Request) -> int:
     return min(_NOTICE_S, request.time_s // 2)
 
 
-def _run_context(experiment: Experiment, instance: Instance, folder: Path, code: Path, python: str) -> dict[str, Any]:
-    data = Path(experiment.data.file).parent
-    places = _places(instance, folder, data)
-    context = _context(instance, experiment.launch, python, places, ("PYTHONPATH", "PYTHONSAFEPATH"))
+def _run_context(
+    experiments: Sequence[Experiment], instance: Instance, folder: Path, code: Path, python: str
+) -> dict[str, Any]:
+    data = dict.fromkeys(experiment.data.file for experiment in experiments)
+    places = _places(instance, folder, *(Path(file).parent for file in data))
+    context = _context(instance, experiments[0].launch, python, places, ("PYTHONPATH", "PYTHONSAFEPATH"))
     words = [
         *_container_words(instance, context["request"], places),
         _rank_shell(instance),
@@ -201,7 +207,7 @@ def check(instance: Instance) -> list[str]:
     for array in (False, True):
         try:
             if array:
-                render_array(sample, instance, SweepDir(place), Chunk(0, 0, 2), sys.executable)
+                render_array([sample], instance, SweepDir(place), Chunk(0, 0, 2), sys.executable)
             else:
                 render(sample, instance, RunDir(place), sys.executable)
         except UserError as error:

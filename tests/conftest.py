@@ -1,10 +1,12 @@
 """Fixtures that several test files share: the real SLURM cluster, started when the first test asks for it."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
 
+from hpc.preempt import STOP_SIGNALS
 from tests.fakeslurm import fake, run  # noqa: F401  fixtures, for every test file that has none of its own
 from tests.slurm.cluster import Cluster, obstacle, reap
 
@@ -20,6 +22,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("HPC_REQUIRE_SLURM") == "1":
             pytest.fail(f"HPC_REQUIRE_SLURM=1, but no SLURM cluster can be started here ({reason})", pytrace=False)
         pytest.skip(f"no SLURM cluster can be started here ({reason})")
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    """A test whose code becomes deaf to stop signals does not make the processes of later tests so."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ fail
 for job in jobs/*; do
   [ -e "$job" ] || continue
   { IFS='|' read -r state reason node comment; read -r more || more=$DEFAULTS; } < "$job"
-  echo "${job##*/}|$state|$reason|$node|$more|$comment"
+  echo "${job##*/}|$state|$reason|$node|$more||$comment"
 done
 """.replace("$DEFAULTS", f"'{_JOB}'"),
     "scontrol": """

@@ -73,7 +73,8 @@ ROWS = [
     Row(
         "two-nodes",
         "two ranks on two nodes, preempted with grace",
-        f"{TINY} launch.nodes=2 launch.partition=grace\nwait for step 50\npreempt\nwait for requeue\nwait for end",
+        f"{TINY} launch.instance=cedia-a100-40gb-nodes launch.nodes=2 launch.partition=grace\n"
+        "wait for step 50\npreempt\nwait for requeue\nwait for end",
         cluster={},
         attempts=2,
         causes=("SIGTERM",),
@@ -166,9 +167,11 @@ ROWS = [
     Row(
         "array-resume",
         "a row is cancelled, and a whole sweep; resume submits what is not finished, and nothing else",
-        f"{SWEEP} train.keep=2,3,4 --max-parallel 2\nrow 1 at step 30\ncancel row 1\nwait for row 0\nwait for row 2\n"
-        "$ hpc ls tiny-sweep\n$ hpc resume tiny-sweep\nrow 1 at step 60\n$ hpc cancel tiny-sweep\nwait until none is under way\n"
-        "$ hpc ls tiny-sweep\n$ hpc resume tiny-sweep\nwait for all",
+        f"{SWEEP} train.keep=2,3,4 --max-parallel 2\n"
+        "row 1 at step 30\ncancel row 1\nwait for row 0\nwait for row 2\n"
+        "$ hpc ls tiny-sweep\n$ hpc resume tiny-sweep\nrow 1 at step 60\n"
+        "$ hpc cancel tiny-sweep\nwait until none is under way\n$ hpc ls tiny-sweep\n"
+        "$ hpc resume tiny-sweep\nwait for all",
         cluster={},
         attempts=(1, 3, 1),
         causes=("SIGTERM",),
@@ -178,7 +181,8 @@ ROWS = [
         "array-here",
         "a sweep without SLURM, its controller stopped as it runs; resume goes on",
         "$ hpc sweep tiny.yaml train.keep=2,3 launch.cluster=local --max-parallel 1\nrow 0 at step 30\n"
-        "$ hpc ls tiny-sweep\n$ hpc cancel tiny-sweep\nwait until none is under way\n$ hpc resume tiny-sweep\nwait for all\n"
+        "$ hpc ls tiny-sweep\n$ hpc cancel tiny-sweep\nwait until none is under way\n"
+        "$ hpc resume tiny-sweep\nwait for all\n"
         "$ hpc ls tiny-sweep",
         attempts=(2, 1),
         causes=("SIGTERM",),

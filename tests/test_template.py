@@ -113,7 +113,7 @@ def test_a_task_of_an_array_is_the_run_of_its_row(odd: str, tmp_path: Path) -> N
     python.parent.mkdir(exist_ok=True)
     python.write_text(STUB)
     python.chmod(0o755)
-    script = template.render_array(experiment(), CEDIA, sweep, Chunk(1, 8, 4, 2), str(python))
+    script = template.render_array([experiment()], CEDIA, sweep, Chunk(1, 8, 4, 2), str(python))
     read = options(script)
     assert read["array"] == "0-3%2" and read["comment"] == "sweep/1" and "error" not in read
     assert read["output"] == str(sweep.path).replace("%", "%%") + "/logs/%A_%a_log.out"
@@ -127,7 +127,7 @@ def test_a_task_of_an_array_is_the_run_of_its_row(odd: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("task", ["4", "99", "", "-1", "1x", "a[$(touch canary)]"])
 def test_a_task_without_a_row_is_bad_input_in_one_line(task: str, tmp_path: Path) -> None:
-    script = template.render_array(experiment(), CEDIA, rows_of(tmp_path / "sweep", 12), Chunk(1, 8, 4), PYTHON)
+    script = template.render_array([experiment()], CEDIA, rows_of(tmp_path / "sweep", 12), Chunk(1, 8, 4), PYTHON)
     (tmp_path / "job.sbatch").write_text(script)
     environ = {**os.environ, "HPC_STEP": "local", "HPC_ARRAY_TASK_ID": task}
     done = subprocess.run(
@@ -179,7 +179,7 @@ def test_each_task_of_an_array_writes_to_the_logs_of_its_row(slurm_cluster: Clus
     python.chmod(0o755)
     given = experiment(cpus=1, mem="100MB", time="5min", gpus=0)
     script = tmp_path / "job.sbatch"
-    script.write_text(template.render_array(given, CEDIA, sweep, Chunk(0, 2, 3), str(python)))
+    script.write_text(template.render_array([given], CEDIA, sweep, Chunk(0, 2, 3), str(python)))
     job = slurm_cluster.submit(script, cwd=tmp_path)
     rows = [sweep.path / f"row-{number}" for number in (2, 3, 4)]
     written = [RunDir(row).output(f"{job}_{task}", "0", "err") for task, row in enumerate(rows)]

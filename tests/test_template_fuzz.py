@@ -203,7 +203,9 @@ def test_an_array_in_a_venv(folder: Path) -> None:
         sweep.rows_file.write_text(f"a\nb\n{row}\n", newline="\n")
         venv = f"{folder}/v/{odd}"
         fields = {} if refused(lambda venv=venv: single(folder / "x", venv=venv)) else {"venv": venv}
-        script = template.render_array(experiment(), instance(**fields), sweep, Chunk(0, 2, 4, 2), str(folder / "stub"))
+        script = template.render_array(
+            [experiment()], instance(**fields), sweep, Chunk(0, 2, 4, 2), str(folder / "stub")
+        )
         python = [str(folder / "stub")]
         if fields:
             place = expanded(venv)

@@ -67,7 +67,7 @@ FORMS: dict[str, Callable[[], str]] = {
     "nodes": lambda: single(instances.find("cedia-a100-40gb-nodes"), nodes=2, time="8h"),
     "gpus": lambda: single(instances.find("cedia-a100-40gb-x4"), time="8h"),
     "cpu": lambda: single(instances.find("cedia-cpu"), time="8h"),
-    "array": lambda: template.render_array(experiment(time="8h"), CEDIA, SWEEP, Chunk(1, 1000, 40, 8), PYTHON),
+    "array": lambda: template.render_array([experiment(time="8h")], CEDIA, SWEEP, Chunk(1, 1000, 40, 8), PYTHON),
     "function": function,
     "function-array": lambda: function("0-39%8"),
     "sections": lambda: single(site(modules=["cuda/12.4", "gcc"], venv="/home/ana/venv")),
