@@ -141,14 +141,14 @@ def test_a_row_that_is_finished_is_left_out_and_other_equals_get_their_own_name(
     first = made(file, "train.seed=0:3")
     write_json(first.rows()[1].result, {"finished": True})
     plan = sweep.make(file, ["train.seed=0:3"], first.path.parent)
-    assert [run.name for run in plan.finished] == [first.rows()[1].name]
+    assert plan.left_out == {first.rows()[1].name: "finished"}
     assert [row.overrides for row in plan.rows] == [("train.seed=0",), ("train.seed=2",)]
     assert not {row.name for row in plan.rows} & {run.name for run in first.rows()}
     second = sweep.create(plan, lambda: None)
     assert second.name != first.name
     for run in (*first.rows(), *second.rows()):
         write_json(run.result, {"finished": True})
-    with pytest.raises(UserError, match="all 3 rows are finished"):
+    with pytest.raises(UserError, match="equal runs of all rows"):
         sweep.make(file, ["train.seed=0:3"], first.path.parent)
 
 
@@ -165,7 +165,7 @@ def test_a_finished_single_run_counts_as_the_row(file: Path) -> None:
     run.experiment.write_text(yamlfile.dump(experiment.as_dict()))
     write_json(run.result, {"finished": True})
     plan = sweep.make(file, ["train.seed=0:2"], file.parent / "runs")
-    assert [found.name for found in plan.finished] == [run.name] and len(plan.rows) == 1
+    assert plan.left_out == {run.name: "finished"} and len(plan.rows) == 1
 
 
 @pytest.mark.parametrize(

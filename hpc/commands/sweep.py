@@ -15,7 +15,10 @@ _SHOWN = 10
 @app.command(rich_help_panel="Run")
 def sweep(
     file: ExperimentFile,
-    axes: Annotated[list[str], typer.Argument(help="train.seed=0:5 train.optimizer.lr=1e-3,3e-4", show_default=False)],
+    axes: Annotated[
+        list[str],
+        typer.Argument(help="train.seed=0:5 train.optimizer.lr=1e-3,3e-4", metavar="AXIS", show_default=False),
+    ],
     zipped: Annotated[bool, typer.Option("--zip/--grid", help="Pair the values, or take all combinations.")] = False,
     parallel: Annotated[
         int | None, typer.Option("--max-parallel", min=1, help="At most so many rows at a time.", metavar="K")
@@ -25,7 +28,7 @@ def sweep(
     runs: Runs = None,
     as_json: AsJson = False,
 ) -> None:
-    """Submit one run per combination of values as one job array; rows that are finished already are left out."""
+    """Submit one run per combination of values as one job array; rows finished or under way already are left out."""
     from hpc import arrays
     from hpc import sweep as sweeps
     from hpc.after import options
@@ -38,20 +41,26 @@ def sweep(
     cluster = planned.cluster
     waits = options(after or [], folder, cluster)
     if dry_run:
-        _show(planned)
+        _print_json(planned, []) if as_json else _show(planned)
         report(_checked(planned))
         return
     made = sweeps.create(planned, lambda: report(_checked(planned)))
     with removed_if(Refused, made.path):
         jobs = arrays.submit(made, cluster, after=waits)
     if as_json:
-        rows = [row.name for row in planned.rows]
-        print_json({"sweep": made.name, "path": str(made.path), "cluster": cluster, "jobs": jobs, "rows": rows})
+        _print_json(planned, jobs)
         return
-    for run in planned.finished:
-        say(f"{run.name}  finished already: left out")
-    say(f"{made.name}  {len(planned.rows)} rows  job {', '.join(jobs)} ({cluster})  {made.path}")
+    _show_left_out(planned)
+    count = len(planned.rows)
+    say(f"{made.name}  {count} row{'s' * (count > 1)}  job {', '.join(jobs)} ({cluster})  {made.path}")
     say(f"follow it: hpc ls {made.name}")
+
+
+def _print_json(planned: Any, jobs: list[str]) -> None:
+    """`jobs` is empty where nothing is submitted."""
+    sweep, rows = planned.sweep, [row.name for row in planned.rows]
+    told = {"sweep": sweep.name, "path": str(sweep.path), "cluster": planned.cluster, "jobs": jobs, "rows": rows}
+    print_json({**told, "left_out": planned.left_out})
 
 
 def _checked(planned: Any) -> Any:
@@ -66,13 +75,22 @@ def _checked(planned: Any) -> Any:
 
 
 def _show(planned: Any) -> None:
-    rows = [[row.name, " ".join(row.overrides)] for row in planned.rows]
+    rows = [[str(number), row.name, " ".join(row.overrides)] for number, row in enumerate(planned.rows)]
     hidden = len(rows) - 2 * _SHOWN
     if hidden > 0:
-        rows = [*rows[:_SHOWN], ["...", f"{hidden} more"], *rows[-_SHOWN:]]
-    table(["row", "values"], rows)
-    for run in planned.finished:
-        say(f"{run.name}  finished already: left out")
-    for chunk, text in zip(planned.chunks, planned.scripts, strict=True):
-        say(f"\n# {planned.sweep.script(chunk.number)}, byte for byte\n")
-        say(text)
+        rows = [*rows[:_SHOWN], ["...", "...", f"{hidden} more"], *rows[-_SHOWN:]]
+    table(["row", "run", "values"], rows)
+    _show_left_out(planned)
+    say(f"\n# {planned.sweep.script(0)}, byte for byte\n")
+    say(planned.scripts[0])
+    for chunk in planned.chunks[1:]:
+        of = f"rows {chunk.first}-{chunk.first + chunk.count - 1}"
+        say(f"# {planned.sweep.script(chunk.number)}: the same for {of}")
+
+
+def _show_left_out(planned: Any) -> None:
+    names = list(planned.left_out)
+    for name in names[:_SHOWN]:
+        say(f"{name}  {planned.left_out[name]} already: left out")
+    if len(names) > _SHOWN:
+        say(f"... and {len(names) - _SHOWN} more left out")
