@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hpc import ledger
 from hpc.errors import UserError
-from hpc.rundir import RunDir, find_run
-from hpc.sweepdir import SweepDir, find_sweep
+from hpc.parent import end_with_parent
+from hpc.rundir import RunDir
+from hpc.sweepdir import SweepDir
 
 _POLL_S = 1.0
 
@@ -21,23 +22,29 @@ def options(names: Sequence[str], runs: Path, cluster: str) -> list[str]:
     On SLURM one --dependency, here the runs' folders; runs that are finished already count no more.
     Raises UserError for a run that neither runs nor is finished, or that runs on the other cluster.
     """
-    waited: list[ledger.Status] = []
-    paths: list[str] = []
-    for name in names:
-        sweep = find_sweep(runs, name)
-        for run in sweep.rows() if isinstance(sweep, SweepDir) else [find_run(runs, name)]:
-            status = ledger.status(run)
-            if status.state == "finished":
-                continue
-            if not ledger.live(status.state):
-                raise UserError(f"--after {name}: {run.name} is {status.state}, so it will not finish; resume it first")
-            if status.cluster != cluster:
-                raise UserError(f"--after {name}: {run.name} runs on {status.cluster}, and this one would on {cluster}")
-            waited.append(status)
-            paths.append(str(run.path))
+    waited = [status for name in names for status in _waited(name, runs, cluster)]
     if cluster == "local":
-        return paths
-    return dependency([status.job for status in waited]) if waited else []
+        return [str(run.path) for run, _ in waited]
+    jobs = dict.fromkeys(status.job for _, status in waited)
+    return dependency(list(jobs)) if jobs else []
+
+
+def _waited(name: str, runs: Path, cluster: str) -> list[tuple[RunDir, ledger.Status]]:
+    """The run, or the sweep's rows, of this name that are not finished yet."""
+    try:
+        found = ledger.find(runs, name)
+    except UserError as error:
+        raise UserError(f"--after {name}: {error}") from None
+    several = found.rows() if isinstance(found, SweepDir) else [found]
+    both = zip(several, ledger.statuses(several), strict=True)
+    waited = [(run, status) for run, status in both if status.state != "finished"]
+    for run, status in waited:
+        if not status.live:
+            again = f"'hpc resume {found.name}' first"
+            raise UserError(f"--after {name}: {run.name} is {status.state}, so it will not finish; {again}")
+        if status.cluster != cluster:
+            raise UserError(f"--after {name}: {run.name} runs on {status.cluster}, and this one would on {cluster}")
+    return waited
 
 
 def dependency(jobs: Sequence[str]) -> list[str]:
@@ -45,20 +52,21 @@ def dependency(jobs: Sequence[str]) -> list[str]:
     return [f"--dependency=afterok:{':'.join(jobs)}", "--kill-on-invalid-dep=yes"]
 
 
-def wait(runs: Sequence[RunDir]) -> bool:
-    """Wait until all runs are finished; False as soon as one ends otherwise."""
+def wait(runs: Sequence[RunDir], given_up: Callable[[], bool] = lambda: False) -> bool:
+    """Wait until all runs are finished; False as soon as one ends otherwise, or the waiting is given up."""
     left = list(runs)
-    while left:
+    while left and not given_up():
         for run, status in zip(list(left), ledger.statuses(left), strict=True):
             if status.state == "finished":
                 left.remove(run)
-            elif not ledger.live(status.state):
+            elif not status.live:
                 print(f"not started: {run.name}, which it was to follow, is {status.state}", file=sys.stderr)
                 return False
         if left:
             time.sleep(_POLL_S)
-    return True
+    return not left
 
 
 if __name__ == "__main__":
+    end_with_parent()  # the shell that is to start the run
     sys.exit(not wait([RunDir(path) for path in sys.argv[1:]]))
