@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import os
+import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from hpc import badnodes, slurm
@@ -23,9 +25,12 @@ def most_tasks(cluster: str) -> int | None:
     if cluster == "local":
         return None
     try:
-        return int(slurm.config()["MaxArraySize"])
+        most = int(slurm.config()["MaxArraySize"])
     except (slurm.SlurmError, KeyError, ValueError) as error:
         raise UserError(f"how many tasks an array may have here is not known: {error}; try again") from None
+    if not most:
+        raise UserError("this cluster has no job arrays (MaxArraySize=0): submit the runs one by one with 'hpc submit'")
+    return most
 
 
 def submit(sweep: SweepDir, cluster: str, rows: Iterable[int] | None = None, after: Sequence[str] = ()) -> list[str]:
@@ -34,10 +39,13 @@ def submit(sweep: SweepDir, cluster: str, rows: Iterable[int] | None = None, aft
     Raises Refused when nothing is submitted, UserError where SLURM is silent: `repair` tells later.
     `after`: what must be finished before, as `hpc.after` gives it for this cluster.
     """
-    with _alone(sweep):
-        if cluster == "local":
-            return [_submit_local(sweep, rows, after)]
-        return _submit_slurm(sweep, rows, after)
+    try:
+        with _alone(sweep):
+            if cluster == "local":
+                return [_submit_local(sweep, rows, after)]
+            return _submit_slurm(sweep, rows, after)
+    except OSError as error:
+        raise _refused(sweep.name, error) from None
 
 
 def _parts(sweep: SweepDir, rows: Iterable[int] | None) -> list[tuple[Chunk, list[int]]]:
@@ -56,7 +64,8 @@ def _submit_slurm(sweep: SweepDir, rows: Iterable[int] | None, after: Sequence[s
     parts, submission = _parts(sweep, rows), sweep.count_submissions()
     common = [*badnodes.exclusion(sweep.path.parent), *(["--hold"] if len(parts) > 1 else [])]
     jobs: dict[int, str] = {}
-    try:
+    tokens = [sweep.token(chunk.number, submission) for chunk, _ in parts]
+    with taken_back(sweep.name, "slurm", tokens, jobs.values()):
         for chunk, chosen in parts:
             waits = [f"afterany:{jobs[chunk.after]}"] if chunk.after in jobs else []
             token = sweep.token(chunk.number, submission)
@@ -65,15 +74,58 @@ def _submit_slurm(sweep: SweepDir, rows: Iterable[int] | None, after: Sequence[s
             executor = SlurmRunExecutor(sweep.script(chunk.number), sweep.logs, token, options)
             jobs[chunk.number] = executor.submit_script().job_id
         sweep.record("slurm", {chunk.number: (jobs[chunk.number], chosen) for chunk, chosen in parts})
-        if len(parts) > 1:
-            slurm.release(*jobs.values())
-    except BaseException as error:
-        if jobs:
-            slurm.cancel(*jobs.values())
-        if isinstance(error, slurm.SlurmError | OSError):
-            raise Refused(f"{sweep.name}: not submitted: {error}") from None
-        raise
+    if len(parts) > 1:
+        release(list(jobs.values()))
     return list(jobs.values())
+
+
+def release(jobs: Sequence[str]) -> None:
+    """Let held jobs start. Raises UserError with what starts them later."""
+    try:
+        slurm.release(*jobs)
+    except slurm.SlurmError as error:
+        again = f"'scontrol release {','.join(jobs)}' lets them start"
+        raise UserError(f"submitted as {', '.join(jobs)}, which are held still ({error}); {again}") from None
+
+
+@contextmanager
+def taken_back(name: str, cluster: str, tokens: Sequence[str], jobs: Collection[str]) -> Iterator[None]:
+    """All of several submissions, or none: what ends them takes back the `jobs` so far, and becomes a refusal.
+
+    A job whose number never arrived here is found by its token. Where SLURM is silent nothing is taken back: UserError.
+    """
+    try:
+        yield
+    except BaseException as error:
+        try:
+            _take_back(cluster, tokens, jobs)
+        except (slurm.SlurmError, UserError) as silence:
+            if isinstance(error, UserError):
+                raise error from None
+            raise UserError(f"{name}: {error!r}, and {silence}: see 'hpc ls' when SLURM answers again") from None
+        raise _refused(name, error) from None
+
+
+def _take_back(cluster: str, tokens: Sequence[str], jobs: Collection[str]) -> None:
+    if cluster == "local":
+        for job in reversed(list(jobs)):
+            os.kill(int(job), signal.SIGTERM)
+        return
+    queue = slurm.queue().items()
+    found = {job.partition("_")[0] for job, info in queue if info.live and info.comment in tokens}
+    if ids := sorted({*jobs, *found}):
+        slurm.cancel(*ids)
+
+
+def _refused(name: str, error: BaseException) -> BaseException:
+    """What ended a submission of which nothing is left."""
+    if isinstance(error, Refused):
+        return error
+    if isinstance(error, UserError):
+        return Refused(f"{name}: not submitted: SLURM did not answer for a while; repeat the command")
+    if isinstance(error, KeyboardInterrupt):
+        return Refused(f"{name}: interrupted, nothing is submitted")
+    return Refused(f"{name}: not submitted: {error}") if isinstance(error, OSError | slurm.SlurmError) else error
 
 
 def _some(chunk: Chunk, rows: list[int]) -> list[str]:
@@ -96,10 +148,12 @@ def _submit_local(sweep: SweepDir, rows: Iterable[int] | None, after: Sequence[s
     command = [sys.executable, "-m", "hpc.localarray", str(sweep.path), "--rows", spec(chosen)]
     for path in after:
         command += ["--after", path]
-    job = LocalRunExecutor(command, sweep.logs).submit_script().job_id
-    jobs = {chunk.number: (job, some) for chunk, some in _parts(sweep, rows)}
-    sweep.record("local", jobs, process_start=process_start(int(job)))
-    return job
+    jobs: list[str] = []
+    with taken_back(sweep.name, "local", [], jobs):
+        jobs.append(LocalRunExecutor(command, sweep.logs).submit_script().job_id)
+        chunks = {chunk.number: (jobs[0], some) for chunk, some in _parts(sweep, rows)}
+        sweep.record("local", chunks, process_start=process_start(int(jobs[0])))
+    return jobs[0]
 
 
 @contextmanager

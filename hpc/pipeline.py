@@ -9,15 +9,17 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc import after, instances, ledger, preflight, submission, template, yamlfile
+from hpc import after, arrays, instances, payload, preflight, submission, template, yamlfile
 from hpc import plan as plans
 from hpc.errors import UserError
 from hpc.experiment import Experiment, Launch, load, validate
 from hpc.plan import Plan
+from hpc.preempt import ExitCode
 from hpc.preflight import Findings
 from hpc.rundir import RunDir, next_run, write_text
 
@@ -38,38 +40,44 @@ class Pipeline:
 
     links: list[Link]
     cluster: str
-    packed: bool
-    """The data file was there already."""
+    data: str
+    """The data file."""
+    pack: list[str] | None
+    """Arguments of `hpc pack`; None where the data file is there already."""
+    split: str
+    """What is evaluated."""
 
 
 def make(file: Path, overrides: list[str], runs: Path, pack: str | None, pack_instance: str, split: str) -> Pipeline:
     """Plan the runs. `pack`: sources and options of `hpc pack` without -o, as in a shell. Raises UserError."""
     experiment, _ = load(file, overrides)
     cluster = submission.choose_cluster(experiment.launch.cluster)
-    there = Path(experiment.data.file).exists()
-    if not there and pack is None:
-        raise UserError(
-            f"{experiment.data.file} does not exist: say how to make it, --pack 'scans --labels labels.csv'"
-        )
+    data = experiment.data.file
+    words = _words(pack, data) if not Path(data).exists() else None
     links = []
-    if pack is not None and not there:
+    if words is not None:
         wanted = experiment.launch
-        launch = Launch(instance=pack_instance if cluster == "slurm" else wanted.instance, cluster=wanted.cluster)
-        arguments = [*_words(pack), "-o", experiment.data.file]
-        links.append(_link(experiment, "pack", launch, {"module": PACK, "arguments": arguments}, runs))
+        where = pack_instance if cluster == "slurm" else wanted.instance
+        launch = Launch(instance=where, cluster=wanted.cluster, account=wanted.account, mail=wanted.mail)
+        links.append(_link(experiment, "pack", launch, {"module": PACK, "arguments": words}, runs))
     train = plans.make(file, overrides, runs)
     links.append(Link(train))
     arguments = [str(train.run.path), "--split", split]
     launch = _one_task(experiment.launch)
     links.append(_link(experiment, "evaluate", launch, {"module": EVALUATE, "arguments": arguments}, runs))
-    return Pipeline(links, cluster, there)
+    return Pipeline(links, cluster, data, words, split)
 
 
-def _words(pack: str) -> list[str]:
+def _words(pack: str | None, data: str) -> list[str]:
+    if pack is None:
+        raise UserError(f"{data} does not exist: say how to make it, --pack 'scans --labels labels.csv'")
     try:
-        return shlex.split(pack)
+        words = shlex.split(pack)
     except ValueError as error:
         raise UserError(f"--pack {pack!r}: {error}; quote it as in a shell") from None
+    if {"-o", "--output"} & {word.partition("=")[0] for word in words}:
+        raise UserError(f"--pack {pack!r}: leave -o out; the file is data.file, {data}")
+    return [*words, "-o", data]
 
 
 def _one_task(launch: Launch) -> Launch:
@@ -93,37 +101,71 @@ def check(pipeline: Pipeline) -> dict[str, Findings]:
     """What is found of each link, by its run's name; the training's data file may be made only then."""
     found = {}
     for link in pipeline.links:
-        plan = link.plan
-        whole = link.step is None and pipeline.packed
+        plan, whole = link.plan, link.step is None and pipeline.pack is None
         found[plan.run.name] = preflight.check(
             plan.experiment, plan.instance, pipeline.cluster, plan.script, plan.run.runs, payload=whole
         )
+    _check_steps(pipeline, next(iter(found.values())))
     return found
 
 
+def _check_steps(pipeline: Pipeline, findings: Findings) -> None:
+    """The payload looks at its own arguments: what the last link needs is missed before the first one queues."""
+    asked = {"pack": pipeline.pack, "data": pipeline.data, "split": pipeline.split}
+    answer = payload.ask("jobs.step", [], yamlfile.dump(asked))
+    words = answer.stderr.strip().splitlines()
+    if answer.returncode == ExitCode.DONE:
+        findings.passed.append(answer.stdout.strip())
+    elif answer.returncode == ExitCode.BAD_INPUT:
+        findings.refusals += words[-1:]  # before it argparse prints the usage
+    elif "ModuleNotFoundError" in answer.stderr:
+        findings.unchecked.append(f"sources and split: {words[-1]} ('make setup' installs what jobs need)")
+    else:
+        findings.refusals.append(f"the payload's check failed: {words[-1] if words else answer.returncode}")
+
+
 def submit(pipeline: Pipeline) -> list[tuple[RunDir, str]]:
-    """Make and submit all links, or none: each run and its job. Raises UserError."""
-    done: list[tuple[RunDir, str]] = []
+    """Make and submit all links, or none: each run and its job. Raises UserError.
+
+    On SLURM the first is held until all of them are accepted: a refusal finds none that has started.
+    """
+    made, jobs, cluster = _create(pipeline), list[str](), pipeline.cluster
+    try:
+        with arrays.taken_back("pipeline", cluster, [run.name for run in made], jobs):
+            for run in made:
+                jobs.append(submission.submit(run, cluster, _after(made, jobs, cluster)).job_id)
+    except submission.Refused:
+        _remove(made)
+        raise
+    if cluster == "slurm":
+        arrays.release(jobs[:1])
+    return list(zip(made, jobs, strict=True))
+
+
+def _create(pipeline: Pipeline) -> list[RunDir]:
     made: list[RunDir] = []
     try:
         for link in pipeline.links:
-            run = plans.create(link.plan)
-            made.append(run)
+            made.append(plans.create(link.plan))
             if link.step is not None:
-                write_text(run.step, yamlfile.dump(link.step))
-            waits = _after(done, pipeline.cluster)
-            done.append((run, submission.submit(run, pipeline.cluster, waits).job_id))
-    except BaseException:
-        for run, _ in reversed(done):
-            ledger.cancel(run)
-        for run in made[len(done) :]:
-            shutil.rmtree(run.path, ignore_errors=True)
+                write_text(made[-1].step, yamlfile.dump(link.step))
+    except BaseException as error:
+        _remove(made)
+        if isinstance(error, OSError):
+            raise UserError(f"{pipeline.links[0].plan.run.runs}: nothing is made: {error.strerror}") from None
         raise
-    return done
+    return made
 
 
-def _after(done: list[tuple[RunDir, str]], cluster: str) -> list[str]:
-    if not done:
-        return []
-    run, job = done[-1]
-    return [str(run.path)] if cluster == "local" else after.dependency([job])
+def _remove(made: list[RunDir]) -> None:
+    for run in made:
+        shutil.rmtree(run.path, ignore_errors=True)
+    with suppress(OSError, IndexError):  # other runs are in it, or nothing was made
+        made[0].runs.rmdir()
+
+
+def _after(made: list[RunDir], jobs: list[str], cluster: str) -> list[str]:
+    """What the next submission is given."""
+    if cluster == "local":
+        return [str(made[len(jobs) - 1].path)] if jobs else []
+    return after.dependency([jobs[-1]]) if jobs else ["--hold"]

@@ -1,6 +1,7 @@
 """A run that does not train (step.yaml): packing or evaluation, by the payload's own command in a child process.
 
 A stop signal ends the child, and the run is started again later: packing leaves no half file.
+`python -m jobs.step` looks at the steps of a pipeline before they queue, from standard input.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import time
 
 from hpc import yamlfile
+from hpc.errors import UserError
 from hpc.preempt import ExitCode, StopFlag
 from hpc.rundir import RunDir, read_json, write_json
 
@@ -52,3 +54,54 @@ def _stop(folder: RunDir, child: subprocess.Popen[bytes], cause: str, generation
     folder.event("signal", "rank0", generation, cause=cause)
     logging.info("stopped by %s: it starts anew", cause)
     return ExitCode.STOPPED
+
+
+def check(pack: list[str] | None, data: str, split: str) -> str:
+    """What is to be packed, in words. Raises ValueError or UserError for arguments of `hpc pack` or a split that fail.
+
+    `pack`: the arguments, None where `data` is there already.
+    """
+    from datasets import open_volumes
+    from datasets.partition import SPLITS
+
+    if split not in SPLITS:
+        raise UserError(f"--split {split!r} is no split; use {', '.join(SPLITS)}")
+    if pack is not None:
+        return _check_pack(pack, split, SPLITS.index(split))
+    volumes = open_volumes(data)
+    if not len(volumes.indices(split)):
+        full = [name for name in SPLITS if len(volumes.indices(name))]
+        raise UserError(f"--split {split}: {data} has no such samples; it has {', '.join(full)}")
+    return f"{data} is there: nothing is packed"
+
+
+def _check_pack(arguments: list[str], split: str, number: int) -> str:
+    """Sources and table, before any volume is read; the split must get samples by its share or by the table."""
+    from datasets.annotation import match_rows, read_table
+    from datasets.packing import find_sources
+    from jobs.pack import parse
+
+    options = parse(arguments)
+    sources = find_sources(options.sources)
+    given = set()
+    if options.labels is not None:
+        rows = read_table(options.labels, options.group, need_label=options.atlas is None)
+        match_rows(options.labels, rows, list(sources))
+        given = {row.split for row in rows.values()}
+    if not options.split[number] and number not in given:
+        shares = "/".join(f"{100 * share:g}" for share in options.split)
+        raise UserError(f"--split {split}: --pack makes no such samples (its own --split is {shares})")
+    return f"{len(sources)} volumes to pack"
+
+
+def main() -> int:
+    try:
+        print(check(**yamlfile.parse(sys.stdin.read(), "stdin")))
+    except (UserError, ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return ExitCode.BAD_INPUT
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
