@@ -86,6 +86,7 @@ def resume(
     everything: Annotated[
         bool, typer.Option("--all", help="All runs that were stopped or lost; not those that failed or were cancelled.")
     ] = False,
+    after: After = None,
     runs: Runs = None,
 ) -> None:
     """Submit stopped, failed or cancelled runs again; each goes on from its newest good checkpoint.
@@ -98,22 +99,25 @@ def resume(
     if bool(names) == everything:
         raise UserError("name the runs or sweeps to resume, or give --all; 'hpc ls' lists them")
     folder = runs_folder(runs)
-    for line in resumption.stopped(folder) if everything else resumption.named(names or [], folder):
+    lines = (
+        resumption.stopped(folder, after or []) if everything else resumption.named(names or [], folder, after or [])
+    )
+    for line in lines:
         say(line)
 
 
 @app.command(rich_help_panel="Run")
-def cancel(names: RunNames, runs: Runs = None) -> None:
-    """End runs or sweeps; each saves what it has, and is not requeued."""
+def cancel(
+    names: Annotated[
+        list[str], typer.Argument(help="Runs or sweeps: name, id, or path.", metavar="RUN", show_default=False)
+    ],
+    runs: Runs = None,
+) -> None:
+    """End runs or sweeps, all with one scancel; each saves what it has, and is not requeued."""
     from hpc import ledger
-    from hpc.rundir import find_run, runs_folder
-    from hpc.sweepdir import find_sweep
+    from hpc.rundir import runs_folder
 
     folder = runs_folder(runs)
-    for name in names or []:
-        sweep = find_sweep(folder, name)
-        if sweep is not None:
-            say(f"{sweep.name}: cancelled {ledger.cancel_sweep(sweep)}")
-        else:
-            run = find_run(folder, name)
-            say(f"{run.name}: cancelled {ledger.cancel(run)}")
+    targets = [ledger.find(folder, name) for name in names]
+    for target, told in zip(targets, ledger.cancel_all(targets), strict=True):
+        say(f"{target.name}: cancelled {told}")
