@@ -1,7 +1,12 @@
-"""Runs that wait for others: SLURM's dependencies, and `python -m hpc.after RUN...` where there is no SLURM."""
+"""Runs that wait for others: SLURM's dependencies, and `python -m hpc.after RUN... -- COMMAND` where there is no SLURM.
+
+The command takes the place of the waiting process, so that who ends the one also ends the other.
+"""
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +14,7 @@ from pathlib import Path
 
 from hpc import ledger
 from hpc.errors import UserError
-from hpc.parent import end_with_parent
+from hpc.preempt import ExitCode
 from hpc.rundir import RunDir
 from hpc.sweepdir import SweepDir
 
@@ -67,6 +72,14 @@ def wait(runs: Sequence[RunDir], given_up: Callable[[], bool] = lambda: False) -
     return not left
 
 
+def main() -> None:
+    runs, command = sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :]
+    if not wait([RunDir(path) for path in runs]):
+        sys.exit(ExitCode.CRASH)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores these, and its successor would
+        signal.signal(number, signal.SIG_DFL)
+    os.execvp(command[0], command)
+
+
 if __name__ == "__main__":
-    end_with_parent()  # the shell that is to start the run
-    sys.exit(not wait([RunDir(path) for path in sys.argv[1:]]))
+    main()

@@ -183,8 +183,7 @@ def submit(run: RunDir, cluster: str, after: Sequence[str] = ()) -> SlurmRunJob 
 
 def _local(command: list[str], logs: Path, after: Sequence[str]) -> LocalRunJob:
     if after:
-        waiting = shlex.join([sys.executable, "-m", "hpc.after", *after])
-        command = ["bash", "-c", f"{waiting} && exec env {shlex.join(command)}"]
+        command = [sys.executable, "-m", "hpc.after", *after, "--", "env", *command]
     return LocalRunExecutor(command, logs).submit_script()
 
 
