@@ -19,23 +19,39 @@ from hpc.rundir import RunDir, read_json, write_json
 
 _POLL_S = 0.2
 _GRACE_S = 20.0
+_BEAT_S = 5.0
 
 
 def run(folder: RunDir, flag: StopFlag, generation: int) -> ExitCode:
     """Run the step to its end or to a stop; result.json when it is done."""
     step = yamlfile.read(folder.step)
-    write_json(folder.state, {**read_json(folder.state), "phase": step["module"].removeprefix("jobs.")})
+    phase = step["module"].removeprefix("jobs.")
+    _heartbeat(folder, phase)
     command = [sys.executable, "-m", step["module"], *map(str, step["arguments"])]
     child = subprocess.Popen(command, cwd=step["folder"], preexec_fn=_hear)
+    beaten = time.monotonic()
     while child.poll() is None and not flag.cause:
         time.sleep(_POLL_S)
+        if time.monotonic() - beaten > _BEAT_S:
+            beaten = time.monotonic()
+            _heartbeat(folder, phase)
     time.sleep(_POLL_S if child.returncode else 0)  # what ended the child may reach us a moment later
-    if flag.cause and child.returncode != ExitCode.DONE:
-        return _stop(folder, child, flag.cause, generation)
+    if flag.cause:
+        _end(child)
     if child.returncode == ExitCode.DONE:
         write_json(folder.result, {"finished": True, "run": folder.name, "step": step["module"]})
         return ExitCode.DONE
+    if flag.cause:
+        write_json(folder.stop, {"generation": generation, "step": 0, "cause": flag.cause})
+        folder.event("signal", "rank0", generation, cause=flag.cause)
+        logging.info("stopped by %s: it starts anew", flag.cause)
+        return ExitCode.STOPPED
     return ExitCode.BAD_INPUT if child.returncode == ExitCode.BAD_INPUT else ExitCode.CRASH
+
+
+def _heartbeat(folder: RunDir, phase: str) -> None:
+    """What others see of a run that is alive."""
+    write_json(folder.state, {**read_json(folder.state), "phase": phase, "time": round(time.time(), 3)})
 
 
 def _hear() -> None:
@@ -43,17 +59,13 @@ def _hear() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _stop(folder: RunDir, child: subprocess.Popen[bytes], cause: str, generation: int) -> ExitCode:
+def _end(child: subprocess.Popen[bytes]) -> None:
     child.send_signal(signal.SIGTERM)
     try:
         child.wait(_GRACE_S)
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-    write_json(folder.stop, {"generation": generation, "step": 0, "cause": cause})
-    folder.event("signal", "rank0", generation, cause=cause)
-    logging.info("stopped by %s: it starts anew", cause)
-    return ExitCode.STOPPED
 
 
 def check(pack: list[str] | None, data: str, split: str) -> str:
