@@ -1,0 +1,158 @@
+"""`hpc resume`: what is submitted again, what is not and why, and that one fault keeps nobody else from going on."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from hpc import ledger, resumption, sweep
+from hpc.errors import UserError
+from hpc.rundir import RunDir, write_json, write_text
+from hpc.sweepdir import SweepDir
+from tests.fakeslurm import FakeSlurm
+
+EXPERIMENT = """
+name: exp
+model: {name: m}
+data: {file: x.h5}
+launch: {instance: laptop, cluster: slurm, cpus: 1, mem: 1GB, time: 10min}
+"""
+MOST = {"MaxArraySize": "3"}
+
+
+@pytest.fixture
+def runs(run: RunDir, fake: FakeSlurm) -> Path:
+    """A folder of runs with one run, exp-0000aaaa; arrays have three tasks at most."""
+    fake.configure(MOST)
+    write_text(run.experiment, EXPERIMENT)
+    return run.path.parent
+
+
+def made(runs: Path) -> SweepDir:
+    """Five rows in two chunks, whose arrays were jobs 70 and 71."""
+    (runs.parent / "exp.yaml").write_text(EXPERIMENT)
+    folder = sweep.create(sweep.make(runs.parent / "exp.yaml", ["train.seed=0:5"], runs), lambda: None)
+    folder.record("slurm", {0: ("70", [0, 1, 2]), 1: ("71", [3, 4])})
+    return folder
+
+
+def ended(run: RunDir, phase: str = "ended", job: str = "70_0", **state: object) -> RunDir:
+    common = {"generation": 1, "job": job, "host": "away", "node": "n", "pid": 1, "step": 40, "epoch": 2}
+    write_json(run.state, {**common, "phase": phase, "started": time.time() - 9, "time": time.time(), **state})
+    return run
+
+
+def sbatch(fake: FakeSlurm) -> list[str]:
+    return [call for call in fake.calls() if call.startswith("sbatch ") and "--test-only" not in call]
+
+
+def refusal(names: list[str], runs: Path) -> str:
+    with pytest.raises(UserError) as fault:
+        list(resumption.named(names, runs))
+    return str(fault.value)
+
+
+def test_of_a_sweep_the_rows_that_are_neither_finished_nor_under_way(runs: Path, fake: FakeSlurm) -> None:
+    folder = made(runs)
+    rows = folder.rows()
+    write_json(rows[0].result, {"finished": True})
+    ended(rows[1], code=1, reason="failed with exit code 1", job="70_1")
+    fake.job("70_2", "RUNNING", comment=f"{folder.name}/0")
+    fake.job("71_3", "PENDING")
+    (line,) = resumption.named([folder.name], runs)
+    assert line.startswith(f"{folder.name}  3 of 5 rows  job ") and line.endswith(" (slurm)")
+    first, second = sbatch(fake)
+    assert f"--array=1 --comment={folder.name}/0.1 " in first, "row 0 is finished, row 2 runs"
+    assert f"--hold --comment={folder.name}/1.1 " in second, "the whole of chunk 1"
+    assert any(call.startswith("scontrol release ") for call in fake.calls())
+    assert [folder.submissions()[row]["job"].partition("_")[0] for row in (0, 2)] == ["70", "70"]
+
+
+def test_a_sweep_with_nothing_to_resume_is_told_by_its_rows(runs: Path, fake: FakeSlurm) -> None:
+    folder = made(runs)
+    for row in folder.rows()[:3]:
+        write_json(row.result, {"finished": True})
+    for task in (0, 1):
+        fake.job(f"71_{task}", "PENDING")
+    assert refusal([folder.name], runs) == f"{folder.name}: nothing to resume (3 finished, 2 pending)"
+    assert not sbatch(fake)
+
+
+def test_all_that_was_stopped_or_lost_comes_back_and_what_failed_or_was_cancelled_does_not(
+    runs: Path, run: RunDir, fake: FakeSlurm
+) -> None:
+    folder = made(runs)
+    rows = folder.rows()
+    ended(rows[0], code=1, reason="failed with exit code 1")
+    ended(rows[1], "stopped", job="70_1", reason="stopped by SIGTERM at step 40")
+    ended(rows[2], "training", job="70_2")
+    for row in rows[3:]:
+        write_json(row.submit, {"cluster": "slurm", "job": "71_0", "time": time.time(), "cancelled": time.time() + 1})
+    write_json(run.submit, {"cluster": "slurm", "job": "60", "time": time.time() - 20})
+    ended(run, "stopped", job="60", reason="stopped by SIGTERM at step 40")
+    (run.checkpoints / "g001-s00000040").mkdir(parents=True)
+    of_sweep, alone = resumption.stopped(runs)
+    assert of_sweep.startswith(f"{folder.name}  2 of 5 rows")
+    assert alone.startswith(run.name) and alone.endswith("goes on from checkpoint g001-s00000040")
+    assert [call.split()[1] for call in sbatch(fake)][:1] == ["--array=1-2"] and len(sbatch(fake)) == 2
+    for task in (1, 2):  # as squeue shows an array
+        fake.job(f"{of_sweep.split()[-2]}_{task}", "PENDING")
+    assert list(resumption.stopped(runs)) == [f"no run in {runs} was stopped or lost"]
+
+
+def test_an_unknown_name_resumes_nobody(runs: Path, run: RunDir, fake: FakeSlurm) -> None:
+    assert "no run 'nobody'" in refusal([run.name, "nobody"], runs)
+    assert not sbatch(fake)
+
+
+def test_one_that_cannot_be_resumed_keeps_no_other_from_it(runs: Path, run: RunDir, fake: FakeSlurm) -> None:
+    write_text(RunDir(runs / "done-0000aaaa").experiment, EXPERIMENT)
+    write_json(RunDir(runs / "done-0000aaaa").result, {"finished": True})
+    write_text(RunDir(runs / "torn-0000aaaa").experiment, EXPERIMENT)
+    write_text(RunDir(runs / "torn-0000aaaa").state, "{")
+    lines = []
+    with pytest.raises(UserError) as fault:
+        lines += resumption.named(["done", "torn", run.name], runs)
+    done, torn = str(fault.value).splitlines()
+    assert done == "done-0000aaaa is finished: nothing to resume"
+    assert torn.startswith("torn-0000aaaa is damaged: state.json: damaged")
+    assert len(sbatch(fake)) == 1 and ledger.status(run).state == "pending"
+
+
+def test_a_run_that_is_under_way_is_left_alone(runs: Path, run: RunDir, fake: FakeSlurm) -> None:
+    write_json(run.submit, {"cluster": "slurm", "job": "60", "time": time.time()})
+    fake.job("60", "PENDING", "Priority")
+    assert refusal([run.name], runs) == f"{run.name} is pending (Priority): nothing to resume"
+
+
+def test_while_slurm_is_silent_nothing_is_submitted_and_nothing_moves_here(
+    runs: Path, run: RunDir, fake: FakeSlurm
+) -> None:
+    write_text(run.experiment, EXPERIMENT.replace("cluster: slurm", "cluster: auto"))
+    write_json(run.submit, {"cluster": "slurm", "job": "60", "time": time.time() - 20})
+    for command in ("squeue", "sinfo"):
+        fake.fails(command, "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
+    assert refusal([run.name], runs) == f"{run.name} is pending (SLURM does not answer): nothing to resume"
+    ended(run, code=1, reason="failed with exit code 1", job="60")
+    assert refusal([run.name], runs).startswith(f"{run.name} was on SLURM, which does not answer: try again")
+    assert not sbatch(fake) and json.loads(run.submit.read_text())["job"] == "60"
+
+
+def test_a_resumed_run_may_follow_another(runs: Path, run: RunDir, fake: FakeSlurm) -> None:
+    other = RunDir(runs / "pack-0000aaaa")
+    write_text(other.experiment, EXPERIMENT)
+    write_json(other.submit, {"cluster": "slurm", "job": "60", "time": time.time()})
+    fake.job("60", "RUNNING")
+    list(resumption.named([run.name], runs, ["pack"]))
+    assert "--dependency=afterok:60 --kill-on-invalid-dep=yes" in sbatch(fake)[0]
+    folder = made(runs)
+    list(resumption.named([folder.name], runs, ["pack"]))
+    assert all("--dependency=afterok:60 --kill-on-invalid-dep=yes" in call for call in sbatch(fake)[1:])
+    assert "--after nobody: no run" in _fault(lambda: resumption.named([folder.name], runs, ["nobody"]))
+
+
+def _fault(call: object) -> str:
+    with pytest.raises(UserError) as fault:
+        list(call())  # type: ignore[operator]
+    return str(fault.value)
