@@ -22,6 +22,10 @@ from hpc.sweepdir import alone
 
 _IMPOSSIBLE = re.compile("node configuration is not available", re.I)
 _IN_A_ROW = 3
+_AGAIN_S = 5.0
+_PATIENCE_S = 100.0
+"""While a silent controller is asked again; the notice of a time limit is 120 s."""
+_CANCELLED = ("CANCELLED", "COMPLETING")
 _AWAY = re.compile(r"DOWN|DRAIN|FAIL|MAINT|NOT_RESPONDING|UNKNOWN|REBOOT|POWER")
 """States of nodes that may come back."""
 
@@ -113,9 +117,9 @@ def finish(run: RunDir, generation: int, code: int, told: bool) -> str:
         return "end"
     if job is None:
         return "again"
-    with suppress(OSError):  # as above
-        run.event("requeue", "shell", generation, job=job, **({"out": out} if out else {}))
-    _requeue(run, generation, job, out)
+    if _requeue(run, generation, job, out):
+        with suppress(OSError):  # as above
+            run.event("requeue", "shell", generation, job=job, **({"out": out} if out else {}))
     return "end"
 
 
@@ -144,7 +148,7 @@ def _excluded(job: str) -> list[str]:
     return [info.excluded] if info and info.excluded else []
 
 
-def _requeue(run: RunDir, generation: int, job: str, out: list[str]) -> None:
+def _requeue(run: RunDir, generation: int, job: str, out: list[str]) -> bool:
     """The same job again; where the cluster refuses (JobRequeue=0), the same script once, under the same token.
 
     SLURM sends TERM as soon as it agrees, and takes a change of the job's nodes only after that.
@@ -152,27 +156,47 @@ def _requeue(run: RunDir, generation: int, job: str, out: list[str]) -> None:
     ignore_stops()
     out = [*out, *_excluded(job)] if out else []
     try:
-        slurm.requeue(job)
+        _ask_until_heard(job)
         if out:
             slurm.update(job, ExcNodeList=",".join(out))
-        return
+        return True
     except slurm.RequeueDisabled as refusal:
         print(f"{run.name}: {refusal}; submitted anew instead", file=sys.stderr)
     except slurm.SlurmError as refusal:
         print(f"{run.name}: {refusal}", file=sys.stderr)
-        return
+        return False
     try:
-        new = _submit_anew(run, out)
+        new = _submit_anew(run, job, out)
         write_json(run.submit, {"cluster": "slurm", "job": new, "time": round(time.time(), 3)})
         run.event("submit", "shell", generation, job=new, after=job)
+        return True
     except (slurm.SlurmError, UserError, OSError) as error:
         print(f"{run.name}: not submitted again ({error}); 'hpc resume {run.name}' goes on from there", file=sys.stderr)
+        return False
 
 
-def _submit_anew(run: RunDir, out: list[str]) -> str:
-    """A row of a sweep as its own task alone. One that waits under the same token already is not submitted twice."""
-    single = alone(run)
-    waiting = [i.job for i in slurm.queue().values() if i.comment == single.token and i.state == "PENDING"]
+def _ask_until_heard(job: str) -> None:
+    """A controller that is silent for a moment costs no run: SLURM ends this script before it is asked in vain."""
+    end = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return slurm.requeue(job)
+        except slurm.SilentError as silence:
+            if time.monotonic() > end:
+                raise
+            print(f"{silence}; asked again in {_AGAIN_S:g} s", file=sys.stderr)
+        time.sleep(_AGAIN_S)
+
+
+def _submit_anew(run: RunDir, job: str, out: list[str]) -> str:
+    """A row of a sweep as its own task alone. One that waits under the same token already is not submitted twice.
+
+    Raises SlurmError where the job was cancelled meanwhile: it must not come back.
+    """
+    single, queue = alone(run), slurm.queue()
+    if (info := queue.get(job)) and info.state in _CANCELLED:
+        raise slurm.SlurmError(f"job {job} was cancelled meanwhile")
+    waiting = [i.job for i in queue.values() if i.comment == single.token and i.state == "PENDING"]
     exclude = [f"--exclude={','.join(out)}"] if out else []
     return waiting[0] if waiting else single.job(slurm.submit(single.script, *single.options, *exclude))
 

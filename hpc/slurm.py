@@ -38,12 +38,17 @@ _ENDED = frozenset(
 )
 _OWN_DEFAULTS = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_")
 """Variables by which a user changes what a command shows, or hides: our questions mean what they say."""
-_SILENT = r"contact slurm controller|timed out|connect failure|communication"
+_SILENT = re.compile("contact slurm controller|timed out|connect failure|communication|unexpected message", re.I)
+"""Words of a command that got no answer; what it asked for may be done all the same."""
 _MEGABYTES = {"": 1 / 1024**2, "K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
 
 
 class SlurmError(RuntimeError):
     """A command of SLURM that failed, is missing or does not answer: one line, with its own words."""
+
+
+class SilentError(SlurmError):
+    """The controller did not answer, or not in time: what was asked may be done all the same."""
 
 
 class RequeueDisabled(SlurmError):
@@ -197,15 +202,13 @@ def test_only(script: Path, *options: str) -> tuple[bool, str]:
     """
     result = _run("sbatch", "--test-only", *options, str(script))
     words = _words(result).removeprefix("allocation failure: ")
-    if result.returncode and re.search(
-        r"contact slurm controller|timed out|communication|connect failure", words, re.I
-    ):
-        raise SlurmError(f"sbatch: {words}")
+    if result.returncode and _SILENT.search(words):
+        raise SilentError(f"sbatch: {words}")
     return result.returncode == 0, words
 
 
 def requeue(job: str) -> None:
-    """Raises RequeueDisabled, or SlurmError with scontrol's own words (SLURM requeued it already, say).
+    """Raises RequeueDisabled, SilentError, or SlurmError with scontrol's words (SLURM requeued it already, say).
 
     SLURM ends the batch script with TERM as soon as it agrees, and its processes with it: scontrol ignores that, so
     that an answer of yes is not mistaken for a failure.
@@ -213,8 +216,9 @@ def requeue(job: str) -> None:
     command = ["bash", "-c", 'trap "" TERM; exec "$@"', "bash", "scontrol", "requeue", job]
     result = _run(*command)
     if result.returncode:
-        kind = RequeueDisabled if "disabled" in result.stderr.lower() else SlurmError
-        raise kind(f"scontrol requeue {job}: {_words(result)}")
+        words = _words(result)
+        kind = RequeueDisabled if "disabled" in words.lower() else SilentError if _SILENT.search(words) else SlurmError
+        raise kind(f"scontrol requeue {job}: {words}")
 
 
 def cancel(*jobs: str) -> None:
@@ -337,7 +341,8 @@ def _ask(*command: str) -> str:
     """Its output. Raises SlurmError with its words when it fails."""
     result = _run(*command)
     if result.returncode:
-        raise SlurmError(f"{command[0]}: {_words(result)}")
+        words = _words(result)
+        raise (SilentError if _SILENT.search(words) else SlurmError)(f"{command[0]}: {words}")
     return result.stdout
 
 
@@ -362,7 +367,7 @@ def _run(*command: str, timeout: float | None = None) -> subprocess.CompletedPro
     try:
         out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        raise SlurmError(f"{' '.join(command)}: no answer within {limit:g} s") from None
+        raise SilentError(f"{' '.join(command)}: no answer within {limit:g} s") from None
     finally:
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)  # a site's wrapper script and what it started

@@ -233,6 +233,10 @@ _EVENTS: dict[str, Callable[..., Any]] = {
     r"scancel": lambda play: _cluster(play).run("scancel", play.job),
     r"freeze at step (\d+)": _freeze,
     r"signal (\w+)": _signal,
+    r"signal the ranks (\w+)": lambda play, name: [os.kill(pid, signal.Signals[f"SIG{name}"]) for pid in _ranks(play)],
+    r"wait for the tail": lambda play: play.wait(
+        lambda: play.read("state.json").get("phase") == "stopped", "the batch script's tail has decided"
+    ),
     r"sbatch by hand": _by_hand,
     r"partition (\w+) (\w+)": lambda play, name, state: _cluster(play).run(
         "scontrol", "update", f"PartitionName={name}", f"State={state}"

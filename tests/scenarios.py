@@ -154,6 +154,16 @@ ROWS = [
         weights="one-task",
     ),
     Row(
+        "requeue-unheard",
+        "the controller is away when the tail asks for the requeue: it asks again",
+        f"{TINY}\nwait for step 50\ncontroller stops\nsignal the ranks USR2\nwait for the tail\ncontroller starts\n"
+        "wait for requeue\nwait for end",
+        cluster={"message_timeout": 2},
+        attempts=2,
+        causes=("SIGUSR2",),
+        weights="one-task",
+    ),
+    Row(
         "array-preempted",
         "each index of an array preempted in turn, the last one too: no sibling is touched",
         f"{SWEEP} train.keep=2,3,4\n"

@@ -180,6 +180,47 @@ def test_of_a_sweep_only_the_task_itself_is_submitted_anew(
     assert read_json(row.submit)["job"] == "103_1"
 
 
+@pytest.mark.parametrize("words", ["Unexpected message received for job 55", "Socket timed out on send/recv operation"])
+def test_a_controller_that_is_silent_for_a_moment_is_asked_again(
+    stopped: RunDir, fake: FakeSlurm, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_job(monkeypatch, fake)
+    fake.job("55", "RUNNING", comment=stopped.name)
+    fake.fails("scontrol", words)
+    waits = []
+
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            (fake.folder / "scontrol.fails").unlink()
+
+    monkeypatch.setattr(time, "sleep", wait)
+    requeue.finish(stopped, 3, 75, False)
+    assert len(waits) == 3 and fake.jobs() == {"55": "PENDING"}
+    assert stopped.read_events()[-1]["event"] == "requeue"
+
+
+def test_a_requeue_that_was_never_heard_is_not_recorded_as_one(
+    stopped: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_job(monkeypatch, fake)
+    fake.fails("scontrol", "Unexpected message received for job 55")
+    monkeypatch.setattr(requeue, "_PATIENCE_S", -1.0)
+    assert requeue.finish(stopped, 3, 75, False) == "end"
+    assert [event["event"] for event in stopped.read_events()][-1] == "end"
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
+def test_a_job_that_is_cancelled_meanwhile_is_not_submitted_anew(
+    stopped: RunDir, fake: FakeSlurm, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_job(monkeypatch, fake)
+    fake.fails("scontrol", DISABLED)
+    fake.job("55", state, comment=stopped.name)
+    requeue.finish(stopped, 3, 75, False)
+    assert fake.jobs() == {"55": state}
+
+
 @pytest.mark.parametrize("words", ["Job/step already completing or completed", "Invalid job id specified"])
 def test_another_refusal_of_scontrol_submits_nothing(
     stopped: RunDir, fake: FakeSlurm, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
