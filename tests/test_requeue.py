@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hpc import badnodes, requeue
+from hpc import badnodes, requeue, slurm
 from hpc.rundir import ROWS, RunDir, read_json, write_json, write_text
 from hpc.sweepdir import Chunk, SweepDir
 from tests.fakeslurm import FakeSlurm
@@ -187,16 +187,19 @@ def test_a_controller_that_is_silent_for_a_moment_is_asked_again(
     in_job(monkeypatch, fake)
     fake.job("55", "RUNNING", comment=stopped.name)
     fake.fails("scontrol", words)
-    waits = []
+    asked: list[str] = []
+    requeue_once = slurm.requeue
 
-    def wait(seconds: float) -> None:
-        waits.append(seconds)
-        if len(waits) == 3:
+    def ask(job: str) -> None:
+        asked.append(job)
+        if len(asked) == 3:
             (fake.folder / "scontrol.fails").unlink()
+        requeue_once(job)
 
-    monkeypatch.setattr(time, "sleep", wait)
+    monkeypatch.setattr(slurm, "requeue", ask)
+    monkeypatch.setattr(requeue, "_AGAIN_S", 0.01)
     requeue.finish(stopped, 3, 75, False)
-    assert len(waits) == 3 and fake.jobs() == {"55": "PENDING"}
+    assert len(asked) == 3 and fake.jobs() == {"55": "PENDING"}
     assert stopped.read_events()[-1]["event"] == "requeue"
 
 
