@@ -23,6 +23,7 @@ from hpc.submission import choose_cluster
 from hpc.sweepdir import Chunk, SweepDir
 
 MOST_ROWS = 100_000
+_QUOTED = re.compile(r"""\"(?:\\.|[^"\\])*\"|'(?:''|[^'])*'""", re.DOTALL)
 _RANGE = re.compile(r"(-?\d+):(-?\d+)(?::(-?\d+))?")
 
 
@@ -90,19 +91,21 @@ def parse_axis(text: str) -> tuple[str, list[str]]:
 
 
 def _split(text: str) -> list[str]:
-    """At commas outside brackets, braces and quotes: model.hidden=[8,8],[16,16] has two values."""
-    parts, depth, quote = [""], 0, ""
-    for letter in text:
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"":
-            quote = letter
-        else:
-            depth += (letter in "[{") - (letter in "]}")
-        if letter == "," and depth == 0 and not quote:
+    """At commas outside brackets, braces and quotes: model.hidden=[8,8],[16,16] has two values.
+
+    As in YAML a quote opens only where a value begins.
+    """
+    parts, depth, before, at = [""], 0, ",", 0
+    while at < len(text):
+        quoted = _QUOTED.match(text, at) if before in ",:[{" else None
+        piece = quoted[0] if quoted else text[at]
+        at += len(piece)
+        depth += (piece in "[{") - (piece in "]}")
+        if piece == "," and depth == 0:
             parts.append("")
         else:
-            parts[-1] += letter
+            parts[-1] += piece
+        before = before if piece.isspace() else piece
     return [part.strip() for part in parts]
 
 
