@@ -24,7 +24,7 @@ name: tiny
 model: {name: resnet3d_tiny, stem_stride: 2, dropout: 0.3}
 data: {file: scans.h5, batch_size: 12, augment: {flip: [0], noise: 0.2}, threads: 1}
 train:
-  epochs: 6
+  epochs: 4
   precision: bf16
   checkpoint_every: 2s
   device: cpu
