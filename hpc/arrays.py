@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from hpc import badnodes, slurm
 from hpc.attempt import process_start
@@ -109,7 +109,8 @@ def taken_back(name: str, cluster: str, tokens: Sequence[str], jobs: Collection[
 def _take_back(cluster: str, tokens: Sequence[str], jobs: Collection[str]) -> None:
     if cluster == "local":
         for job in reversed(list(jobs)):
-            os.kill(int(job), signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.kill(int(job), signal.SIGTERM)
         return
     queue = slurm.queue().items()
     found = {job.partition("_")[0] for job, info in queue if info.live and info.comment in tokens}
@@ -119,10 +120,8 @@ def _take_back(cluster: str, tokens: Sequence[str], jobs: Collection[str]) -> No
 
 def _refused(name: str, error: BaseException) -> BaseException:
     """What ended a submission of which nothing is left."""
-    if isinstance(error, Refused):
+    if isinstance(error, UserError):  # Refused, or in doubt: a job may come yet
         return error
-    if isinstance(error, UserError):
-        return Refused(f"{name}: not submitted: SLURM did not answer for a while; repeat the command")
     if isinstance(error, KeyboardInterrupt):
         return Refused(f"{name}: interrupted, nothing is submitted")
     return Refused(f"{name}: not submitted: {error}") if isinstance(error, OSError | slurm.SlurmError) else error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shlex
 import signal
 import sys
@@ -28,6 +29,8 @@ from hpc.errors import UserError
 from hpc.rundir import RunDir, read_json
 from hpc.sweepdir import alone
 
+_SLOW = re.compile("timed out|no answer|communication", re.I)
+_LATE_S, _LOOK_S = 20.0, 1.0
 _NO_LIMIT_MIN = 60 * 24 * 3650  # hpc.localstep keeps the time limit: it starts afresh with every attempt
 
 
@@ -98,16 +101,31 @@ class SlurmRunExecutor(SlurmExecutor):
 
     def _found(self, words: str) -> str:
         try:
-            found = slurm.find_by_comment(self._token)
-        except slurm.SlurmError as silence:
+            found = find_submitted(self._token, words)
+        except slurm.SlurmError as doubt:
             name = self._token.split("/")[0]
             raise UserError(
-                f"sbatch failed ({words}) and may have submitted all the same ({silence}); when SLURM answers again, "
+                f"sbatch failed ({words}) and may have submitted all the same ({doubt}); when SLURM answers again, "
                 f"'hpc ls' shows whether {name} is in the queue, and 'hpc resume {name}' submits it if it is not"
             ) from None
         if found is None:
             raise Refused(f"sbatch refused {self._script}: {words}")
-        return found.split("_")[0]  # of an array the whole
+        return found
+
+
+def find_submitted(token: str, words: str) -> str | None:
+    """The job (of an array the whole) that an sbatch with these last `words` has submitted all the same; None: none.
+
+    A controller that was too slow to answer may be at it still: it is given a while. Raises SlurmError in doubt.
+    """
+    end = time.monotonic() + _LATE_S
+    while True:
+        found = slurm.find_by_comment(token)
+        if found or not _SLOW.search(words):
+            return found.partition("_")[0] if found else None
+        if time.monotonic() > end:
+            raise slurm.SilentError("it is not in the queue yet")
+        time.sleep(_LOOK_S)
 
 
 class LocalRunExecutor(LocalExecutor):

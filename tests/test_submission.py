@@ -67,6 +67,36 @@ def test_when_nobody_answers_the_doubt_is_told(run: RunDir, fake: FakeSlurm) -> 
         submission.submit(run, "slurm")
 
 
+SLOW = "sbatch: error: Batch job submission failed: timed out"
+
+
+def test_a_slow_controller_is_given_time_to_show_the_job(
+    run: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.fails("sbatch", SLOW)
+    looked: list[str] = []
+    find = slurm.find_by_comment
+
+    def look(token: str) -> str | None:
+        looked.append(token)
+        if len(looked) == 3:
+            fake.job("104", "PENDING", comment=token)
+        return find(token)
+
+    monkeypatch.setattr(slurm, "find_by_comment", look)
+    monkeypatch.setattr(submission, "_LOOK_S", 0.01)
+    assert submission.submit(run, "slurm").job_id == "104" and len(looked) == 3
+
+
+def test_a_job_that_may_come_yet_is_no_refusal(run: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal would remove the run's folder under the job."""
+    fake.fails("sbatch", SLOW)
+    monkeypatch.setattr(submission, "_LATE_S", 0.0)
+    with pytest.raises(UserError, match="may have submitted all the same .it is not in the queue yet") as doubt:
+        submission.submit(run, "slurm")
+    assert not isinstance(doubt.value, submission.Refused)
+
+
 def test_a_job_submitted_from_a_job_does_not_inherit_it(
     run: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

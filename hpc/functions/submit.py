@@ -19,6 +19,7 @@ from hpc.functions import payload
 from hpc.functions.job import LocalFunctionJob, SlurmFunctionJob, controller_file
 from hpc.instances import Request
 from hpc.rundir import write_json
+from hpc.submission import find_submitted
 from hpc.sweepdir import Chunk
 
 
@@ -118,15 +119,15 @@ def _sbatch(script: Path, token: str, options: Sequence[str]) -> str:
     except slurm.SlurmError as error:
         words = str(error)
     try:
-        found = next((info.job for info in slurm.queue().values() if info.comment == token), None)
-    except slurm.SlurmError as silence:
+        found = find_submitted(token, words)
+    except slurm.SlurmError as doubt:
         raise SubmissionError(
-            f"{words}; it may have submitted all the same ({silence}): "
+            f"{words}; it may have submitted all the same ({doubt}): "
             f"before you repeat it, look for a job with the comment {token}"
         ) from None
     if found is None:
         raise SubmissionError(words)
-    return found.partition("_")[0]
+    return found
 
 
 def _roll_back(jobs: Sequence[str], error: BaseException) -> None:
