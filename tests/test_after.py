@@ -62,7 +62,7 @@ def sweep_of_three(run: RunDir, *states: str, fake: FakeSlurm) -> SweepDir:
 @pytest.mark.parametrize("name", ["exp-0000aaaa", "exp-0000", "0000aaaa", "71"])
 def test_slurm_is_given_one_dependency_by_name_beginning_id_or_job(fake: FakeSlurm, run: RunDir, name: str) -> None:
     submitted(run, "71")
-    fake.job("71", "PENDING", "Priority")
+    fake.job("71", "PENDING", "Priority", comment=run.name)
     options = after.options([name], run.path.parent, "slurm")
     assert options == ["--dependency=afterok:71", "--kill-on-invalid-dep=yes"]
     assert after.options([name, str(run.path)], run.path.parent, "slurm") == options, "each job once"

@@ -175,7 +175,7 @@ def test_on_slurm_three_jobs_in_a_chain_the_first_one_released_last(here: Cluste
     assert here.job_field(train[1], "Dependency") == f"afterok:{pack[1]}(unfulfilled)"
     assert here.job_field(evaluate[1], "Dependency") == f"afterok:{train[1]}(unfulfilled)"
     assert {status.state for status in ledger.statuses(all_runs(Path("runs")))} == {"pending"}
-    ledger.cancel(pack[0])
+    ledger.cancel_all([pack[0]])
     here.wait_for(lambda: not queued(here), 60, "the end of those that cannot start any more")
 
 

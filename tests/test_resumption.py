@@ -59,7 +59,7 @@ def test_of_a_sweep_the_rows_that_are_neither_finished_nor_under_way(runs: Path,
     write_json(rows[0].result, {"finished": True})
     ended(rows[1], code=1, reason="failed with exit code 1", job="70_1")
     fake.job("70_2", "RUNNING", comment=f"{folder.name}/0")
-    fake.job("71_3", "PENDING")
+    fake.job("71_3", "PENDING", comment=f"{folder.name}/1")
     (line,) = resumption.named([folder.name], runs)
     assert line.startswith(f"{folder.name}  3 of 5 rows  job ") and line.endswith(" (slurm)")
     first, second = sbatch(fake)
@@ -74,7 +74,7 @@ def test_a_sweep_with_nothing_to_resume_is_told_by_its_rows(runs: Path, fake: Fa
     for row in folder.rows()[:3]:
         write_json(row.result, {"finished": True})
     for task in (0, 1):
-        fake.job(f"71_{task}", "PENDING")
+        fake.job(f"71_{task}", "PENDING", comment=f"{folder.name}/1")
     assert refusal([folder.name], runs) == f"{folder.name}: nothing to resume (3 finished, 2 pending)"
     assert not sbatch(fake)
 
@@ -97,7 +97,7 @@ def test_all_that_was_stopped_or_lost_comes_back_and_what_failed_or_was_cancelle
     assert alone.startswith(run.name) and alone.endswith("goes on from checkpoint g001-s00000040")
     assert [call.split()[1] for call in sbatch(fake)][:1] == ["--array=1-2"] and len(sbatch(fake)) == 2
     for task in (1, 2):  # as squeue shows an array
-        fake.job(f"{of_sweep.split()[-2]}_{task}", "PENDING")
+        fake.job(f"{of_sweep.split()[-2]}_{task}", "PENDING", comment=f"{folder.name}/0.1")
     assert list(resumption.stopped(runs)) == [f"no run in {runs} was stopped or lost"]
 
 
@@ -122,7 +122,7 @@ def test_one_that_cannot_be_resumed_keeps_no_other_from_it(runs: Path, run: RunD
 
 def test_a_run_that_is_under_way_is_left_alone(runs: Path, run: RunDir, fake: FakeSlurm) -> None:
     write_json(run.submit, {"cluster": "slurm", "job": "60", "time": time.time()})
-    fake.job("60", "PENDING", "Priority")
+    fake.job("60", "PENDING", "Priority", comment=run.name)
     assert refusal([run.name], runs) == f"{run.name} is pending (Priority): nothing to resume"
 
 
@@ -143,7 +143,7 @@ def test_a_resumed_run_may_follow_another(runs: Path, run: RunDir, fake: FakeSlu
     other = RunDir(runs / "pack-0000aaaa")
     write_text(other.experiment, EXPERIMENT)
     write_json(other.submit, {"cluster": "slurm", "job": "60", "time": time.time()})
-    fake.job("60", "RUNNING")
+    fake.job("60", "RUNNING", comment=other.name)
     list(resumption.named([run.name], runs, ["pack"]))
     assert "--dependency=afterok:60 --kill-on-invalid-dep=yes" in sbatch(fake)[0]
     folder = made(runs)
