@@ -209,9 +209,9 @@ def _space(facts: dict[str, Any]) -> Line:
     free, files = facts["free_gb"], facts["free_inodes"]
     words = f"{free:.0f} GB free" + (f", {files:,} files" if files is not None else "")
     if free < _FULL_GB:
-        return Line("space", "bad", words, "'hpc prune' removes old checkpoints")
+        return Line("space", "bad", words, "remove checkpoints of old runs")
     if free < _LOW_GB or (files is not None and files < _FEW_FILES):
-        return Line("space", "note", words, "'hpc prune' removes old checkpoints; a quota may allow less still")
+        return Line("space", "note", words, "remove checkpoints of old runs; a quota may allow less still")
     return Line("space", "ok", words)
 
 
@@ -284,12 +284,12 @@ def _limits() -> list[Line]:
 
 
 def _programs() -> list[Line]:
-    """What `hpc sync` needs."""
+    """What brings logs home."""
     missing = [name for name in ("ssh", "rsync") if shutil.which(name) is None]
     if missing:
-        remedy = "'hpc sync' needs them to bring logs home; install them, or run it at the other end"
+        remedy = "they bring logs home; install them, or fetch the runs from the other end"
         return [Line("programs", "note", f"no {' and no '.join(missing)} on PATH", remedy)]
-    return [Line("programs", "ok", "ssh and rsync are here, for 'hpc sync'")]
+    return [Line("programs", "ok", "ssh and rsync are here, to bring logs home")]
 
 
 def _payload(*arguments: str) -> dict[str, Any]:

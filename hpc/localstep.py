@@ -7,7 +7,6 @@ limit and KILL at it, and ends all when one fails (srun's --kill-on-bad-exit). L
 from __future__ import annotations
 
 import argparse
-import ctypes
 import os
 import signal
 import subprocess
@@ -15,25 +14,18 @@ import sys
 import time
 from types import FrameType
 
+from hpc.parent import end_with_parent
 from hpc.preempt import NOTICE, READY, STOP_SIGNALS, ignore_stops
 
 _GRACE_S = 30.0
 _REPEAT_S = 1.0
 """A rank that was still starting has not heard the first signal; SLURM repeats its TERM, too."""
 _POLL_S = 0.05
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None)
-
-
-def _end_with_parent() -> None:
-    """Linux sends this process TERM when its parent dies: no rank goes on unseen after a kill -9 of its launcher."""
-    if hasattr(_LIBC, "prctl"):
-        _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def _prepare_rank() -> None:
     ignore_stops()
-    _end_with_parent()
+    end_with_parent()
 
 
 class Step:
@@ -100,7 +92,7 @@ def main() -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
-    _end_with_parent()
+    end_with_parent()
     step = Step(command, options.tasks)
     if options.shell:
         os.kill(options.shell, READY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -113,8 +114,8 @@ def removed_if(refusal: type[UserError], made: Path) -> Iterator[None]:
 
 def _refusal(runs: Path, error: OSError) -> UserError:
     reason = error.strerror
-    if isinstance(error, shutil.Error):  # copytree's list of (source, target, words)
-        reason = str(error.args[0][0][2])
+    if isinstance(error, shutil.Error):  # copytree's list of (source, target, words), words being str(OSError)
+        reason = re.sub(r"^\[Errno \d+\] |: '.*", "", str(error.args[0][0][2]))
     return UserError(f"{runs}: no folder for runs can be made ({reason}); choose one with --runs or HPC_RUNS")
 
 
