@@ -75,6 +75,10 @@ _SRUN = {
     ),
     r"--kill-on-bad-exit\b|-K\b": ("--kill-on-bad-exit=1", "the others wait for a dead rank until the time limit"),
     r"--open-mode=append\b": ("--open-mode=append", "each attempt would erase the log of the one before"),
+    r"--export[= ]ALL\b": (
+        "--export=ALL",
+        "it takes sbatch's --export=NONE for its own, and the ranks would have no variable, not even PATH",
+    ),
 }
 """Pattern to (what srun is to be given, why it matters)."""
 

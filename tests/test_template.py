@@ -168,6 +168,27 @@ def test_each_node_has_its_own_scratch_folder(slurm_cluster: Cluster, tmp_path: 
 
 
 @pytest.mark.slurm
+def test_the_ranks_start_where_sbatch_exports_nothing(slurm_cluster: Cluster, tmp_path: Path) -> None:
+    run, python = RunDir(tmp_path / "x-1"), tmp_path / "python"
+    run.logs.mkdir(parents=True)
+    python.write_text('#!/bin/sh\n[ "$3" != jobs.run ] || echo "$HPC_GPUS $ODD"\n')
+    python.chmod(0o755)
+    nothing = CEDIA.model_copy(update={"sbatch": {"export": "NONE"}, "environment": {"ODD": "1"}})
+    given = experiment(cpus=1, mem="100MB", time="5min", gpus=0)
+    script = tmp_path / "job.sbatch"
+    script.write_text(render(given, run.path, str(python), nothing))
+    function = tmp_path / "function.sbatch"
+    launch = Launch(cpus=1, mem=0.1, gpus=0, time=60)
+    command = "sh -c 'echo \"$HPC_GPUS $ODD\"'"
+    function.write_text(template.render_function("f", nothing, launch, tmp_path, command, None))
+    jobs = [slurm_cluster.submit(path, cwd=tmp_path) for path in (script, function)]
+    for job in jobs:
+        slurm_cluster.wait_state(job, "COMPLETED")
+    written = [run.output(jobs[0], "0"), tmp_path / f"{jobs[1]}_0_log.out"]
+    assert [path.read_text() for path in written] == ["0 1\n"] * 2
+
+
+@pytest.mark.slurm
 def test_each_task_of_an_array_writes_to_the_logs_of_its_row(slurm_cluster: Cluster, tmp_path: Path) -> None:
     sweep = rows_of(tmp_path / "50% of it's $(touch canary)", 5)
     sweep.logs.mkdir()

@@ -88,6 +88,7 @@ CHANGES = [
     (" --cpus-per-task={{ request.cpus_per_task }} \\", " \\", "srun without --cpus-per-task="),
     (" --kill-on-bad-exit=1", "", "srun without --kill-on-bad-exit=1: the others wait"),
     (" --open-mode=append{%", "{%", "srun without --open-mode=append: each attempt"),
+    (" --export=ALL", "", "srun without --export=ALL: it takes sbatch's --export=NONE for its own"),
     ("{{ output(slurm_job) }}", "x.log", "srun without the run's logs"),
     ("  exec srun ", "  exec mpirun ", "no srun: SLURM sends the notice"),
     ("-m hpc.attempt", "-m true", "no hpc.attempt: two jobs could hold"),
