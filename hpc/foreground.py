@@ -23,13 +23,15 @@ _ASK_S, _ASK_LEAST_S = 10.0, 2.0
 def train(run: RunDir) -> int:
     """Run job.sbatch under bash, its output to the terminal and to the run's log; the script's exit code."""
     environ = {**os.environ, "HPC_STEP": "local"}
+    for number in STOP_SIGNALS:  # a shell that starts us with & has us ignore INT, and bash cannot trap what is ignored
+        signal.signal(number, signal.SIG_DFL)
     # Ctrl-C reaches the script through us, once: it stops the ranks, which save and leave.
     process = subprocess.Popen(
         ["bash", str(run.script)], env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
-    record_submission(run, "local", str(process.pid))
     for number in STOP_SIGNALS:
         signal.signal(number, lambda received, _: process.send_signal(received))
+    record_submission(run, "local", str(process.pid))
     assert process.stdout is not None
     with run.output(str(process.pid), "0").open("ab", buffering=0) as log:
         for line in process.stdout:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from hpc.ledger import Status
 from hpc.progress import Pace, Series, bar, sparkline
 from hpc.records import Reader, Records
 from hpc.rundir import RunDir, append_line, write_json, write_text
-from hpc.sweepdir import Chunk, SweepDir
+from hpc.sweepdir import Chunk, SweepDir, submission_of
 from tests.fakeslurm import FakeSlurm, without_slurm
 
 HPC = [sys.executable, "-c", "from hpc.cli import main; main()"]
@@ -407,3 +408,22 @@ def test_a_run_without_output_says_so(run: RunDir, capsys: pytest.CaptureFixture
     write_json(run.submit, {"cluster": "slurm", "job": "55", "time": 1.0})
     foreground.print_logs(run)
     assert capsys.readouterr().err == "exp-0000aaaa: no output yet (job 55)\n"
+
+
+def test_ctrl_c_reaches_the_script_of_a_train_that_was_started_in_the_background(tmp_path: Path) -> None:
+    """`hpc train ... &` in a script: the shell starts it with INT ignored."""
+    run = RunDir(tmp_path / "exp-0000aaaa")
+    run.logs.mkdir(parents=True)
+    write_text(run.script, "trap 'echo interrupted; exit 75' INT\necho ready\nwhile :; do sleep 0.05; done\n")
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); from hpc import foreground, rundir"
+    code += "; sys.exit(foreground.train(rundir.RunDir(sys.argv[1])))"
+    command = [sys.executable, "-c", code, str(run.path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.communicate(timeout=10)[0] == "interrupted\n" and process.returncode == 75
+        finally:
+            script = int(submission_of(run)["job"])
+            with suppress(ProcessLookupError):
+                os.kill(script, signal.SIGKILL)
