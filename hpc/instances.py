@@ -13,7 +13,7 @@ import slurm_templates
 from hpc import yamlfile
 from hpc.errors import UserError, nearest
 from hpc.experiment import Duration, Gigabytes, Launch
-from hpc.sections import Container, NodePath, SbatchOptions, Text, Word
+from hpc.sections import Container, Environment, NodePath, SbatchOptions, Text, Word
 from hpc.units import slurm_time
 
 _SHIPPED = Path(slurm_templates.__file__).parent / "instances"
@@ -77,7 +77,7 @@ class Instance(BaseModel):
     venv: NodePath | None = None
     """Activated; its Python runs the payload."""
     container: Container | None = None
-    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], Text] = {}
+    environment: Environment = {}
     """Exported to every task."""
     scratch: NodePath | None = None
     """Node-local folder, exported as HPC_SCRATCH; a node without it is a bad node."""

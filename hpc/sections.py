@@ -84,6 +84,11 @@ SHORT = {
 }
 """Letters of options, as people write them in scripts."""
 
+_OF_THE_SCRIPT = {
+    *("attempt", "child", "code", "last", "next", "noticed", "profile", "python", "row", "run", "task", "told"),
+}
+_OF_THE_CODE = ("PYTHONPATH", "PYTHONSAFEPATH")
+
 
 def one_line(text: str) -> str:
     """Raises ValueError for a line break or control character: no path, name or option has one."""
@@ -107,6 +112,23 @@ def _no_nul(text: str) -> str:
     return text
 
 
+def _number_as_text(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is no text; put quotes around yes, no, on, off, true and false")
+    return str(value) if isinstance(value, int | float) else value
+
+
+def _free_names(variables: dict[str, str]) -> dict[str, str]:
+    for name in variables:
+        if name in _OF_THE_SCRIPT:
+            raise ValueError(f"{name} is a variable of the batch script itself; choose another name")
+        if name in _OF_THE_CODE:
+            raise ValueError(f"{name} leads to the run's own copy of the code; add to it in the prologue")
+        if name.startswith(("HPC_", "SLURM_")):
+            raise ValueError(f"{name} is set by {'hpc' if name.startswith('HPC_') else 'SLURM'} itself; leave it out")
+    return variables
+
+
 def _option_value(value: Any) -> str | None:
     if value is None or value is True:
         return None
@@ -127,6 +149,14 @@ def _known_options(options: dict[str, str | None]) -> dict[str, str | None]:
 Line = Annotated[str, AfterValidator(one_line)]
 Text = Annotated[str, AfterValidator(_no_nul)]
 """Line breaks and all."""
+Environment = Annotated[
+    dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")],
+        Annotated[str, BeforeValidator(_number_as_text), AfterValidator(_no_nul)],
+    ],
+    AfterValidator(_free_names),
+]
+"""Variables and their values; those that a run stands on are refused."""
 NodePath = Annotated[str, Field(min_length=1), AfterValidator(one_line), AfterValidator(_path)]
 """A path on the node: absolute, `~`, or with variables ($TMPDIR, ${USER}) that are expanded there."""
 Word = Annotated[str, Field(min_length=1, pattern=r"^[^-]"), AfterValidator(one_line)]

@@ -161,6 +161,12 @@ SECTIONS = [
     ("container: {engine: pyxis}", "container.image: Field required"),
     ("container: {engine: pyxis, image: x, mount: []}", "container.mount: Extra inputs are not permitted; did you"),
     ("container: {engine: pyxis, image: x}\nvenv: /v", "venv has no effect with a container"),
+    ("environment: {run: /etc}", "environment: run is a variable of the batch script itself; choose another name"),
+    ("environment: {HPC_STEP: local}", "environment: HPC_STEP is set by hpc itself; leave it out"),
+    ("environment: {SLURM_NTASKS: 3}", "environment: SLURM_NTASKS is set by SLURM itself; leave it out"),
+    ("environment: {PYTHONPATH: /x}", "environment: PYTHONPATH leads to the run's own copy of the code"),
+    ("environment: {A: yes}", "environment.A: True is no text; put quotes around yes, no, on"),
+    ("environment: {A: [1]}", "environment.A: Input should be a valid string"),
     ("setup: []", "setup: Extra inputs are not permitted"),
 ]  # fmt: skip
 
@@ -171,6 +177,11 @@ def test_a_section_that_cannot_be_heard_is_refused_by_name(text: str, words: str
     with pytest.raises(UserError) as caught:
         instances.find("bad")
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_numbers_are_the_text_of_a_variable(own: Path) -> None:
+    (own / "a.yaml").write_text("base: laptop\nenvironment: {OMP_NUM_THREADS: 4, RATE: 0.5, NAME: run}\n")
+    assert instances.find("a").environment == {"OMP_NUM_THREADS": "4", "RATE": "0.5", "NAME": "run"}
 
 
 def test_paths_of_a_site_may_begin_at_home_or_at_a_variable(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,11 +6,13 @@ them.
 
 import difflib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from hpc import instances, template
 from hpc.experiment import Launch
@@ -90,3 +92,21 @@ def test_the_script_is_the_golden_one(form: str) -> None:
 
 def test_every_golden_file_is_of_a_form() -> None:
     assert {path.name for path in GOLDEN.iterdir()} == {f"{form}.sbatch" for form in FORMS}
+
+
+_VARIABLE = re.compile(r"(?:(?:^|[\s;({])(\w+)=)|\$\{?([A-Za-z_]\w*)|\bfor (\w+) in", re.M)
+_TO_CHOOSE = {
+    *("OMP_NUM_THREADS", "GOMP_SPINCOUNT", "PYTHONUNBUFFERED", "HDF5_USE_FILE_LOCKING"),  # ours are defaults
+    *("LMOD_PKG", "MODULESHOME", "TMPDIR", "HOME", "SUBMITIT_EXECUTOR"),
+    *SITE["environment"],
+}
+
+
+def test_no_variable_that_the_script_stands_on_can_be_one_of_an_instance() -> None:
+    scripts = "\n".join(make() for make in FORMS.values())
+    used = {next(filter(None, groups)) for groups in _VARIABLE.findall(scripts)}
+    used = {name for name in used if not name.startswith("APPTAINERENV_")}
+    assert {"run", "python", "told", "row", "profile", "HPC_STEP", "PYTHONPATH"} <= used
+    for name in used - _TO_CHOOSE:
+        with pytest.raises(ValidationError, match=rf"{name} (is|leads)"):
+            site(environment={name: "x"})
