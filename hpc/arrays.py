@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from hpc import badnodes, slurm
 from hpc.attempt import process_start
 from hpc.errors import UserError
-from hpc.submission import LocalRunExecutor, Refused, SlurmRunExecutor
+from hpc.submission import LocalRunExecutor, Refused, SlurmRunExecutor, check_place
 from hpc.sweepdir import Chunk, SweepDir, spec
 
 _SETTLED_S = 60
@@ -39,6 +39,7 @@ def submit(sweep: SweepDir, cluster: str, rows: Iterable[int] | None = None, aft
     Raises Refused when nothing is submitted, UserError where SLURM is silent: `repair` tells later.
     `after`: what must be finished before, as `hpc.after` gives it for this cluster.
     """
+    check_place(sweep.path, sweep.script(0))
     try:
         with _alone(sweep):
             if cluster == "local":

@@ -77,6 +77,8 @@ def check_many(
         findings.passed += [
             f"{node} is left out for a day ({badnodes.file(runs)}): {bad[node]}" for node in sorted(bad)
         ]
+        for key, value in slurm.inherited(script).items():
+            findings.passed.append(f"{key}={value} of your environment counts, as the script says nothing of it")
         _check_sbatch(script, badnodes.exclusion(runs), findings)
     return findings
 

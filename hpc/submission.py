@@ -23,7 +23,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, Uncomplet
 from submitit.local.local import LocalExecutor, LocalJob
 from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
-from hpc import allocation, badnodes, slurm
+from hpc import badnodes, slurm
 from hpc.attempt import record_submission
 from hpc.errors import UserError
 from hpc.rundir import RunDir, read_json
@@ -92,7 +92,7 @@ class SlurmRunExecutor(SlurmExecutor):
         """
         told = io.StringIO()  # submitit prints what sbatch says
         try:
-            with _environment(allocation.without_job()), redirect_stderr(told):
+            with _environment(slurm.environment(self._script)), redirect_stderr(told):
                 job = self._submit_command("").job_id
         except (FailedJobError, FailedSubmissionError) as error:
             said = told.getvalue().strip() or str(error).strip().splitlines()[-1]
@@ -186,8 +186,9 @@ def submit(run: RunDir, cluster: str, after: Sequence[str] = ()) -> SlurmRunJob 
 
     `after`: what must be finished before, as `hpc.after` gives it for this cluster.
     """
-    run.logs.mkdir(exist_ok=True)
     single = alone(run)
+    check_place(run.path.parent if run.in_sweep else run.path, single.script)
+    run.logs.mkdir(exist_ok=True)
     if cluster == "local":
         index = [] if single.index is None else [f"HPC_ARRAY_TASK_ID={single.index}"]
         local = _local([*index, "bash", str(single.script)], run.logs, after)
@@ -205,9 +206,30 @@ def _local(command: list[str], logs: Path, after: Sequence[str]) -> LocalRunJob:
     return LocalRunExecutor(command, logs).submit_script()
 
 
+def check_place(place: Path, script: Path) -> None:
+    """A script names its folder, and would feed the one from which this was moved or copied. Raises UserError."""
+    output = re.search("^#SBATCH --output=(.+)$", script.read_text(), re.M)
+    logs = "".join(shlex.split(output[1])).replace("%%", "%") if output else None
+    if logs and Path(logs).parent.parent != place:
+        raise UserError(
+            f"{place} was moved or copied, and {script.name} still runs where it was made: move it back to resume it, "
+            f"or submit its experiment.yaml anew"
+        )
+
+
 def choose_cluster(wanted: str) -> str:
-    """'slurm' or 'local'; auto is SLURM where sbatch answers. Raises UserError where SLURM is asked for but away."""
-    there = slurm.available() if wanted != "local" else False
+    """'slurm' or 'local'; auto is SLURM where there is one. Raises UserError where it is wanted and does not answer.
+
+    A SLURM that is silent for a moment is no reason to train on its login node.
+    """
+    if wanted == "local":
+        return wanted
+    try:
+        there = slurm.available()
+    except slurm.SlurmError as silence:
+        raise UserError(
+            f"SLURM is here, but does not answer ({silence}): try again, or run on this machine: launch.cluster=local"
+        ) from None
     if wanted == "slurm" and not there:
-        raise UserError("launch.cluster is slurm, but sbatch or its controller does not answer here; use auto or local")
+        raise UserError("launch.cluster is slurm, but there is no SLURM on this machine; use auto or local")
     return "slurm" if there else "local"

@@ -135,7 +135,7 @@ def test_while_slurm_is_silent_nothing_is_submitted_and_nothing_moves_here(
         fake.fails(command, "slurm_load_jobs error: Unable to contact slurm controller (connect failure)")
     assert refusal([run.name], runs) == f"{run.name} is pending (SLURM does not answer): nothing to resume"
     ended(run, code=1, reason="failed with exit code 1", job="60")
-    assert refusal([run.name], runs).startswith(f"{run.name} was on SLURM, which does not answer: try again")
+    assert refusal([run.name], runs).startswith("SLURM is here, but does not answer")
     assert not sbatch(fake) and json.loads(run.submit.read_text())["job"] == "60"
 
 

@@ -93,7 +93,7 @@ def test_a_job_that_may_come_yet_is_no_refusal(run: RunDir, fake: FakeSlurm, mon
     """A refusal would remove the run's folder under the job."""
     fake.fails("sbatch", SLOW)
     monkeypatch.setattr(submission, "_LATE_S", 0.0)
-    with pytest.raises(UserError, match="may have submitted all the same .it is not in the queue yet") as doubt:
+    with pytest.raises(UserError, match=r"may have submitted all the same .it is not in the queue yet") as doubt:
         submission.submit(run, "slurm")
     assert not isinstance(doubt.value, submission.Refused)
 
@@ -113,19 +113,55 @@ def test_a_job_submitted_from_a_job_does_not_inherit_it(
     assert os.environ["SLURM_JOB_ID"] == "5", "ours is as before"
 
 
-def test_the_cluster_is_slurm_where_it_answers(fake: FakeSlurm) -> None:
+def test_the_cluster_is_slurm_where_there_is_one(fake: FakeSlurm) -> None:
     assert [submission.choose_cluster(wanted) for wanted in ("auto", "slurm", "local")] == ["slurm", "slurm", "local"]
-    fake.fails("sinfo", "Unable to contact slurm controller")
-    assert submission.choose_cluster("auto") == "local"
-    with pytest.raises(UserError, match=r"launch.cluster is slurm, but sbatch or its controller does not answer here"):
+    fake.fails("sinfo", "sinfo: fatal: Could not establish a configuration source")
+    assert submission.choose_cluster("auto") == "local", "installed, and part of no cluster"
+    with pytest.raises(UserError, match=r"launch\.cluster is slurm, but there is no SLURM on this machine"):
         submission.choose_cluster("slurm")
 
 
-def test_a_controller_that_hangs_is_no_cluster(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake.hangs("sinfo")
-    answer = slurm._run
-    monkeypatch.setattr(slurm, "_run", lambda *command, timeout=None, env=False: answer(*command, timeout=0.2))
-    assert submission.choose_cluster("auto") == "local"
+@pytest.mark.parametrize("wanted", ["auto", "slurm"])
+@pytest.mark.parametrize("trouble", ["fails", "hangs"])
+def test_a_silent_controller_is_no_reason_to_train_on_its_login_node(
+    fake: FakeSlurm, wanted: str, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if trouble == "hangs":
+        fake.hangs("sinfo")
+        answer = slurm._run
+        monkeypatch.setattr(slurm, "_run", lambda *command, timeout=None: answer(*command, timeout=0.2))
+    else:
+        fake.fails("sinfo", "slurm_load_partitions: Unable to contact slurm controller (connect failure)")
+    with pytest.raises(UserError, match=r"does not answer \(sinfo.*: try again, or run on this machine"):
+        submission.choose_cluster(wanted)
+    assert submission.choose_cluster("local") == "local"
+
+
+def test_the_users_own_variables_do_not_overrule_the_script(
+    run: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"PARTITION": "high", "ACCOUNT": "lab", "ARRAY_INX": "0-2", "NO_REQUEUE": "1", "TIMELIMIT": "1"}
+    for key, value in given.items():
+        monkeypatch.setenv(f"SBATCH_{key}", value)
+    write_text(run.script, "#SBATCH --partition=gpu\n")
+    sbatch = fake.folder / "bin" / "sbatch"
+    sbatch.write_text(sbatch.read_text().replace("me=", "env > env; me=", 1))
+    submission.submit(run, "slurm")
+    seen = [line for line in (fake.folder / "env").read_text().splitlines() if line.startswith("SBATCH_")]
+    assert seen == ["SBATCH_ACCOUNT=lab"], "what a site sets counts where the script says nothing"
+    assert slurm.inherited("#SBATCH --account=x\n") == {"SBATCH_PARTITION": "high"}
+
+
+def test_a_run_that_was_moved_is_not_started_where_it_was(run: RunDir, tmp_path: Path) -> None:
+    place = tmp_path / "of a 100%"
+    output = shlex.quote(str(place / run.name / "logs" / "%j_0_log.out")).replace("100%", "100%%")
+    write_text(run.script, f"#SBATCH --output={output}\n")
+    words = "exp-0000aaaa was moved or copied, and job.sbatch still runs where it was made"
+    with pytest.raises(UserError, match=words.replace(".", r"\.")):
+        submission.submit(run, "local")
+    place.mkdir()
+    run.path.rename(place / run.name)
+    submission.submit(RunDir(place / run.name), "local").wait()
 
 
 def test_squeue_is_asked_for_whole_fields(fake: FakeSlurm) -> None:
