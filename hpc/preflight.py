@@ -16,6 +16,7 @@ from hpc.experiment import Experiment
 from hpc.instances import Instance
 from hpc.payload import ask
 from hpc.preempt import ExitCode
+from hpc.sweepdir import spec
 from hpc.units import short_time
 
 _SOON_S = 60
@@ -95,10 +96,7 @@ def _label(rows: list[int], total: int) -> str:
     """`rows 0-4, 7: `, or nothing for all."""
     if len(rows) == total:
         return ""
-    starts = [row for row in rows if row - 1 not in rows]
-    ends = [row for row in rows if row + 1 not in rows]
-    spans = [f"{a}" if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True)]
-    return f"row{'s' if len(rows) > 1 else ''} {', '.join(spans)}: "
+    return f"row{'s' if len(rows) > 1 else ''} {spec(rows).replace(',', ', ')}: "
 
 
 def _check_request(group: _Group, instance: Instance, cluster: str, findings: Findings) -> None:
