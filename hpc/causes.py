@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
 from typing import Any
 
-from hpc import evidence, usage
+from hpc import evidence, runlogs, usage
 from hpc.errors import UserError
 from hpc.evidence import Evidence
 from hpc.experiment import Experiment
@@ -20,13 +20,19 @@ from hpc.ledger import Seen
 from hpc.pending import moment
 from hpc.preempt import NOTICE, ExitCode
 from hpc.records import Records
+from hpc.rundir import RunDir
+from hpc.slurm import JobInfo
 from hpc.states import ended_on_slurm
-from hpc.sweepdir import alone
+from hpc.sweepdir import alone, sweep_of
 from hpc.units import slurm_time
 
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|\[Errno (28|122)\]")
 _GPU_MEMORY = re.compile(r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED|HIP out of memory")
 _KILLED = 128 + signal.SIGKILL
+_NO_OUTPUT = 53
+"""The signal in sacct's exit code (0:53) of a job whose node could not open the files of its output."""
+_LAST = 5
+"""Lines of a log that are shown."""
 _NEAR = 0.9
 """A kill with so much of the memory in use was for memory."""
 _MORE = 1.5
@@ -50,8 +56,9 @@ class Cause:
 class Case:
     """A run that has ended, and all that is there to judge it by, read when it is asked for."""
 
-    def __init__(self, seen: Seen, records: Records) -> None:
-        self.seen, self.records, self.run = seen, records, seen.run
+    def __init__(self, seen: Seen, records: Records, jobs: Mapping[str, JobInfo]) -> None:
+        """`jobs`: in squeue."""
+        self.seen, self.records, self.run, self.jobs = seen, records, seen.run, jobs
         self.name, self.status = seen.run.name, seen.status
         self.word = (ended_on_slurm(seen.job, seen.accounted) or ("", ""))[1]
 
@@ -94,13 +101,26 @@ class Case:
         return self.status.node or (self.seen.accounted.nodes if self.seen.accounted else "") or "its node"
 
     @property
+    def reason(self) -> str:
+        """SLURM's."""
+        info, told = self.seen.job, self.seen.accounted
+        return (info.reason if info else "") or (told.reason if told else "")
+
+    @property
+    def began(self) -> bool:
+        """Whether an attempt of its last submission has begun."""
+        told = self.records
+        if self.status.cluster != "slurm":
+            return bool(told.state) and told.submitted <= told.state["time"]
+        return bool(told.state) and (told.state.get("job") == self.status.job or told.began >= told.submitted)
+
+    @property
     def resume(self) -> str:
         return f"hpc resume {self.name}"
 
     @property
     def saved(self) -> str:
-        newest = self.run.newest_checkpoint()
-        return f"It goes on from checkpoint {newest}." if newest else "It had saved nothing yet: it starts afresh."
+        return saved(self.run)
 
     def with_options(self, *options: str) -> list[str]:
         """The command that submits the same run with other options, or resumes it where there is no SLURM."""
@@ -116,9 +136,40 @@ class Case:
         return {"quote": self.evidence.last, "source": str(path.relative_to(self.run.path.parent)) if path else ""}
 
 
+def saved(run: RunDir) -> str:
+    """Where its next attempt begins."""
+    newest = run.newest_checkpoint()
+    return f"It goes on from checkpoint {newest}." if newest else "It had saved nothing yet: it starts afresh."
+
+
 def find(case: Case) -> Cause:
     """The best explanation of a run's end."""
     return next(cause for look in _LOOKS for cause in look(case))
+
+
+def _never_followed(case: Case) -> Iterator[Cause]:
+    """SLURM ends a job whose dependency cannot come true; sacct alone does not tell that from a scancel."""
+    sure = case.reason == "DependencyNeverSatisfied"
+    if case.records.cancelled or case.began or not (sure or case.reason == "Dependency"):
+        return
+    leaders = _leaders(case)
+    named = f" ({', '.join(leaders)})" if leaders else ""
+    line = f"What it was to follow{named} did not finish, so SLURM ended it before its start."
+    if not sure:
+        line = "It ended before its start: what it was to follow did not finish, or it was cancelled with scancel."
+    name = case.records.sweep if "_" in case.status.job else case.name
+    first = [f"hpc resume {leader}" for leader in leaders] or ["hpc ls"]
+    after = " ".join(f"--after {leader}" for leader in leaders or ["RUN"])
+    yield Cause("what it was to follow did not finish", [line], [*first, f"hpc resume {name} {after}"], [])
+
+
+def _leaders(case: Case) -> list[str]:
+    """The runs and sweeps whose jobs kept it from starting, as far as squeue still knows them."""
+    info = case.seen.job
+    parts = re.findall(r"(\d+)(?:_(\d+|\*))?\((\w+)\)", info.dependency if info else "")
+    failed = [number for number, _, state in parts if state == "failed"] or [number for number, _, _ in parts]
+    comments = [job.comment for job in case.jobs.values() if job.job.partition("_")[0] in failed]
+    return list(dict.fromkeys(name for comment in comments if (name := comment.partition("/")[0])))
 
 
 def _cancelled(case: Case) -> Iterator[Cause]:
@@ -236,18 +287,60 @@ def _bad_input(case: Case) -> Iterator[Cause]:
         )
 
 
+def _no_turn(case: Case) -> Iterator[Cause]:
+    """Of a row here whose sweep's controller is gone: its script would have opened its output."""
+    sweep, job = sweep_of(case.run), case.status.job
+    if not sweep or case.status.cluster != "local" or case.began or case.run.output(job, "0").exists():
+        return
+    words = "Its sweep's controller ended before its turn"
+    log = sweep.logs / case.run.output(job, "0", "err").name
+    quote = runlogs.last_lines(log, 1 << 12)[-_LAST:]
+    lines = [f"{words}." if quote else f"{words}: its computer went down, or somebody ended that process."]
+    source = str(log.relative_to(case.run.runs)) if quote else ""
+    yield Cause("its sweep's controller ended before its turn", lines, [f"hpc resume {sweep.name}"], quote, source)
+
+
+def _not_launched(case: Case) -> Iterator[Cause]:
+    """SLURM gives the reason also where a batch shell was killed: that one had opened its output."""
+    told = case.seen.accounted
+    silent = not case.began and not any(log.job == case.status.job for log in runlogs.files(case.run))
+    if not (told.signal == _NO_OUTPUT if told else case.reason == "JobLaunchFailure" and silent):
+        return
+    node = (case.seen.job.node if case.seen.job else "") or (told.nodes if told else "") or "its node"
+    sweep = sweep_of(case.run) if "_" in case.status.job else None
+    logs = sweep.logs if sweep else case.run.logs
+    lines = [
+        f"SLURM could not start its script on {node}: mostly that node does not see the folder of its output, {logs}.",
+        "The file system must be mounted there, at the same path, and you must be allowed to write.",
+    ]
+    look = [f"srun --nodelist={node} ls -ld {shlex.quote(str(logs))}"] if node != "its node" else []
+    yield Cause("its node could not open its output", lines, [*look, case.resume], [])
+
+
 def _never_began(case: Case) -> Iterator[Cause]:
-    if not case.records.state or "first attempt" in case.status.detail or "no attempt" in case.status.detail:
-        yield Cause("no attempt began", ["No attempt has begun."], [f"hpc logs {case.name}", case.resume], **case.said)
+    if not case.began:
+        words = f"No attempt has begun: {_shell_end(case)}."
+        yield Cause("no attempt began", [words], [f"hpc logs {case.name}", case.resume], **case.said)
+
+
+def _shell_end(case: Case) -> str:
+    """How a batch script ended before its first attempt."""
+    told = case.seen.accounted
+    if told and told.signal:
+        return f"the batch script was ended by {_signal_name(told.signal)} before that"
+    if told:
+        return f"the batch script left with exit code {told.exit_code} before that (its prologue, or a refusal)"
+    if case.reason == "NonZeroExitCode" or case.status.cluster == "local":
+        return "the batch script ended by itself before that (its prologue, or a refusal)"
+    if case.reason not in ("", "None"):
+        return f"SLURM says {case.reason!r} of its job"
+    return f"nothing more is known of job {case.status.job}"
 
 
 def _signalled(case: Case) -> Iterator[Cause]:
     if case.code <= 128 or case.status.state == "stopped":
         return
-    try:
-        name = signal.Signals(case.code - 128).name
-    except ValueError:
-        name = f"signal {case.code - 128}"
+    name = _signal_name(case.code - 128)
     words = {
         "SIGKILL": "Mostly that is the kernel, for memory; else somebody's kill -9, or the time limit of a local run.",
         "SIGSEGV": "That is a fault in native code: a driver, a library, or a wrong version of one.",
@@ -255,6 +348,13 @@ def _signalled(case: Case) -> Iterator[Cause]:
     }.get(name, "Nobody has said why.")
     lines = [f"The tasks were ended by {name}. {words}", case.saved]
     yield Cause(f"ended by {name}", lines, [f"hpc logs {case.name} --tail 50", case.resume], **case.said)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _stopped(case: Case) -> Iterator[Cause]:
@@ -276,7 +376,10 @@ def _unknown(case: Case) -> Iterator[Cause]:
 
 
 _LOOKS: tuple[Callable[[Case], Iterator[Cause]], ...] = (
+    _never_followed,
     _cancelled,
+    _no_turn,
+    _not_launched,
     _bad_node,
     _memory,
     _time_limit,

@@ -94,7 +94,7 @@ def _answer(seen: Seen, scheduler: Scheduler) -> Answer:
         return _finished(status, told)
     if status.live:
         return _live(seen, told, scheduler)
-    cause = causes.find(causes.Case(seen, told))
+    cause = causes.find(causes.Case(seen, told, scheduler.queue() or {} if seen.job else {}))
     attempts = _attempts(seen)
     return Answer(
         status.run, status.state, cause.name, cause.lines, cause.commands, cause.quote, cause.source, attempts
@@ -124,7 +124,7 @@ def _live(seen: Seen, told: Records, scheduler: Scheduler) -> Answer:
         return Answer(status.run, status.state, status.detail, *_waits_here(status, told), attempts=attempts)
     lines = _waits(info, scheduler.queue() or {})
     if status.state == "requeued":
-        lines.append(f"It has had {_times(status.attempts)}, and goes on from its last checkpoint.")
+        lines.append(f"It has had {_times(status.attempts)}. {causes.saved(seen.run)}")
     commands = [f"hpc watch {status.run}", f"hpc cancel {status.run}"]
     if pending.hopeless(info.reason):
         commands = [f"hpc cancel {status.run}", f"hpc resume {status.run}"]
@@ -186,8 +186,8 @@ def _running(status: Status, told: Records) -> tuple[list[str], list[str]]:
 
 
 def _attempts(seen: Seen) -> list[str]:
-    """How the attempts before the last one ended."""
-    last = seen.status.attempts
+    """How the attempts have ended that another follows, or is to follow."""
+    last = seen.status.attempts + (seen.status.state == "requeued")
     if last < 2:
         return []
     starts: dict[int, dict[str, Any]] = {}
@@ -197,7 +197,7 @@ def _attempts(seen: Seen) -> list[str]:
         if event["event"] == "start":
             starts[number] = event
         elif event["event"] == "bad-node":
-            ends[number] = f"bad node: {event.get('reason')}"
+            ends[number] = f"bad node {event.get('node', '')}: {event.get('reason')}"
         elif event["event"] == "end":
             ends.setdefault(number, str(event.get("reason")))
     earlier = [number for number in sorted(starts) if number < last]

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from hpc import evidence, pending, why
+from hpc import after, evidence, pending, slurm, why
 from hpc.rundir import RunDir, write_json, write_text
 from hpc.sweepdir import Chunk, SweepDir
 from tests.fakeslurm import FakeSlurm, without_slurm
+from tests.slurm.cluster import Cluster
 
 HEAD = 'Traceback (most recent call last):\n  File "train.py", line 12, in fit\n    batch = next(self.loader)\n'
 LOST = "torch.distributed.DistBackendError: NCCL communicator was aborted: Connection reset by peer\n"
@@ -205,6 +206,54 @@ def test_an_attempt_that_was_refused_says_why(run: RunDir, fake: FakeSlurm) -> N
     assert answer.cause == "no attempt began" and "is held by job 12 on node3" in answer.quote[0]
 
 
+@pytest.mark.parametrize(
+    ("code", "words"), [("3:0", "left with exit code 3 before that"), ("0:9", "was ended by SIGKILL before that")]
+)
+def test_a_prologue_that_failed_tells_its_code_and_its_last_words(
+    run: RunDir, fake: FakeSlurm, code: str, words: str
+) -> None:
+    fake.accounted(LINE.format(state="FAILED", code=code, rss=""))
+    run.output("55", "0", "out").write_text("module: cuda/99 is not there\n")
+    answer = why.explain(run)
+    assert answer.cause == "no attempt began" and f"the batch script {words}" in answer.lines[0]
+    assert answer.quote == ["module: cuda/99 is not there"] and answer.source == "exp-0000aaaa/logs/55_0_log.out"
+
+
+@pytest.mark.parametrize("known_by", ["squeue", "sacct"])
+def test_a_node_that_could_not_open_the_output_is_named(run: RunDir, fake: FakeSlurm, known_by: str) -> None:
+    if known_by == "squeue":
+        fake.job("55", "FAILED", "JobLaunchFailure", "node1")
+    else:
+        fake.accounted(LINE.format(state="FAILED", code="0:53", rss=""))
+    answer = why.explain(run)
+    assert answer.cause == "its node could not open its output"
+    assert answer.lines[0].startswith("SLURM could not start its script on node1: mostly that node does not see")
+    assert answer.lines[0].endswith(f"output, {run.logs}.")
+    assert answer.commands == [f"srun --nodelist=node1 ls -ld {run.logs}", "hpc resume exp-0000aaaa"]
+
+
+def test_a_killed_batch_shell_is_no_missing_folder(run: RunDir, fake: FakeSlurm) -> None:
+    """SLURM gives JobLaunchFailure of both."""
+    fake.job("55", "FAILED", "JobLaunchFailure", "node1")
+    run.output("55", "0", "out").touch()
+    assert why.explain(run).cause == "no attempt began"
+
+
+@pytest.mark.parametrize("leader", ["pack-11112222", "grid-sweep-0123abcd"])
+def test_a_follower_that_slurm_ended_tells_what_it_was_to_follow(run: RunDir, fake: FakeSlurm, leader: str) -> None:
+    comment = f"{leader}/0" if "sweep" in leader else leader
+    fake.job("12", "FAILED", "NonZeroExitCode", comment=comment)
+    fake.job("13", "RUNNING", comment="other-33334444")
+    waits = "gpu|1|N/A|N/A|N/A|8:00:00|1|afterok:12(failed),afterok:13(unfulfilled)"
+    fake.job("55", "CANCELLED", "DependencyNeverSatisfied", more=waits)
+    answer = why.explain(run)
+    assert answer.lines[0].startswith(f"What it was to follow ({leader}) did not finish")
+    assert answer.commands == [f"hpc resume {leader}", f"hpc resume exp-0000aaaa --after {leader}"]
+    (fake.folder / "jobs" / "55").unlink()
+    fake.accounted(LINE.format(state="CANCELLED", code="0:0", rss="").replace("None", "Dependency"))
+    assert "did not finish, or it was cancelled with scancel" in why.explain(run).lines[0]
+
+
 def test_a_cancelled_run_says_when_and_by_what(run: RunDir, fake: FakeSlurm) -> None:
     ended(run, phase="stopped")
     write_json(run.submit, {"cluster": "slurm", "job": "55", "time": time.time() - 100, "cancelled": time.time()})
@@ -233,6 +282,31 @@ def test_a_huge_log_is_read_at_its_end(run: RunDir, fake: FakeSlurm) -> None:
 def test_the_last_whole_traceback_is_found(text: str, error: str | None) -> None:
     found = evidence.last_traceback(text.splitlines())
     assert (found[-1] if found else None) == error
+
+
+@pytest.mark.slurm
+def test_a_real_cluster_says_what_ended_jobs_before_their_attempt(
+    run: RunDir, slurm_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key, value in slurm_cluster.environment().items():
+        monkeypatch.setenv(key, value)
+    log = run.output("%j", "0")
+    heads = {"prologue": log, "unseen": "/not/there/%j.out", "killed": log, "follower": log}
+    bodies = {"prologue": "echo no module >&2; exit 3", "killed": "kill -9 $$"}
+    jobs: dict[str, str] = {}
+    for name, output in heads.items():
+        write_text(run.script, f"#!/bin/bash\n#SBATCH --comment={run.name} --output={output}\n{bodies.get(name, '')}\n")
+        options = after.dependency([jobs["prologue"]]) if name == "follower" else []
+        jobs[name] = slurm.submit(run.script, *options)
+    slurm_cluster.wait_for(lambda: not any(job.live for job in slurm.queue().values()), 30, "the ends of the jobs")
+    found = {}
+    for name, job in jobs.items():
+        write_json(run.submit, {"cluster": "slurm", "job": job, "time": time.time()})
+        found[name] = why.explain(run)
+    assert found["prologue"].quote == ["no module"] and "ended by itself before that" in found["prologue"].lines[0]
+    assert found["unseen"].cause == "its node could not open its output"
+    assert found["killed"].cause == "no attempt began"
+    assert found["follower"].cause == "what it was to follow did not finish"
 
 
 # Runs that wait or run.
@@ -285,11 +359,27 @@ def test_a_requeued_run_tells_of_its_attempts(run: RunDir, fake: FakeSlurm) -> N
         run.event("end", "shell", number, code=75, reason=f"stopped by SIGTERM at step {40 * number}")
     fake.job("55", "PENDING", "BeginTime")
     answer = why.explain(run)
-    assert answer.state == "requeued" and "It has had 3 attempts" in answer.lines[-1]
+    assert answer.state == "requeued"
+    assert answer.lines[-1] == "It has had 3 attempts. It had saved nothing yet: it starts afresh."
     assert [line.partition("node")[2] for line in answer.attempts] == [
         "0: stopped by SIGTERM at step 40",
         "1: stopped by SIGTERM at step 80",
+        "1: stopped by SIGTERM at step 120",
     ]
+
+
+def test_a_run_requeued_by_a_bad_node_at_first_names_it_and_promises_no_checkpoint(
+    run: RunDir, fake: FakeSlurm
+) -> None:
+    ended(run, phase="stopped")
+    run.event("bad-node", "node7", 1, node="node7", reason="/scratch is not there")
+    run.event("end", "shell", 1, code=77, reason="bad node node7: /scratch is not there; the job keeps off node7")
+    fake.job("55", "PENDING", "BeginTime")
+    answer = why.explain(run)
+    assert answer.state == "requeued" and answer.attempts[0].endswith("bad node node7: /scratch is not there")
+    assert answer.lines[-1] == "It has had one attempt. It had saved nothing yet: it starts afresh."
+    (run.checkpoints / "g001-s00000030").mkdir(parents=True)
+    assert why.explain(run).lines[-1] == "It has had one attempt. It goes on from checkpoint g001-s00000030."
 
 
 def test_a_healthy_run_tells_what_it_does_and_a_silent_one_that_it_may_hang(run: RunDir, fake: FakeSlurm) -> None:
@@ -330,8 +420,8 @@ def test_the_rows_of_a_sweep_are_grouped_by_their_cause(tmp_path: Path, fake: Fa
         error = "ValueError: lr is too large" if number != 1 else "KeyError: 'x'"
         ended(row, job=f"70_{number}", started=time.time() + 1)
         log(row, HEAD + error + "\n", job=f"70_{number}", age_s=-2)
-    fake.job("70_2", "PENDING", "JobArrayTaskLimit")
-    fake.job("70_4", "PENDING", "JobArrayTaskLimit")
+    fake.job("70_2", "PENDING", "JobArrayTaskLimit", comment=sweep.token(0))
+    fake.job("70_4", "PENDING", "JobArrayTaskLimit", comment=sweep.token(0))
     write_json(sweep.rows()[5].result, {"best": {}})
     groups = why.explain_sweep(sweep)
     assert [(group.rows, group.answer.state, group.answer.cause) for group in groups] == [
@@ -342,3 +432,27 @@ def test_the_rows_of_a_sweep_are_grouped_by_their_cause(tmp_path: Path, fake: Fa
     ]
     assert why.rows_in_words([0, 1, 3]) == "3 rows (0-1,3)"
     assert json.dumps([group.as_dict() for group in groups])
+
+
+def test_rows_whose_controller_died_before_their_turn_are_told_from_one_whose_script_failed(tmp_path: Path) -> None:
+    sweep = SweepDir(tmp_path / "runs" / "exp-sweep-0123abcd")
+    names = [f"exp-{number:08x}" for number in range(3)]
+    for name in names:
+        write_text(RunDir(sweep.path / name).experiment, EXPERIMENT.replace("cedia-a100-40gb", "laptop"))
+    sweep.rows_file.write_text("".join(f"{name}\n" for name in names))
+    sweep.write_chunks([Chunk(0, 0, 3)])
+    gone = str(1 << 22)
+    sweep.record("local", {0: (gone, [0, 1, 2])}, process_start="0 0")
+    for row in sweep.rows()[:2]:
+        row.logs.mkdir()
+    sweep.rows()[0].output(gone, "0").write_text("module: cuda/99 is not there\n")
+    ended(sweep.rows()[1], job=None, time=time.time() - 100)  # by an earlier submission
+    refused = why.explain(sweep.rows()[0])
+    assert refused.cause == "no attempt began" and refused.quote == ["module: cuda/99 is not there"]
+    for row in sweep.rows()[1:]:
+        answer = why.explain(row)
+        assert answer.cause == "its sweep's controller ended before its turn" and not answer.quote
+        assert answer.commands == ["hpc resume exp-sweep-0123abcd"]
+    sweep.logs.mkdir()
+    (sweep.logs / f"{gone}_0_log.err").write_text("not started: pack-1, which it was to follow, is failed\n")
+    assert "which it was to follow" in why.explain(sweep.rows()[2]).quote[0]
