@@ -85,7 +85,21 @@ SHORT = {
 """Letters of options, as people write them in scripts."""
 
 _OF_THE_SCRIPT = {
-    *("attempt", "child", "code", "last", "next", "noticed", "profile", "python", "row", "run", "task", "told"),
+    *(
+        "attempt",
+        "child",
+        "code",
+        "last",
+        "next",
+        "noticed",
+        "profile",
+        "prologue",
+        "python",
+        "row",
+        "run",
+        "task",
+        "told",
+    ),
 }
 _OF_THE_CODE = ("PYTHONPATH", "PYTHONSAFEPATH")
 

@@ -317,6 +317,20 @@ def test_a_section_that_fails_ends_the_job_with_one_line_before_the_attempt(
     assert not (site / "record").exists()
 
 
+@pytest.mark.parametrize(("lines", "code"), [(["exit 3"], 3), (["exit"], 0), (["set -eu", "false"], 1)])
+def test_a_prologue_that_ends_the_script_says_so_and_keeps_its_code(lines: list[str], code: int, site: Path) -> None:
+    done = at_the_site(site, Instance.model_validate({**SITE, "name": "it's $(touch canary)", "prologue": lines}))
+    words = "the prologue of instance it's $(touch canary) ended the script before the attempt, with code"
+    assert (done.returncode, done.stderr) == (code, f"{words} {code}\n")
+    assert not (site / "record").exists() and not (site / "canary").exists()
+
+
+def test_a_trap_of_the_prologue_is_the_users_own(site: Path) -> None:
+    given = Instance.model_validate({**SITE, "prologue": ["trap 'echo cleared >&2' EXIT"]})
+    done = at_the_site(site, given)
+    assert (done.returncode, done.stderr) == (3, "cleared\n")
+
+
 def test_a_pyxis_container_ends_a_local_run_with_one_line(site: Path) -> None:
     given = Instance.model_validate({**SITE, "venv": None, "container": {"engine": "pyxis", "image": "x"}})
     done = at_the_site(site, given)
