@@ -73,6 +73,11 @@ def node_name(environ: Mapping[str, str] = os.environ) -> str:
     return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def cluster_name(environ: Mapping[str, str] = os.environ) -> str:
+    """SLURM's name of the cluster of this job; empty outside one."""
+    return environ.get("SLURM_CLUSTER_NAME", "")
+
+
 def master(environ: Mapping[str, str] = os.environ) -> tuple[str, int]:
     """Address and free port for the rendezvous, called in the batch shell, which runs on rank 0's node."""
     several = int(environ.get("SLURM_JOB_NUM_NODES", "1")) > 1 and job_id(environ) is not None

@@ -64,6 +64,7 @@ def _begin(run: RunDir, shell_pid: int) -> dict[str, str]:
         {
             "generation": generation,
             "job": job,
+            **_cluster(allocation.cluster_name() if job else ""),
             "host": host,
             "node": allocation.node_name(),
             "pid": shell_pid,
@@ -77,6 +78,11 @@ def _begin(run: RunDir, shell_pid: int) -> dict[str, str]:
     )
     run.event("start", "shell", generation, job=job, node=allocation.node_name(), restart=allocation.restart_count())
     return {"HPC_GENERATION": str(generation), "HPC_MASTER_ADDR": address, "HPC_MASTER_PORT": str(port)}
+
+
+def _cluster(name: str) -> dict[str, str]:
+    """Which of SLURM's clusters: job numbers are each one's own."""
+    return {"slurm_cluster": name} if name else {}
 
 
 def _take_generation(run: RunDir) -> int:
@@ -104,11 +110,14 @@ def _alive(run: RunDir, state: dict[str, Any]) -> bool:
     if state.get("phase") in ("ended", "stopped"):
         return False
     if job := state.get("job"):
+        home = state.get("slurm_cluster")
+        if home and home != slurm.cluster_name():
+            return _heard(run)  # a job of this number here is another
         try:
             info = slurm.queue([job]).get(job)
         except (slurm.SlurmError, OSError):
             return _heard(run)  # no controller to ask from here
-        return info is not None and info.live and info.state != "PENDING"
+        return info is not None and info.live and info.state != "PENDING" and run.owns(info.comment)
     if state.get("host") == socket.gethostname():
         return same_process(int(state["pid"]), state.get("process_start"))
     return _heard(run)
@@ -143,10 +152,13 @@ def _stat(pid: int) -> list[str]:
         return []
 
 
-def record_submission(run: RunDir, cluster: str, job: str) -> None:
-    """submit.json and its event; of a local job, whose number is a pid, with the process's start."""
-    here = {"process_start": process_start(int(job))} if cluster == "local" else {}
-    write_json(run.submit, {"cluster": cluster, "job": job, "time": round(time.time(), 3), **here})
+def record_submission(run: RunDir, cluster: str, job: str, when: float | None = None) -> None:
+    """submit.json and its event; of a local job, whose number is a pid, with the process's start.
+
+    `when` it was submitted, if that was not now.
+    """
+    here = {"process_start": process_start(int(job))} if cluster == "local" else _cluster(slurm.cluster_name())
+    write_json(run.submit, {"cluster": cluster, "job": job, "time": round(when or time.time(), 3), **here})
     run.event("submit", "login", cluster=cluster, job=job)
 
 

@@ -1,6 +1,8 @@
 """The state of runs, from squeue, then sacct, then their folders: it outlives the shell that submitted them.
 
-At most two calls of SLURM for any number of runs, and right without the second (no accounting) or both (no answer).
+At most two calls of SLURM for any number of runs, and right without the second (no accounting) or both (no answer); a
+third asks the cluster's name where a run that it does not know may be on another. A job is a run's by its number and
+its comment.
 """
 
 from __future__ import annotations
@@ -10,9 +12,9 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from hpc.sweepdir import SweepDir, find_sweep, sweep_of
 _ORDER = ("finished", "running", "requeued", "pending", "stopped", "failed", "cancelled", "lost", "planned", "damaged")
 _CLOCKS_S = 30
 """So far the clocks of login node and controller may be apart."""
+_SUBMITTING_S = 300
+"""So long the submission of a sweep may take: its record has the time of the end."""
 _SIGNALLED = 128
 """Exit codes from here on say that something else ended the tasks; what, SLURM may know."""
 
@@ -63,7 +67,7 @@ class Status:
 
     @property
     def live(self) -> bool:
-        return live(self.state)
+        return self.state in ("running", "pending", "requeued")
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "metric": self.metric}
@@ -80,17 +84,22 @@ class Seen:
     """Its job in squeue, ended ones too."""
     accounted: slurm.Accounted | None
     status: Status
+    elsewhere: str = ""
+    """The cluster of SLURM that it is on, if that is not the one that answers here."""
 
 
 class Scheduler:
-    """SLURM's answers: squeue anew after `keep_s`, sacct once for each job that has ended."""
+    """SLURM's answers: squeue anew after `keep_s`, and sacct then, but once for each job that has ended."""
 
     def __init__(self, keep_s: float = float("inf")) -> None:
         self._keep_s = keep_s
         self._asked_at = float("-inf")
         self._jobs: dict[str, slurm.JobInfo] | None = {}
         self._accounted: dict[str, slurm.Accounted] = {}
+        self._told: set[str] = set()
+        """The jobs that sacct need not be asked about again."""
         self._accounting = True
+        self._cluster: str | None = None
 
     def queue(self) -> dict[str, slurm.JobInfo] | None:
         """The jobs in squeue, None where SLURM does not answer."""
@@ -100,22 +109,29 @@ class Scheduler:
             except slurm.SlurmError:
                 self._jobs = None
             self._asked_at = time.monotonic()
+            self._told = set(self._accounted)
         return self._jobs
 
-    def accounting(self, jobs: Iterable[str]) -> dict[str, slurm.Accounted]:
-        """What sacct knows of these jobs; once it says that there is no accounting, it is not asked again."""
-        jobs = list(dict.fromkeys(jobs))
-        new = [job for job in jobs if job not in self._accounted]
+    def cluster(self) -> str:
+        """SLURM's name of the cluster that answers, empty where none does."""
+        if self._cluster is None:
+            self._cluster = slurm.cluster_name()
+        return self._cluster
+
+    def accounting(self, since: Mapping[str, float]) -> dict[str, slurm.Accounted]:
+        """How these jobs, submitted since then, have ended; of those that have not, or that sacct lacks, nothing.
+
+        Once sacct says that there is no accounting, it is not asked again.
+        """
+        new = [job for job in since if job not in self._told]
         if new and self._accounting and self._jobs is not None:
             try:
-                self._accounted.update(slurm.accounting(new))
+                told = slurm.accounting(new, since)
             except slurm.SlurmError:
-                self._accounting = False
-        return {job: self._accounted[job] for job in jobs if job in self._accounted}
-
-    def forget(self) -> None:
-        """Ask squeue again."""
-        self._asked_at = float("-inf")
+                self._accounting, told = False, {}
+            self._accounted |= {job: known for job, known in told.items() if known.over}
+            self._told.update(new)
+        return {job: self._accounted[job] for job in since if job in self._accounted}
 
 
 def look(
@@ -137,19 +153,20 @@ def look(
     if any(isinstance(records, Records) and _concerns_slurm(records) for records in told):
         jobs = scheduler.queue()
         if jobs and _repair(runs, told, jobs):
-            told = reader.read(runs)
-    places = [_place(records, jobs) if isinstance(records, Records) else None for records in told]
-    unclear = [
-        place.job
-        for place, records in zip(places, told, strict=True)
-        if place and isinstance(records, Records) and jobs is not None and _unclear(place, records, account)
-    ]
-    accounted = scheduler.accounting(unclear) if unclear else {}
+            told = reader.read(runs, thorough)
+    whole = [(run, records) for run, records in zip(runs, told, strict=True) if isinstance(records, Records)]
+    places = {run.path: _place(run, records, jobs) for run, records in whole}
+    since: dict[str, float] = {}
+    for run, records in whole:
+        place = places[run.path]
+        if jobs is not None and _unclear(place, records, account):
+            since[place.job] = min(_since(place, records), since.get(place.job, float("inf")))
+    accounted = scheduler.accounting(since) if since else {}
     return [
         Seen(run, None, None, None, _damaged(run, records))
-        if isinstance(records, str) or place is None
-        else _seen(run, records, place, accounted.get(place.job), silent=jobs is None)
-        for run, records, place in zip(runs, told, places, strict=True)
+        if isinstance(records, str)
+        else _seen(run, records, places[run.path], accounted, scheduler, silent=jobs is None)
+        for run, records in zip(runs, told, strict=True)
     ]
 
 
@@ -158,11 +175,31 @@ def _concerns_slurm(records: Records) -> bool:
     return not records.result and any(cluster in ("slurm", "") for cluster, _ in records.places())
 
 
-def _place(records: Records, jobs: dict[str, slurm.JobInfo] | None) -> Place:
+def _place(run: RunDir, records: Records, jobs: dict[str, slurm.JobInfo] | None) -> Place:
     """Where the run is: the newest of its jobs that is alive, or the newest."""
-    places = records.places()
-    known = [Place(cluster, job, jobs.get(job) if jobs and cluster == "slurm" else None) for cluster, job in places]
+
+    def info(cluster: str, job: str) -> slurm.JobInfo | None:
+        found = jobs.get(job) if jobs and cluster == "slurm" else None
+        return found if found and run.owns(found.comment) else None
+
+    known = [Place(cluster, job, info(cluster, job)) for cluster, job in records.places()]
     return next((place for place in known if place.info and place.info.live), known[0])
+
+
+def _since(place: Place, records: Records) -> float:
+    """The earliest time at which this job can have been submitted."""
+    return records.submitted - _SUBMITTING_S if place.job == records.submit.get("job") else 0.0
+
+
+def _ours(run: RunDir, place: Place, records: Records, told: slurm.Accounted) -> bool:
+    """Whether sacct's line is of this run's job: by its comment, or where that is not kept by the time."""
+    home = records.slurm_cluster(place.job)
+    if home and told.cluster and home != told.cluster:
+        return False
+    if told.comment:
+        return run.owns(told.comment)
+    latest = records.submitted if place.job == records.submit.get("job") else records.began
+    return told.submitted is None or told.submitted <= latest + _CLOCKS_S
 
 
 def _repair(runs: Sequence[RunDir], told: Sequence[Records | str], jobs: dict[str, slurm.JobInfo]) -> bool:
@@ -172,10 +209,10 @@ def _repair(runs: Sequence[RunDir], told: Sequence[Records | str], jobs: dict[st
     for run, records in zip(runs, told, strict=True):
         if isinstance(records, str) or records.result or (info := alive.get(records.token)) is None:
             continue
-        place = _place(records, jobs)
+        place = _place(run, records, jobs)
         if not (place.info and place.info.live) and _later(info, records):
             with suppress(OSError):  # somebody else's run
-                record_submission(run, "slurm", info.job)
+                record_submission(run, "slurm", info.job, info.submitted)
                 changed = True
     rows = zip(runs, told, strict=True)
     sweeps = {records.sweep: run.path.parent for run, records in rows if isinstance(records, Records) and records.sweep}
@@ -226,7 +263,20 @@ def _damaged(run: RunDir, fault: Any) -> Status:
     return Status(run.name, "damaged", str(fault), "", "", "", "", 0, 0, 0, 0, "", None, "max", age)
 
 
-def _seen(run: RunDir, told: Records, place: Place, accounted: slurm.Accounted | None, silent: bool) -> Seen:
+def _seen(
+    run: RunDir,
+    told: Records,
+    place: Place,
+    known: Mapping[str, slurm.Accounted],
+    scheduler: Scheduler,
+    silent: bool,
+) -> Seen:
+    accounted = known.get(place.job)
+    accounted = accounted if accounted and _ours(run, place, told, accounted) else None
+    home = told.slurm_cluster(place.job)
+    if place.cluster == "slurm" and home and not (told.result or place.info or accounted or silent):
+        here = scheduler.cluster()
+        place = replace(place, elsewhere=home if here and here != home else "")
     name, detail = state_of(told, place, accounted, silent)
     best = told.result.get("best") or told.state.get("best") or {}
     monitor = str(told.result.get("monitor") or told.state.get("monitor") or "")
@@ -248,7 +298,7 @@ def _seen(run: RunDir, told: Records, place: Place, accounted: slurm.Accounted |
         direction=str(told.result.get("direction") or ("min" if "loss" in monitor else "max")),
         age_s=time.time() - float(told.state.get("time") or told.submitted or told.made),
     )
-    return Seen(run, told, place.info, accounted, status)
+    return Seen(run, told, place.info, accounted, status, place.elsewhere)
 
 
 def find(runs: Path, name: str) -> RunDir | SweepDir:
@@ -268,38 +318,26 @@ def find(runs: Path, name: str) -> RunDir | SweepDir:
 
 
 def _of_job(runs: Path, job: str) -> RunDir | SweepDir | None:
-    """The run of this job; of an array as a whole its sweep."""
+    """The run of this job; of an array as a whole its sweep. Raises UserError where several have had this number."""
     known = all_runs(runs)
+    found: dict[Path, RunDir | SweepDir] = {}
     for run, records in zip(known, Reader().read(known), strict=True):
         jobs = [number for _, number in records.places()] if isinstance(records, Records) else []
         if job in jobs:
-            return run
-        if run.in_sweep and job in [number.partition("_")[0] for number in jobs]:
-            return sweep_of(run)
-    return None
-
-
-def live(state: str) -> bool:
-    return state in ("running", "pending", "requeued")
-
-
-def cancel(run: RunDir) -> str:
-    """End a run for good: scancel, or TERM to its local batch shell; the job that was ended.
-
-    Raises UserError when there is nothing to end.
-    """
-    return cancel_all([run])[0]
-
-
-def cancel_sweep(sweep: SweepDir) -> str:
-    """End all rows of a sweep with one scancel, or its local controller. Raises UserError when no row is alive."""
-    return cancel_all([sweep])[0]
+            found[run.path] = run
+        elif job in [number.partition("_")[0] for number in jobs] and (sweep := sweep_of(run)):
+            found[sweep.path] = sweep
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found.values())
+        raise UserError(f"job {job} is of {len(found)} runs, job numbers came again: {names}; name one")
+    return next(iter(found.values()), None)
 
 
 def cancel_all(targets: Sequence[RunDir | SweepDir]) -> list[str]:
     """End runs and sweeps for good, with one scancel for all of them; the jobs that were ended, of each target.
 
-    Raises UserError when there is nothing to end of one of them, before any is ended.
+    Here TERM goes to a run's batch shell, or to a sweep's controller. Raises UserError when there is nothing to end of
+    one of them, before any is ended.
     """
     found = [_Cancelled.of(target) for target in targets]
     if jobs := list(dict.fromkeys(job for one in found for job in one.jobs)):
@@ -329,6 +367,9 @@ class _Cancelled:
         alive = [one for one in seen if one.status.live]
         if not alive:
             raise UserError(_nothing(target.name, [one.status for one in seen]))
+        for one in alive:
+            if one.elsewhere:
+                raise UserError(f"{one.run.name} is on cluster {one.elsewhere}; cancel it there")
         on_slurm = [one.status.job for one in alive if one.status.cluster == "slurm"]
         # Of a sweep the arrays as a whole: their ids are few.
         jobs = [job.partition("_")[0] for job in on_slurm] if several else on_slurm

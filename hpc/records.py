@@ -13,7 +13,7 @@ from typing import Any
 
 from hpc import yamlfile
 from hpc.errors import UserError
-from hpc.rundir import RunDir, is_sweep, read_json
+from hpc.rundir import RunDir, is_sweep, read_json, row_names
 from hpc.sweepdir import SweepDir, newer
 
 
@@ -52,6 +52,11 @@ class Records:
         newest_first = [held, submitted] if self.began > self.submitted else [submitted, held]
         return list(dict.fromkeys(place for place in newest_first if place[1]))
 
+    def slurm_cluster(self, job: str) -> str:
+        """SLURM's name of the cluster of this job, empty where it is not recorded."""
+        record = self.state if self.state.get("job") == job else self.submit
+        return str(record.get("slurm_cluster", ""))
+
     @property
     def began(self) -> float:
         return float(self.state.get("started", 0))
@@ -63,11 +68,12 @@ class Records:
 
 _NUMBER = (int, float)
 _KINDS: dict[str, dict[str, Any]] = {
-    "submit": {"cluster": str, "job": str, "time": _NUMBER, "cancelled": _NUMBER},
+    "submit": {"cluster": str, "slurm_cluster": str, "job": str, "time": _NUMBER, "cancelled": _NUMBER},
     "state": {
         "phase": str,
         "pid": int,
         "host": str,
+        "slurm_cluster": str,
         "generation": int,
         "code": int,
         "time": _NUMBER,
@@ -155,7 +161,7 @@ class _Shared:
 
     def __init__(self, sweep: SweepDir) -> None:
         self.name = sweep.name
-        self._number = {row: number for number, row in enumerate(sweep.rows_file.read_text().split())}
+        self._number = {row: number for number, row in enumerate(row_names(sweep.path))}
         self._submissions = sweep.submissions()
         self._tokens = {
             chunk.first + index: f"{sweep.token(chunk.number)}/{index}"
@@ -179,7 +185,10 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 
 
 def _made(run: RunDir) -> float:
-    found = run.experiment.stat()
+    try:
+        found = run.experiment.stat()
+    except FileNotFoundError:
+        raise UserError(f"{run.experiment}: is missing; restore it from a copy") from None
     if not found.st_size:
         raise UserError(f"{run.experiment}: is empty; restore it from a copy")
     return found.st_mtime

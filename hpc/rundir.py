@@ -53,6 +53,13 @@ class RunDir:
         """The folder of all runs."""
         return self.path.parent.parent if self.in_sweep else self.path.parent
 
+    def owns(self, comment: str) -> bool:
+        """Whether a job with this comment is of this run, or of the sweep that it is a row of.
+
+        A job's number alone tells nothing: each cluster counts for itself, and may begin anew.
+        """
+        return comment == self.name or comment.startswith(f"{self.path.parent.name}/")
+
     def output(self, job: str = "%j", task: str = "%t", stream: str = "out") -> Path:
         """Output of one task, submitit's name for it; attempts of a job follow each other in it."""
         return self.logs / f"{job}_{task}_log.{stream}"
@@ -72,7 +79,8 @@ class RunDir:
     def read_events(self) -> list[dict[str, Any]]:
         """All events of all writers, by time."""
         lines = [line for path in sorted(self.events.glob("*.jsonl")) for line in read_lines(path)]
-        return sorted(lines, key=lambda line: float(line["time"]))
+        whole = [line for line in lines if _is_event(line)]
+        return sorted(whole, key=lambda line: float(line["time"]))
 
     def last_generation(self) -> int:
         """The highest generation that any attempt has taken; 0 before the first."""
@@ -95,12 +103,25 @@ class RunDir:
         return [kept[key] for key in sorted(kept)]
 
 
+def _is_event(line: dict[str, Any]) -> bool:
+    when, kind, generation = (line.get(key) for key in ("time", "event", "generation"))
+    return isinstance(when, int | float) and isinstance(kind, str) and isinstance(generation, int)
+
+
 ROWS = "rows.txt"
 """In a sweep's folder, one line per row: the name of the row's run folder."""
 
 
 def is_sweep(path: Path) -> bool:
-    return (path / ROWS).is_file()
+    return _is_file(path / ROWS)
+
+
+def _is_file(path: Path) -> bool:
+    """False, too, where the name is too long, or the folder may not be entered."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def run_id(resolved: dict[str, Any], count: int) -> str:
@@ -119,31 +140,47 @@ def next_run(runs: Path, name: str, resolved: dict[str, Any]) -> RunDir:
 
 
 def runs_folder(given: Path | None) -> Path:
-    """--runs, else HPC_RUNS, else runs/ of the working folder."""
-    return Path(given or os.environ.get("HPC_RUNS") or "runs").resolve()
+    """--runs, else HPC_RUNS, else runs/ of the working folder. Raises UserError for a path that cannot be one."""
+    path = Path(given or os.environ.get("HPC_RUNS") or "runs").resolve()
+    choose = "choose another with --runs or HPC_RUNS"
+    if re.search("%[jtaA]", str(path)):
+        raise errors.UserError(f"{path}: %j, %t, %a and %A stand for numbers of a job in names of files; {choose}")
+    if path.exists() and not path.is_dir():
+        raise errors.UserError(f"{path}: no folder for runs, but a file; {choose}")
+    return path
 
 
 def all_runs(runs: Path) -> list[RunDir]:
     """Every run in the folder, oldest first; the rows of a sweep follow each other in its order."""
     found: list[tuple[float, list[RunDir]]] = []
     for path in runs.glob("[!.]*") if runs.is_dir() else []:  # a dot: not whole yet
-        with suppress(FileNotFoundError, NotADirectoryError):
+        with suppress(OSError):  # a folder of something else, or of somebody else
             found.append(((path / "experiment.yaml").stat().st_mtime, [RunDir(path)]))
             continue
-        with suppress(FileNotFoundError, NotADirectoryError):
+        with suppress(OSError):
             found.append(((path / ROWS).stat().st_mtime, rows(path)))
     return [run for _, several in sorted(found, key=lambda pair: pair[0]) for run in several]
 
 
 def rows(sweep: Path) -> list[RunDir]:
-    """The runs of a sweep, in its order."""
-    return [RunDir(sweep / name) for name in (sweep / ROWS).read_text().split()]
+    """The runs of a sweep, in its order. Raises OSError."""
+    return [RunDir(sweep / name) for name in row_names(sweep)]
+
+
+def row_names(sweep: Path) -> list[str]:
+    """The folders of its rows; what can be no folder's name stands for one that is not there. Raises OSError."""
+    names = (sweep / ROWS).read_text(errors="replace").split()
+    return [name if _ROW.fullmatch(name) else re.sub(r"\W", "_", name) for name in names]
+
+
+_ROW = re.compile(r"(?!\.{1,2}$)[^/\0]+")
 
 
 def find_run(runs: Path, name: str) -> RunDir:
     """A run by its path, its folder's name, or any unique beginning or id of it. Raises UserError."""
+    refuse_empty(name)
     direct = RunDir(name)
-    if direct.experiment.is_file():
+    if _is_file(direct.experiment):
         return direct
     known = all_runs(runs)
     found = [run for run in known if run.name == name] or [
@@ -158,6 +195,12 @@ def find_run(runs: Path, name: str) -> RunDir:
             f"no run {name!r}: {runs} holds no runs yet; start one with 'hpc submit EXPERIMENT.yaml'"
         )
     raise errors.UserError(f"no run {name!r} in {runs}; {errors.nearest(name, [run.name for run in known])}")
+
+
+def refuse_empty(name: str) -> None:
+    """An empty name, of a variable that is not set, begins every other. Raises UserError."""
+    if not name.strip():
+        raise errors.UserError(f"{name!r} is no name of a run; 'hpc ls' lists them")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -219,11 +262,9 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a .jsonl file; a torn last line (a writer was killed) is left out."""
+    """The objects in a .jsonl file; a torn last line (a writer was killed), and what is no object, is left out."""
     lines = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
+        with suppress(ValueError):
             lines.append(json.loads(line))
-        except ValueError:
-            continue
-    return lines
+    return [line for line in lines if isinstance(line, dict)]

@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,10 @@ from hpc.errors import UserError
 _TIMEOUT_S = 30
 _FEW = 100
 """So many job ids are named one by one on a command line; of more, arrays are named as a whole."""
+_PICKED = 20
+"""So many jobs are picked out by squeue itself; of more it tells all that the user has."""
 _SHOWN = 3
+_JOB_ID = re.compile(r"\d+([_+]\S+)?")
 _ENDED = frozenset(
     [
         "BOOT_FAIL",
@@ -40,6 +43,9 @@ _OWN_DEFAULTS = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_")
 """Variables by which a user changes what a command shows, or hides: our questions mean what they say."""
 _SILENT = re.compile("contact slurm controller|timed out|connect failure|communication|unexpected message", re.I)
 """Words of a command that got no answer; what it asked for may be done all the same."""
+_NOT_SET_UP = re.compile("configuration source|fetch config|slurm.conf", re.I)
+_SBATCH = "SBATCH_"
+_SITE = ("ACCOUNT", "PARTITION", "QOS", "RESERVATION", "CONSTRAINT", "CLUSTERS")
 _MEGABYTES = {"": 1 / 1024**2, "K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
 
 
@@ -96,6 +102,11 @@ class Accounted:
     job: str
     state: str
     """COMPLETED, FAILED, OUT_OF_MEMORY, TIMEOUT, PREEMPTED, NODE_FAIL, CANCELLED, RUNNING, ..."""
+    submitted: float | None
+    """The first of its attempts; a requeue counts as a submission."""
+    cluster: str
+    comment: str
+    """Empty where the site does not keep it."""
     exit_code: int
     signal: int
     """That ended it, 0 for none."""
@@ -114,15 +125,35 @@ class Accounted:
     earlier: tuple[str, ...] = ()
     """The states of the attempts before, the first one first; a requeue adds one."""
 
+    @property
+    def over(self) -> bool:
+        """Whether it has ended; an end reaches sacct late where slurmdbd was away."""
+        return self.state in _ENDED
+
 
 def available() -> bool:
-    """Whether sbatch is here and a controller answers."""
+    """Whether there is a SLURM here. Raises SilentError where it is installed and set up, but does not answer."""
     if shutil.which("sbatch") is None or shutil.which("sinfo") is None:
         return False
-    try:
-        return _run("sinfo", "--noheader", "--format=%P", timeout=10).returncode == 0
-    except SlurmError:
-        return False
+    result = _run("sinfo", "--noheader", "--format=%P", timeout=10)
+    if result.returncode and not _NOT_SET_UP.search(words := _words(result)):
+        raise SilentError(f"sinfo: {words}")
+    return result.returncode == 0
+
+
+def environment(script: Path) -> dict[str, str]:
+    """In which sbatch does what the script says: a user's SBATCH_ variables win over its #SBATCH lines.
+
+    What sites set on purpose (`inherited`) stays where the script says nothing.
+    """
+    kept = inherited(script.read_text())
+    return {k: v for k, v in allocation.without_job().items() if not k.startswith(_SBATCH) or k in kept}
+
+
+def inherited(text: str) -> dict[str, str]:
+    """The user's SBATCH_ variables that count for a script of this text."""
+    names = [name for name in _SITE if f"#SBATCH --{name.lower()}=" not in text]
+    return {key: os.environ[key] for name in names if (key := f"{_SBATCH}{name}") in os.environ}
 
 
 def version() -> str:
@@ -130,50 +161,73 @@ def version() -> str:
     return _ask("sbatch", "--version").split()[-1]
 
 
+QUEUE_FIELDS = {
+    "job": "%i",
+    "state": "%T",
+    "reason": "%r",
+    "node": "%N",
+    "partition": "%P",
+    "nodes": "%D",
+    "submitted": "%V",
+    "start": "%S",
+    "end": "%e",
+    "time_limit_s": "%l",
+    "priority": "%Q",
+    "dependency": "%E",
+    "excluded": "%x",
+    "comment": "%k",
+}
+"""Fields of JobInfo, and how squeue calls them. The comment is the last: it may hold anything."""
+
+
+def cluster_name() -> str:
+    """Of the cluster that answers here: several may share a folder of runs. Empty where none does."""
+    try:
+        return allocation.cluster_name() or config().get("ClusterName", "")
+    except SlurmError:
+        return ""
+
+
 def queue(jobs: Sequence[str] = ()) -> dict[str, JobInfo]:
-    """The user's jobs still known to the controller, by id (all of them, or those named); array tasks one by one.
+    """The user's jobs still known to the controller, by id; of an array its tasks one by one.
 
-    Raises SlurmError when the controller does not answer.
+    All of them, or those named: jobs, tasks (123_4) and whole arrays (123). Raises SlurmError when the controller does
+    not answer.
     """
-    fields = "%i|%T|%r|%N|%P|%D|%V|%S|%e|%l|%Q|%E|%x|%k"
-    text = _ask("squeue", "--me", "--all", "--noheader", "--array", "--states=all", f"--format={fields}")
-    found = map(_job_info, text.splitlines())
-    return {info.job: info for info in found if not jobs or info.job in jobs}
+    command = ["squeue", "--me", "--all", "--noheader", "--array", "--states=all"]
+    command += [f"--format={'|'.join(QUEUE_FIELDS.values())}"]
+    command += [f"--jobs={','.join(jobs)}"] if 0 < len(jobs) <= _PICKED else []
+    try:
+        text = _ask(*command)
+    except SlurmError as error:
+        if jobs and "Invalid job id" in str(error):  # of a single one that it has forgotten
+            return {}
+        raise
+    found = filter(None, map(_job_info, text.split("\n")))
+    return {info.job: info for info in found if not jobs or {info.job, info.job.partition("_")[0]} & set(jobs)}
 
 
-def _job_info(line: str) -> JobInfo:
-    parts = [part.strip() for part in line.split("|", 13)]
-    (
-        job,
-        state,
-        reason,
-        node,
-        partition,
-        nodes,
-        submitted,
-        start,
-        end,
-        limit,
-        priority,
-        dependency,
-        excluded,
-        comment,
-    ) = parts
+def _job_info(line: str) -> JobInfo | None:
+    """None for what is no line of squeue: the rest of a comment that holds line breaks."""
+    parts = [part.strip() for part in line.split("|", len(QUEUE_FIELDS) - 1)]
+    told = dict(zip(QUEUE_FIELDS, parts, strict=False))
+    if len(parts) < len(QUEUE_FIELDS) or not _JOB_ID.fullmatch(told["job"]):
+        return None
     return JobInfo(
-        job=job,
-        state=state,
-        reason=reason,
-        node=node,
-        comment=comment,
-        partition=partition,
-        nodes=int(nodes) if nodes.isdecimal() else 0,
-        submitted=epoch(submitted),
-        start=epoch(start),
-        end=epoch(end),
-        time_limit_s=duration(limit),
-        priority=int(priority) if priority.isdecimal() else 0,
-        dependency="" if dependency == "(null)" else dependency,
-        excluded=excluded,
+        job=told["job"],
+        state=told["state"],
+        reason=told["reason"],
+        node=told["node"],
+        comment=told["comment"],
+        partition=told["partition"],
+        nodes=_number(told["nodes"]),
+        submitted=epoch(told["submitted"]),
+        start=epoch(told["start"]),
+        end=epoch(told["end"]),
+        time_limit_s=duration(told["time_limit_s"]),
+        priority=_number(told["priority"]),
+        dependency="" if told["dependency"] == "(null)" else told["dependency"],
+        excluded=told["excluded"],
     )
 
 
@@ -192,7 +246,8 @@ def submit(script: Path, *options: str) -> str:
 
     Raises SlurmError with sbatch's own words; the job may have been submitted all the same.
     """
-    return _ask("sbatch", "--parsable", *options, str(script)).strip().split(";")[0]
+    command = ("sbatch", "--parsable", *options, str(script))
+    return _ask(*command, environ=environment(script)).strip().split(";")[0]
 
 
 def test_only(script: Path, *options: str) -> tuple[bool, str]:
@@ -200,7 +255,7 @@ def test_only(script: Path, *options: str) -> tuple[bool, str]:
 
     Raises SlurmError where there is no verdict: sbatch is missing, or its controller does not answer.
     """
-    result = _run("sbatch", "--test-only", *options, str(script))
+    result = _run("sbatch", "--test-only", *options, str(script), environ=environment(script))
     words = _words(result).removeprefix("allocation failure: ")
     if result.returncode and _SILENT.search(words):
         raise SilentError(f"sbatch: {words}")
@@ -246,73 +301,102 @@ def update(job: str, **fields: str) -> None:
 
 def config() -> dict[str, str]:
     """`scontrol show config`: {"MaxArraySize": "1001", "KillWait": "30 sec", ...}. Raises SlurmError."""
-    pairs = (line.partition("=") for line in _ask("scontrol", "show", "config").splitlines())
+    pairs = (line.partition("=") for line in _ask("scontrol", "show", "config").split("\n"))
     return {key.strip(): value.strip() for key, equals, value in pairs if equals}
 
 
 def partitions() -> dict[str, dict[str, str]]:
     """`scontrol show partition` by name, hidden ones too: {"gpu": {"MaxTime": "1:00:00", ...}}. Raises SlurmError."""
-    return {fields["PartitionName"]: fields for fields in _records("partition")}
+    return {fields["PartitionName"]: fields for fields in _records("partition", "PartitionName")}
 
 
 def nodes() -> list[dict[str, str]]:
     """`scontrol show node`, one entry a node: {"NodeName": "node0", "Gres": "gpu:a100:1", ...}. Raises SlurmError."""
-    return list(_records("node"))
+    return list(_records("node", "NodeName"))
 
 
-def _records(kind: str) -> Iterator[dict[str, str]]:
-    for line in _ask("scontrol", "--oneliner", "--all", "show", kind).splitlines():
-        if "=" in line:  # or it says that there are none
+def _records(kind: str, name: str) -> Iterator[dict[str, str]]:
+    """Of a line without a name nothing is told: there are none, or it is the rest of a text with line breaks."""
+    for line in _ask("scontrol", "--oneliner", "--all", "show", kind).split("\n"):
+        if line.startswith(f"{name}="):
             yield dict(re.findall(r"(\w+)=(.*?)(?=\s+\w+=|\s*$)", line))
 
 
-def accounting(jobs: Sequence[str]) -> dict[str, Accounted]:
+def accounting(jobs: Sequence[str], since: Mapping[str, float] | None = None) -> dict[str, Accounted]:
     """What sacct keeps of these jobs and array tasks, by id, in one call; those it does not know are left out.
 
-    Raises SlurmError; "Slurm accounting storage is disabled" where a cluster has none.
+    `since`: attempts that were submitted before are of another job that had the same number. Raises SlurmError;
+    "Slurm accounting storage is disabled" where a cluster has none.
     """
     if not jobs:
         return {}
     named = jobs if len(jobs) <= _FEW else dict.fromkeys(job.partition("_")[0] for job in jobs)
-    fields = "JobID,State,ExitCode,ElapsedRaw,Start,End,Timelimit,ReqMem,MaxRSS,NodeList,Reason"
-    command = ["--duplicates", "--noheader", "--parsable2", f"--format={fields}", f"--jobs={','.join(named)}"]
+    command = ["--duplicates", "--noheader", "--parsable2", f"--format={_ACCOUNT}", f"--jobs={','.join(named)}"]
     wanted = set(jobs)
-    return {job: told for job, told in _attempts(_ask("sacct", *command)).items() if job in wanted}
+    return {job: told for job, told in _attempts(_ask("sacct", *command), since or {}).items() if job in wanted}
 
 
-def _attempts(text: str) -> dict[str, Accounted]:
-    """Each line is an attempt of a job, or a step (123.batch, 123.0) of the attempt above it.
+_ACCOUNT = "JobID,State,ExitCode,ElapsedRaw,Start,End,Timelimit,ReqMem,MaxRSS,NodeList,Reason,Submit,Cluster,Comment"
+"""The comment is the last: it may hold anything."""
 
-    Of a later attempt that ended at once sacct may lack the request: it is the job's. Before 21.08 a request of memory
-    ends in n, per node, or c, per core.
-    """
+
+def _attempts(text: str, since: Mapping[str, float]) -> dict[str, Accounted]:
+    """Each line is an attempt of a job, or a step (123.batch, 123.0) of the attempt above it."""
     found: dict[str, Accounted] = {}
-    for line in text.splitlines():
-        job, state, code, elapsed, start, end, limit, memory, rss, nodes, reason = line.split("|", 10)
-        state = state.split()[0] if state else ""  # CANCELLED by 1000
-        job, _, step = job.partition(".")
+    names = _ACCOUNT.split(",")
+    left_out = False
+    for line in text.split("\n"):
+        parts = line.split("|", len(names) - 1)
+        job, _, step = parts[0].partition(".")
+        if len(parts) < len(names) or not _JOB_ID.fullmatch(job):
+            continue  # the rest of a comment that holds line breaks
+        told = dict(zip(names, parts, strict=True))
         before = found.get(job)
-        if step and before:
-            peak = max(filter(None, (before.max_rss_gb, _gigabytes(rss))), default=None)
-            found[job] = replace(before, max_rss_gb=peak, steps=(*before.steps, state))
+        if not step:
+            left_out = (epoch(told["Submit"]) or float("inf")) < since.get(job, 0)
+        if left_out:
             continue
-        status, _, number = code.partition(":")
-        found[job] = Accounted(
-            job=job,
-            state=state,
-            exit_code=int(status or 0),
-            signal=int(number or 0),
-            elapsed_s=int(elapsed or 0),
-            start=epoch(start),
-            end=epoch(end),
-            time_limit_s=duration(limit) or (before.time_limit_s if before else None),
-            req_mem_gb=_gigabytes(memory.removesuffix("n")) or (before.req_mem_gb if before else None),
-            max_rss_gb=_gigabytes(rss),
-            nodes="" if nodes == "None assigned" else nodes,
-            reason="" if reason == "None" else reason,
-            earlier=(*before.earlier, before.state) if before else (),
-        )
+        if step and before:
+            peak = max(filter(None, (before.max_rss_gb, _gigabytes(told["MaxRSS"]))), default=None)
+            found[job] = replace(before, max_rss_gb=peak, steps=(*before.steps, _state(told)))
+        elif not step:
+            found[job] = _attempt(job, told, before)
     return found
+
+
+def _attempt(job: str, told: Mapping[str, str], before: Accounted | None) -> Accounted:
+    """Of a later attempt that ended at once sacct may lack the request: it is the job's.
+
+    Before 21.08 a request of memory ends in n, per node, or c, per core.
+    """
+    status, _, number = told["ExitCode"].partition(":")
+    memory = _gigabytes(told["ReqMem"].removesuffix("n"))
+    return Accounted(
+        job=job,
+        state=_state(told),
+        submitted=before.submitted if before else epoch(told["Submit"]),
+        cluster=told["Cluster"],
+        comment=told["Comment"] or (before.comment if before else ""),
+        exit_code=_number(status),
+        signal=_number(number),
+        elapsed_s=_number(told["ElapsedRaw"]),
+        start=epoch(told["Start"]),
+        end=epoch(told["End"]),
+        time_limit_s=duration(told["Timelimit"]) or (before.time_limit_s if before else None),
+        req_mem_gb=memory or (before.req_mem_gb if before else None),
+        max_rss_gb=_gigabytes(told["MaxRSS"]),
+        nodes="" if told["NodeList"] == "None assigned" else told["NodeList"],
+        reason="" if told["Reason"] == "None" else told["Reason"],
+        earlier=(*before.earlier, before.state) if before else (),
+    )
+
+
+def _state(told: Mapping[str, str]) -> str:
+    return told["State"].partition(" ")[0]  # CANCELLED by 1000
+
+
+def _number(text: str) -> int:
+    return int(text) if text.isdecimal() else 0
 
 
 def epoch(text: str) -> float | None:
@@ -337,9 +421,9 @@ def _gigabytes(text: str) -> float | None:
     return float(size[1]) * _MEGABYTES[size[2]] / 1000 if size else None
 
 
-def _ask(*command: str) -> str:
+def _ask(*command: str, environ: dict[str, str] | None = None) -> str:
     """Its output. Raises SlurmError with its words when it fails."""
-    result = _run(*command)
+    result = _run(*command, environ=environ)
     if result.returncode:
         words = _words(result)
         raise (SilentError if _SILENT.search(words) else SlurmError)(f"{command[0]}: {words}")
@@ -353,10 +437,13 @@ def _words(result: subprocess.CompletedProcess[str]) -> str:
     return "; ".join(filter(None, lines)) or f"left with exit code {result.returncode}"
 
 
-def _run(*command: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+def _run(
+    *command: str, timeout: float | None = None, environ: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Raises SlurmError where the command is missing, or gives no answer in time."""
     limit = timeout or _TIMEOUT_S
-    environ = {key: value for key, value in allocation.without_job().items() if not key.startswith(_OWN_DEFAULTS)}
+    given = allocation.without_job() if environ is None else environ
+    environ = {key: value for key, value in given.items() if not key.startswith(_OWN_DEFAULTS)}
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     try:
         process = subprocess.Popen(

@@ -31,6 +31,8 @@ class Place:
     cluster: str
     job: str
     info: JobInfo | None
+    elsewhere: str = ""
+    """SLURM's name of the cluster that it is on, if that is not the one that answers here."""
 
 
 def state_of(told: Records, place: Place, accounted: Accounted | None, silent: bool) -> tuple[str, str]:
@@ -45,12 +47,24 @@ def state_of(told: Records, place: Place, accounted: Accounted | None, silent: b
     if place.cluster == "slurm":
         if silent and told.phase not in ("stopped", "ended"):
             return ("running" if told.state else "pending"), f"{_heard(told.state)}SLURM does not answer"
+        if place.elsewhere and (word := _elsewhere(told, place)):
+            return word
         if _unstarted(told, place):
             return ended_unstarted(place.info, accounted)
         return _ended(told, ended_on_slurm(place.info, accounted), reason)
     if not told.state or told.submitted > told.state["time"]:
         return _unstarted_here(told)
     return _here(told.state, told.phase, reason)
+
+
+def _elsewhere(told: Records, place: Place) -> tuple[str, str] | None:
+    """What its files say of a run on another cluster; None where they say that it has ended."""
+    begun = told.state.get("job") == place.job
+    if begun and told.phase == "ended":
+        return None
+    state = "pending" if not begun else "requeued" if told.phase == "stopped" else "running"
+    heard = f", last heard of {_age(told.state):.0f} s ago" if begun else ""
+    return state, f"on cluster {place.elsewhere}{heard}"
 
 
 def _live(told: Records, info: JobInfo) -> tuple[str, str]:
@@ -82,8 +96,11 @@ def _ended(told: Records, word: tuple[str, str] | None, reason: str) -> tuple[st
 
 
 def _heard(state: dict[str, Any]) -> str:
-    age = time.time() - float(state.get("time", 0))
-    return f"on {state['host']}, last heard of {age:.0f} s ago; " if state else ""
+    return f"on {state['host']}, last heard of {_age(state):.0f} s ago; " if state else ""
+
+
+def _age(state: dict[str, Any]) -> float:
+    return time.time() - float(state.get("time", 0))
 
 
 def _here(state: dict[str, Any], phase: str, reason: str) -> tuple[str, str]:

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc import yamlfile
+from hpc import slurm, yamlfile
 from hpc.errors import UserError
-from hpc.rundir import ROWS, RunDir, is_sweep, read_json, rows, write_json
+from hpc.rundir import ROWS, RunDir, is_sweep, read_json, refuse_empty, row_names, rows, write_json
 
 
 @dataclass(frozen=True)
@@ -56,53 +56,113 @@ class SweepDir:
         return f"{self.name}/{chunk}" + (f".{submission}" if submission else "")
 
     def rows(self) -> list[RunDir]:
-        return rows(self.path)
+        """Raises UserError where rows.txt names none."""
+        try:
+            found = rows(self.path)
+        except OSError as error:
+            raise UserError(f"{self.rows_file}: {error.strerror}") from None
+        if not found:
+            raise _damaged(self.rows_file, "it names no row")
+        return found
+
+    def number(self, run: RunDir) -> int:
+        """Of a row. Raises UserError for a folder that is none."""
+        names = row_names(self.path)
+        if run.name not in names:
+            raise _damaged(self.rows_file, f"{run.name} is not named")
+        return names.index(run.name)
+
+    def axes(self) -> dict[str, list[Any]]:
+        """Key to values. Raises UserError where sweep.yaml is damaged."""
+        axes = yamlfile.read(self.file).get("axes", {})
+        if not isinstance(axes, dict) or not all(isinstance(values, list) for values in axes.values()):
+            raise _damaged(self.file, "'axes' is not what belongs there")
+        return axes
 
     def chunks(self) -> list[Chunk]:
         """Raises UserError where sweep.yaml is damaged."""
         try:
-            return [Chunk(**values) for values in yamlfile.read(self.file)["chunks"]]
+            chunks = [Chunk(**values) for values in yamlfile.read(self.file)["chunks"]]
         except (KeyError, TypeError) as error:
-            raise UserError(f"{self.file}: damaged ({error}); restore it from a copy") from None
+            raise _damaged(self.file, str(error)) from None
+        kinds = [(chunk.number, chunk.first, chunk.count, chunk.parallel or 0, chunk.after or 0) for chunk in chunks]
+        if not chunks or not all(isinstance(value, int) for values in kinds for value in values):
+            raise _damaged(self.file, "'chunks' is not what belongs there")
+        return chunks
 
     def place(self, run: RunDir) -> tuple[Chunk, int]:
-        """The chunk of a row, and its index in that chunk's array."""
-        index = [row.name for row in self.rows()].index(run.name)
-        return self.place_of(index)
-
-    def place_of(self, row: int) -> tuple[Chunk, int]:
-        chunk = next(chunk for chunk in self.chunks() if chunk.first <= row < chunk.first + chunk.count)
-        return chunk, row - chunk.first
+        """The chunk of a row, and its index in that chunk's array. Raises UserError."""
+        row = self.number(run)
+        for chunk in self.chunks():
+            if chunk.first <= row < chunk.first + chunk.count:
+                return chunk, row - chunk.first
+        raise _damaged(self.file, f"row {row} is in no chunk")
 
     def write_chunks(self, chunks: Iterable[Chunk], **more: Any) -> None:
         self.file.write_text(yamlfile.dump({**more, "chunks": [asdict(chunk) for chunk in chunks]}))
 
     def record(self, cluster: str, jobs: dict[int, tuple[str, list[int]]], **more: Any) -> None:
         """Append a submission: chunk number -> (job, rows). `more` of a local one: its process's start."""
-        told = read_json(self.submit)
         chunks = [{"chunk": number, "job": job, "rows": spec(of)} for number, (job, of) in jobs.items()]
-        line = {"cluster": cluster, "time": round(time.time(), 3), "chunks": chunks, **more}
-        write_json(self.submit, {"submissions": [*told.get("submissions", []), line]})
+        name = slurm.cluster_name() if cluster == "slurm" else ""
+        where = {"slurm_cluster": name} if name else {}
+        line = {"cluster": cluster, **where, "time": round(time.time(), 3), "chunks": chunks, **more}
+        write_json(self.submit, {"submissions": [*self._recorded(), line]})
 
     def count_submissions(self) -> int:
-        return len(read_json(self.submit).get("submissions", []))
+        """Raises UserError where submit.json is damaged."""
+        return len(self._recorded())
 
     def mark_cancelled(self) -> None:
-        submissions = read_json(self.submit).get("submissions", [])
+        submissions = self._recorded()
         submissions[-1]["cancelled"] = round(time.time(), 3)
         write_json(self.submit, {"submissions": submissions})
 
     def submissions(self) -> dict[int, dict[str, Any]]:
-        """Row number to its last submission, in the form of a run's submit.json."""
-        first = {chunk.number: chunk.first for chunk in self.chunks()}
+        """Row number to its last submission, in the form of a run's submit.json. Raises UserError for damaged files."""
+        chunks = {chunk.number: chunk for chunk in self.chunks()}
         found: dict[int, dict[str, Any]] = {}
-        for submission in read_json(self.submit).get("submissions", []):
+        for submission in self._recorded():
             common = {key: value for key, value in submission.items() if key != "chunks"}
-            for chunk in submission["chunks"]:
-                for row in numbers(chunk["rows"]):
-                    task = f"_{row - first[chunk['chunk']]}" if common["cluster"] == "slurm" else ""
-                    found[row] = {**common, "job": f"{chunk['job']}{task}"}
+            for part in submission["chunks"]:
+                chunk = chunks.get(part["chunk"])
+                if chunk is None:
+                    raise _damaged(self.submit, f"there is no chunk {part['chunk']}")
+                for row in self._rows_of(part, chunk):
+                    task = f"_{row - chunk.first}" if common["cluster"] == "slurm" else ""
+                    found[row] = {**common, "job": f"{part['job']}{task}"}
         return found
+
+    def _recorded(self) -> list[dict[str, Any]]:
+        """The submissions in submit.json, each field of the kind that is expected. Raises UserError."""
+        told = read_json(self.submit).get("submissions", [])
+        if not _alike(told, _SUBMISSION) or not all(_alike(one["chunks"], _PART) for one in told):
+            raise _damaged(self.submit, "'submissions' is not what belongs there")
+        return list(told)
+
+    def _rows_of(self, part: dict[str, Any], chunk: Chunk) -> list[int]:
+        try:
+            found = numbers(part["rows"])
+        except UserError as error:
+            raise _damaged(self.submit, str(error)) from None
+        if min(found) < chunk.first or max(found) >= chunk.first + chunk.count:
+            raise _damaged(self.submit, f"rows {part['rows']} are not of chunk {chunk.number}")
+        return found
+
+
+_SUBMISSION = {"cluster": str, "time": (int, float), "chunks": list}
+_PART = {"chunk": int, "job": str, "rows": str}
+
+
+def _alike(values: Any, kinds: dict[str, Any]) -> bool:
+    """Whether this is a list of objects that all have fields of these kinds."""
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        return False
+    return all(isinstance(value.get(key), kind) for value in values for key, kind in kinds.items())
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path}: damaged ({what}); restore it from a copy")
 
 
 def sweep_of(run: RunDir) -> SweepDir | None:
@@ -116,6 +176,7 @@ def all_sweeps(runs: Path) -> list[SweepDir]:
 
 def find_sweep(runs: Path, name: str) -> SweepDir | None:
     """A sweep by its path, its folder's name, or any unique beginning or id of it; None where there is none."""
+    refuse_empty(name)
     if is_sweep(Path(name)):
         return SweepDir(name)
     known = all_sweeps(runs)
@@ -133,8 +194,7 @@ def submission_of(run: RunDir) -> dict[str, Any]:
     sweep = sweep_of(run)
     if sweep is None:
         return own
-    index = [row.name for row in sweep.rows()].index(run.name)
-    return newer(own, sweep.submissions().get(index, {}))
+    return newer(own, sweep.submissions().get(sweep.number(run), {}))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ echo "$me $*" >> calls
 [ ! -e "$me.hangs" ] || exec sleep 60
 fail() { [ ! -e "$me.fails" ] || { cat "$me.fails" >&2; exit 1; }; }
 """
+RUN = "exp-0000aaaa"
 _JOB = "|" * 7  # eight empty fields
 _CONFIG = {
     "JobRequeue": "1",
@@ -107,9 +108,12 @@ class FakeSlurm:
         return f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
 
     def job(
-        self, number: str, state: str, reason: str = "None", node: str = "", comment: str = "(null)", more: str = _JOB
+        self, number: str, state: str, reason: str = "None", node: str = "", comment: str = RUN, more: str = _JOB
     ) -> None:
-        """squeue shows this job from now on; `more`: PARTITION|NODES|SUBMITTED|START|END|LIMIT|PRIORITY|DEPENDENCY."""
+        """squeue shows this job from now on; `more`: PARTITION|NODES|SUBMITTED|START|END|LIMIT|PRIORITY|DEPENDENCY.
+
+        Its comment is that of the fixture `run`.
+        """
         (self.folder / "jobs" / number).write_text(f"{state}|{reason}|{node}|{comment}\n{more}\n")
 
     def configure(
@@ -127,9 +131,10 @@ class FakeSlurm:
                 lines = [" ".join(f"{k}={v}" for k, v in {**default, **entry}.items()) + " " for entry in given]
                 (self.folder / name).write_text("\n".join(lines) + "\n")
 
-    def accounted(self, *lines: str) -> None:
-        """sacct prints these lines from now on; until then the cluster has no accounting."""
-        (self.folder / "accounted").write_text("".join(f"{line}\n" for line in lines))
+    def accounted(self, *lines: str, submitted: str = "Unknown", cluster: str = "fake", comment: str = "") -> None:
+        """sacct prints these lines, without their last three fields, from now on; until then there is no accounting."""
+        last = f"|{submitted}|{cluster}|{comment}\n"
+        (self.folder / "accounted").write_text("".join(line + last for line in lines))
 
     def jobs(self) -> dict[str, str]:
         """Job number to state."""
@@ -158,9 +163,9 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     """A run folder with experiment and script, and no job around the test."""
     without_slurm(monkeypatch)
-    run = RunDir(tmp_path / "runs" / "exp-0000aaaa")
+    run = RunDir(tmp_path / "runs" / RUN)
     write_text(run.experiment, "name: exp\n")
-    write_text(run.script, "#!/bin/bash\n#SBATCH --comment=exp-0000aaaa\n")
+    write_text(run.script, f"#!/bin/bash\n#SBATCH --comment={RUN}\n")
     return run
 
 

@@ -149,7 +149,7 @@ def test_one_squeue_serves_all_runs_and_none_is_asked_without_slurm(tmp_path: Pa
     assert {status.state for status in ledger.statuses(runs)} == {"failed"} and fake.calls() == []
     for number, run in enumerate(runs):
         submitted(run, "slurm", number)
-        fake.job(str(number), "PENDING", "Resources")
+        fake.job(str(number), "PENDING", "Resources", comment=run.name)
     assert {status.detail for status in ledger.statuses(runs)} == {"Resources"}
     assert len(fake.calls()) == 1
 
@@ -216,7 +216,7 @@ def test_a_number_that_another_process_has_by_now_is_no_run(
     held(run, phase="training", pid=alive.pid, process_start=start)
     assert told(run) == ("lost", "the job ended without a word while training")
     with pytest.raises(UserError, match="is lost: nothing to cancel"):
-        ledger.cancel(run)
+        ledger.cancel_all([run])[0]
     assert alive.poll() is None
 
 
@@ -229,7 +229,7 @@ def test_a_process_that_changes_hands_while_it_is_cancelled_is_left_alone(
     stale = replace(before[0].records, state={**before[0].records.state, "process_start": "another-boot 4711"})
     monkeypatch.setattr(ledger, "look", lambda runs: [replace(before[0], records=stale)])
     with pytest.raises(UserError, match="has ended just now: nothing to cancel"):
-        ledger.cancel(run)
+        ledger.cancel_all([run])[0]
     assert alive.poll() is None and "cancelled" not in read_json(run.submit)
 
 
@@ -261,7 +261,7 @@ def test_a_damaged_run_is_told_with_its_reason_and_hides_no_other(
     assert (damaged.state, whole.state) == ("damaged", "planned")
     assert words in damaged.detail and "\n" not in damaged.detail
     with pytest.raises(UserError, match=f"exp-0000aaaa is damaged: {file}"):
-        ledger.cancel(run)
+        ledger.cancel_all([run])[0]
 
 
 def test_one_run_is_read_with_its_experiment_which_takes_too_long_for_a_list(run: RunDir) -> None:
@@ -276,7 +276,7 @@ def test_one_run_is_read_with_its_experiment_which_takes_too_long_for_a_list(run
 def test_cancel_here_tells_the_shell_and_marks_the_run(run: RunDir, alive: subprocess.Popen[bytes]) -> None:
     submitted(run, "local", 4711)
     held(run, phase="training", pid=alive.pid)
-    assert ledger.cancel(run) == f"process {alive.pid}"
+    assert ledger.cancel_all([run])[0] == f"process {alive.pid}"
     assert alive.wait() == -signal.SIGTERM
     assert read_json(run.submit)["cancelled"] > NOW - 1e9 and run.read_events()[-1]["event"] == "cancel"
 
@@ -285,7 +285,7 @@ def test_cancel_on_slurm_names_the_newest_job(run: RunDir, fake: FakeSlurm) -> N
     submitted(run, "slurm", 55)
     held(run, phase="training", job="77")
     fake.job("77", "RUNNING")
-    assert ledger.cancel(run) == "job 77"
+    assert ledger.cancel_all([run])[0] == "job 77"
     assert fake.jobs() == {"77": "CANCELLED"}
 
 
@@ -294,11 +294,11 @@ def test_a_process_number_is_never_given_to_scancel(
 ) -> None:
     """Ran on SLURM once, started here since: its pid may be the number of another job."""
     held(run, phase="stopped", job="55")
-    fake.job(str(alive.pid), "RUNNING")
+    fake.job(str(alive.pid), "RUNNING", comment="(null)")
     submitted(run, "local", alive.pid, when=NOW + 100)
     assert told(run) == ("pending", "starting")
     with pytest.raises(UserError, match="is just starting: repeat this in a moment"):
-        ledger.cancel(run)
+        ledger.cancel_all([run])[0]
     assert fake.jobs() == {str(alive.pid): "RUNNING"} and alive.poll() is None
 
 
@@ -308,14 +308,14 @@ def test_a_refusal_of_scancel_is_told_and_nothing_is_marked(run: RunDir, fake: F
     fake.job("55", "RUNNING")
     fake.fails("scancel", words)
     with pytest.raises(UserError, match=f"scancel 55: {words}"):
-        ledger.cancel(run)
+        ledger.cancel_all([run])[0]
     assert "cancelled" not in read_json(run.submit)
 
 
 def test_there_must_be_something_to_cancel_and_it_must_be_here(run: RunDir) -> None:
     with pytest.raises(UserError, match="exp-0000aaaa is planned: nothing to cancel"):
-        ledger.cancel(run)
+        ledger.cancel_all([run])[0]
     submitted(run, "local", 4711)
     held(run, phase="training", host="login2")
     with pytest.raises(UserError, match="exp-0000aaaa runs on login2; cancel it there"):
-        ledger.cancel(run)
+        ledger.cancel_all([run])[0]

@@ -116,7 +116,7 @@ def test_a_run_is_followed_from_the_queue_to_its_cancellation(
     here.wait_for(lambda: ledger.status(run).state == "requeued", 20, "the requeue")
     assert "may not start before its time" in why.explain(run).lines[0]
     calls = counted(monkeypatch)
-    assert ledger.cancel(run) == f"job {job}" and calls == ["squeue", "scancel"]
+    assert ledger.cancel_all([run])[0] == f"job {job}" and calls == ["squeue", "scancel"]
     here.wait_for(lambda: ledger.status(run).state == "cancelled", 20, "the end")
 
 
@@ -150,7 +150,7 @@ def test_a_sweep_without_a_record_is_found_and_cancelled_as_a_whole(here: Cluste
         ([0, 3], "starting"),
     ]
     assert ledger.find(tmp_path / "runs", f"{second}_1").name == names[4]
-    assert ledger.cancel_sweep(sweep) == f"job {first}, job {second}"
+    assert ledger.cancel_all([sweep])[0] == f"job {first}, job {second}"
     here.wait_for(lambda: {s.state for s in ledger.statuses(sweep.rows())} == {"cancelled"}, 20, "all to be cancelled")
 
 

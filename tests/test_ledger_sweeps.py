@@ -132,8 +132,8 @@ def test_sacct_is_asked_once_for_all_and_only_about_runs_that_do_not_say_how_the
         held(run, run.name[4:], **state)
     write_json(runs[2].result, {"best": {}})
     submitted(runs[3], "3", cancelled=NOW + 9)
-    fake.job("4", "PENDING")
-    fake.job("5", "TIMEOUT")
+    fake.job("4", "PENDING", comment="exp-4")
+    fake.job("5", "TIMEOUT", comment="exp-5")
     fake.accounted(*(LINE.format(job=number, state="NODE_FAIL", code="0:0") for number in range(12)))
     states = [status.state for status in ledger.statuses(runs)]
     assert states == ["failed", "failed", "finished", "cancelled", "pending", *["lost"] * 7]
@@ -195,7 +195,7 @@ def test_a_job_whose_shell_was_killed_before_the_record_is_found_by_its_token(
     fake.job("55", "PENDING", "Resources", comment=run.name)
     assert told(run) == ("pending", "Resources")
     assert read_json(run.submit)["job"] == "55" and run.read_events()[-1]["event"] == "submit"
-    assert ledger.cancel(run) == "job 55" and fake.jobs() == {"55": "CANCELLED"}
+    assert ledger.cancel_all([run])[0] == "job 55" and fake.jobs() == {"55": "CANCELLED"}
 
 
 def test_an_older_job_of_this_name_is_of_another_folder_of_runs(run: RunDir, fake: FakeSlurm) -> None:
@@ -219,12 +219,13 @@ def test_a_sweep_whose_shell_was_killed_before_the_record_is_recorded_whole(swee
 def test_rows_have_the_states_of_their_tasks(sweep: SweepDir, fake: FakeSlurm) -> None:
     sweep.record("slurm", {0: ("70", [0, 1, 2, 3]), 1: ("71", [4, 5])})
     rows = sweep.rows()
-    fake.job("70_0", "RUNNING")
+    asked(fake)
+    fake.job("70_0", "RUNNING", comment=sweep.token(0))
     held(rows[0], "70_0")
     held(rows[1], "70_1", "ended", code=1, reason="failed with exit code 1", started=time.time(), time=time.time())
     write_json(rows[2].result, {"monitor": "loss", "direction": "min", "best": {"metrics": {"loss": 0.25}}})
-    fake.job("70_3", "PENDING", "JobArrayTaskLimit")
-    fake.job("71_0", "PENDING", "Dependency")
+    fake.job("70_3", "PENDING", "JobArrayTaskLimit", comment=sweep.token(0))
+    fake.job("71_0", "PENDING", "Dependency", comment=sweep.token(1))
     fake.accounted(LINE.format(job="71_1", state="TIMEOUT", code="0:0"))
     statuses = ledger.statuses(rows)
     assert [status.state for status in statuses] == ["running", "failed", "finished", "pending", "pending", "lost"]
@@ -240,8 +241,8 @@ def test_rows_of_a_local_sweep_wait_while_its_controller_lives(sweep: SweepDir, 
     held(rows[0], None, pid=alive.pid, process_start=start, time=time.time() + 0.01, started=time.time() + 0.01)
     assert [status.state for status in ledger.statuses(rows)] == ["running", *["pending"] * 3, "planned", "planned"]
     with pytest.raises(UserError, match=f"exp-00000001 waits for its turn: cancel the sweep, {sweep.name}"):
-        ledger.cancel(rows[1])
-    assert ledger.cancel_sweep(sweep) == f"process {alive.pid}" and alive.wait() == -signal.SIGTERM
+        ledger.cancel_all([rows[1]])[0]
+    assert ledger.cancel_all([sweep])[0] == f"process {alive.pid}" and alive.wait() == -signal.SIGTERM
     assert [s.state for s in ledger.statuses(rows)] == [*["cancelled"] * 4, "planned", "planned"]
 
 
@@ -253,22 +254,22 @@ def test_a_sweep_is_cancelled_by_one_scancel_and_only_what_was_open_is_cancelled
     held(rows[0], "70_0", "ended", code=1, reason="failed with exit code 1", started=time.time(), time=time.time())
     write_json(rows[1].result, {"best": {}})
     for job in ("70_2", "70_3", "71_0", "80_1"):
-        fake.job(job, "PENDING")
+        fake.job(job, "PENDING", comment=f"{sweep.name}/0")
     write_json(rows[5].submit, {"cluster": "slurm", "job": "80_1", "time": time.time() + 1})  # resumed alone
-    assert ledger.cancel_sweep(sweep) == "job 70, job 71, job 80"
+    assert ledger.cancel_all([sweep])[0] == "job 70, job 71, job 80"
     assert [call for call in fake.calls() if call.startswith("scancel")] == ["scancel 70 71 80"]
     for job in ("70_2", "70_3", "71_0", "80_1"):
         (fake.folder / "jobs" / job).unlink()
     states = [status.state for status in ledger.statuses(rows)]
     assert states == ["failed", "finished", *["cancelled"] * 4]
     with pytest.raises(UserError, match="nothing to cancel \\(1 finished, 1 failed, 4 cancelled\\)"):
-        ledger.cancel_sweep(sweep)
+        ledger.cancel_all([sweep])[0]
 
 
 def test_several_are_cancelled_together_or_not_at_all(sweep: SweepDir, run: RunDir, fake: FakeSlurm) -> None:
     sweep.record("slurm", {0: ("70", [0, 1, 2, 3])})
     submitted(run)
-    fake.job("70_2", "RUNNING")
+    fake.job("70_2", "RUNNING", comment=sweep.token(0))
     with pytest.raises(UserError, match="exp-0000aaaa is lost: nothing to cancel"):
         ledger.cancel_all([sweep, run])
     assert "scancel" not in asked(fake)

@@ -237,7 +237,7 @@ def test_it_outlives_the_terminal_and_is_cancelled_as_a_whole(make: Callable[...
     submit_from_a_terminal(made)
     wait_for(lambda: len(said(made)) == 2, "two rows")
     assert [status.state for status in ledger.statuses(made.rows())] == ["pending"] * 4
-    told = ledger.cancel_sweep(made)
+    told = ledger.cancel_all([made])[0]
     pid = json.loads(made.submit.read_text())["submissions"][0]["chunks"][0]["job"]
     assert told == f"process {pid}"
     wait_for(lambda: len(said(made)) == 4, "two rows that are told")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc import slurm
+from hpc import allocation, slurm
 from hpc.attempt import process_alive
 from hpc.errors import UserError
 from hpc.rundir import RunDir
@@ -108,6 +108,34 @@ def test_the_queue_tells_what_a_job_waits_for(fake: FakeSlurm, monkeypatch: pyte
     assert len(fake.calls()) == 1 and "--all" in fake.calls()[0], "hidden partitions too"
 
 
+def test_what_is_no_whole_line_is_left_out(fake: FakeSlurm) -> None:
+    """A user's own comment may hold line breaks of any kind, in squeue's, sacct's and scontrol's answers."""
+    fake.job("55", "RUNNING", comment="a\nb|c\n56|RUNNING\n\nd")
+    fake.job("57", "RUNNING", comment="a\u2028b\x0cc")
+    squeue = fake.folder / "bin" / "squeue"
+    squeue.write_text(
+        squeue.read_text().replace("read -r more || more=", "more=").replace("$comment", "$comment\nb|c\n")
+    )
+    fake.accounted(*SACCT.splitlines(), comment="a\nb|c\n77|FAILED|0:0")
+    fake.configure(config={"Odd": "1\nno pair"}, nodes=[{"Reason": "a\nb=c NodeName=x"}])
+    assert {job: info.comment for job, info in slurm.queue().items()} == {"55": "a", "57": "a\u2028b\x0cc"}
+    assert slurm.accounting(["2", "77"]).keys() == {"2"}
+    assert [node["NodeName"] for node in slurm.nodes()] == ["node0"] and slurm.config()["Odd"] == "1"
+
+
+def test_few_jobs_are_picked_out_by_squeue_itself(fake: FakeSlurm) -> None:
+    for job in ("55", "7_0", "7_1", "8_0"):
+        fake.job(job, "RUNNING")
+    assert slurm.queue(["7_1", "55"]).keys() == {"7_1", "55"} and slurm.queue(["7"]).keys() == {"7_0", "7_1"}
+    assert [call.rpartition(" ")[2] for call in fake.calls()] == ["--jobs=7_1,55", "--jobs=7"]
+    assert slurm.queue([str(number) for number in range(30, 60)]).keys() == {"55"}
+    assert "--jobs" not in fake.calls()[-1]
+    fake.fails("squeue", "slurm_load_jobs error: Invalid job id specified")
+    assert slurm.queue(["9"]) == {}
+    with pytest.raises(slurm.SlurmError):
+        slurm.queue()
+
+
 def test_many_jobs_are_cancelled_by_one_command(fake: FakeSlurm) -> None:
     slurm.cancel(*(f"7_{row}" for row in range(5)))
     assert fake.calls() == ["scancel 7_0 7_1 7_2 7_3 7_4"]
@@ -171,6 +199,14 @@ def test_accounting_is_the_last_attempt_and_how_the_others_ended(fake: FakeSlurm
     assert len(fake.calls()) == 1 and "--jobs=2,3_0,4,77" in fake.calls()[0]
 
 
+def test_attempts_before_a_jobs_submission_are_of_another_of_its_number(fake: FakeSlurm) -> None:
+    fake.accounted(*SACCT.splitlines(), submitted="2030-01-01T04:48:50", comment="exp-1")
+    submitted = time.mktime((2030, 1, 1, 4, 48, 50, 0, 0, -1))
+    (told,) = slurm.accounting(["2"], {"2": submitted - 1}).values()
+    assert (told.submitted, told.cluster, told.comment, len(told.earlier)) == (submitted, "fake", "exp-1", 2)
+    assert slurm.accounting(["2"], {"2": submitted + 1}) == {}
+
+
 def test_any_number_of_jobs_is_one_call_of_sacct(fake: FakeSlurm) -> None:
     fake.accounted(*SACCT.splitlines())
     assert list(slurm.accounting([f"3_{row}" for row in range(5000)])) == ["3_0"]
@@ -226,6 +262,28 @@ def test_jobs_are_held_released_updated_and_cancelled(here: Cluster, script: Pat
     slurm.cancel(array, after)
     here.wait_for(lambda: not any(info.live for info in slurm.queue([f"{array}_0", after]).values()), 30, "the end")
     slurm.cancel(after)  # one that has ended is no fault
+
+
+@pytest.mark.slurm
+def test_comments_of_any_kind_and_single_jobs_are_told(here: Cluster, script: Path) -> None:
+    broken = slurm.submit(script, "--hold", "--comment=a\nb|c\n\n9|RUNNING\x0cd")
+    array = slurm.submit(script, "--hold", "--array=0-3%2")
+    tasks = {f"{array}_{row}" for row in range(4)}
+    assert slurm.queue().keys() >= {broken, *tasks} and "9" not in slurm.queue()
+    assert slurm.queue([broken])[broken].comment == "a"
+    assert slurm.queue([f"{array}_2"]).keys() == {f"{array}_2"} and slurm.queue([array]).keys() == tasks
+    assert slurm.queue([f"{array}_2", "999999"]).keys() == {f"{array}_2"}
+    assert slurm.queue(["999999"]) == slurm.queue(["999999_1"]) == {}
+
+
+@pytest.mark.slurm
+def test_a_job_knows_the_name_of_its_cluster(here: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = tmp_path / "told"
+    (tmp_path / "script.sh").write_text(f"#!/bin/bash\nenv > {told}.new; mv {told}.new {told}\n")
+    slurm.submit(tmp_path / "script.sh", "--mem=50M", "--output=/dev/null")
+    here.wait_for(told.exists, 20, "the job")
+    environ = dict(line.partition("=")[::2] for line in told.read_text().splitlines())
+    assert allocation.cluster_name(environ) == slurm.cluster_name() != ""
 
 
 @pytest.mark.slurm

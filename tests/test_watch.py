@@ -154,16 +154,17 @@ def scene(tmp_path: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> P
     started(training)
     for step in range(10, 300, 10):
         evaluated(training, step, 1 - step / 1000)
-    fake.job("55", "RUNNING", node="node1")
+    fake.job("55", "RUNNING", node="node1", comment=training.name)
     write_json(waiting.submit, {"cluster": "slurm", "job": "56", "time": 1.0})
-    fake.job("56", "PENDING", "Priority", more="gpu|1|N/A|2030-01-01T12:00:00|N/A|8:00:00|1|(null)")
+    more = "gpu|1|N/A|2030-01-01T12:00:00|N/A|8:00:00|1|(null)"
+    fake.job("56", "PENDING", "Priority", comment=waiting.name, more=more)
     started(failed, "57", phase="ended", code=1, reason="failed with exit code 1", time=time.time() - 60)
     sweep = SweepDir(runs / "grid-sweep-0123abcd")
     names = [f"grid-{number:08x}" for number in range(4)]
     for number, name in enumerate(names):
         write_text(RunDir(sweep.path / name).experiment, "name: grid\n")
         write_text(RunDir(sweep.path / name).delta, f"train.seed: {number}\ntrain.optimizer.lr: 0.001\n")
-        fake.job(f"70_{number}", "PENDING", "JobArrayTaskLimit")
+        fake.job(f"70_{number}", "PENDING", "JobArrayTaskLimit", comment="grid-sweep-0123abcd/0")
     sweep.rows_file.write_text("".join(f"{name}\n" for name in names))
     sweep.write_chunks([Chunk(0, 0, 4, 1)], axes={"train.seed": list("0123")})
     sweep.record("slurm", {0: ("70", [0, 1, 2, 3])})
@@ -198,7 +199,7 @@ def test_a_frame_of_many_runs_fits_the_height(scene: Path, fake: FakeSlurm) -> N
         run = RunDir(scene / f"more-{number:08x}")
         write_text(run.experiment, "name: more\n")
         started(run, str(100 + number))
-        fake.job(str(100 + number), "RUNNING")
+        fake.job(str(100 + number), "RUNNING", comment=run.name)
     watcher = watch.Watcher(scene)
     watcher.update()
     lines = frame(watcher, 80, 24)
