@@ -56,6 +56,13 @@ def remember(runs: Path, cluster: str, run: str, found: Mapping[str, str]) -> No
         write_json(file(runs), {"nodes": [asdict(entry) for entry in (*others, *new)]})
 
 
+def forget(runs: Path, cluster: str, found: Mapping[str, str]) -> None:
+    """Let these nodes in again where they are left out for these reasons (name to reason). Raises OSError."""
+    with _alone(runs):
+        kept = [entry for entry in _entries(runs) if entry.cluster != cluster or found.get(entry.node) != entry.reason]
+        write_json(file(runs), {"nodes": [asdict(entry) for entry in kept]})
+
+
 def cluster_name() -> str:
     """SLURM's name of the cluster: two of them may share the folder of runs. Empty where SLURM does not answer."""
     try:

@@ -5,6 +5,7 @@ A node with a fault is left with exit code 77, excluded for a day (hpc/badnodes.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -29,6 +30,9 @@ _LEFTOVER_MB, _LEFTOVER_SHARE = 1024.0, 0.05
 _PLACE = ("index", "uuid", "memory.used", "memory.total")
 _ERRORS = ("index", "uuid", "ecc.errors.uncorrected.volatile.total", "retired_pages.pending")
 _ROWS = ("gpu_uuid", "remapped_rows.pending", "remapped_rows.failure")
+_NO_FOLDER = re.compile(
+    rf"scratch space .*: ({'|'.join(os.strerror(number) for number in (errno.ENOENT, errno.ENOTDIR, errno.EACCES))})"
+)
 _BROKEN = re.compile(r"err!|error|lost|reset", re.I)
 
 
@@ -145,6 +149,15 @@ def _scratch_faults(given: str, needed_gb: float | None, environ: Mapping[str, s
     thread.start()
     thread.join(TIMEOUT_S)
     return list(faults)
+
+
+def scratch_everywhere(found: Mapping[str, str]) -> bool:
+    """Whether two nodes or more (name to fault) lack the same scratch folder: then it is named wrongly.
+
+    A folder that bears the node's name is the same on each.
+    """
+    same = {fault.replace(node, "") for node, fault in found.items()}
+    return len(found) > 1 and len(same) == 1 and all(map(_NO_FOLDER.fullmatch, found.values()))
 
 
 def _expand(text: str, environ: Mapping[str, str]) -> str:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
-from hpc import allocation, badnodes, slurm
+from hpc import allocation, badnodes, health, slurm
 from hpc.errors import UserError
 from hpc.preempt import ExitCode, ignore_stops
 from hpc.rundir import RunDir, read_json, write_json
@@ -47,6 +47,10 @@ def decide(
         return False, "the batch shell was told to end: SLURM requeued the job, or it was cancelled"
     if stopped:
         return True, f"stopped by {stop['cause']} at step {stop['step']}"
+    if bad and code == ExitCode.BAD_INPUT:
+        fault = "; ".join(bad.values())
+        remedy = "correct the instance's 'scratch' and submit anew"
+        return False, f"bad input: {fault}, on two nodes in a row: it is named wrongly; {remedy}"
     if bad:
         return _elsewhere(run, bad, sorted(out))
     if code == ExitCode.BAD_INPUT:
@@ -100,9 +104,13 @@ def finish(run: RunDir, generation: int, code: int, told: bool) -> str:
     if state.get("generation") != generation:
         return "end"  # a later attempt holds the run; its records are not ours to touch
     job = allocation.job_id()
-    bad = _bad_nodes(run, generation)
-    code = ExitCode.BAD_NODE if bad else code  # a rank that was killed for it may have been faster
-    out = _leave_out(run, bad) if bad and job else []
+    bad, before = _bad_nodes(run, generation), _bad_nodes(run, generation - 1)
+    astray = bool(bad) and health.scratch_everywhere(before | bad)
+    if bad:  # a rank that was killed for it may have been faster
+        code = ExitCode.BAD_INPUT if astray else ExitCode.BAD_NODE
+    if astray and job:
+        _let_in(run, before | bad)
+    out = _leave_out(run, bad) if bad and job and not astray else []
     again, reason = decide(run, generation, code, told, bad, out)
     stopped = read_json(run.stop).get("generation") == generation
     phase = "stopped" if stopped or again else "ended"
@@ -137,6 +145,17 @@ def _leave_out(run: RunDir, bad: Mapping[str, str]) -> list[str]:
     except OSError as error:
         print(f"{run.name}: bad nodes are not remembered for other runs ({error})", file=sys.stderr)
     return sorted({*bad, *badnodes.known(run.runs, cluster)})
+
+
+def _let_in(run: RunDir, met: Mapping[str, str]) -> None:
+    """Take the nodes off the list that are there for the folder which these lack, too."""
+    cluster = badnodes.cluster_name()
+    known = badnodes.known(run.runs, cluster)
+    alike = {node: reason for node, reason in known.items() if health.scratch_everywhere({**met, node: reason})}
+    try:
+        badnodes.forget(run.runs, cluster, alike)
+    except OSError as error:
+        print(f"{run.name}: {', '.join(alike)} stay left out ({error})", file=sys.stderr)
 
 
 def _excluded(job: str) -> list[str]:

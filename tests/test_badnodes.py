@@ -153,6 +153,23 @@ def test_a_job_on_a_bad_node_goes_on_elsewhere_and_later_ones_keep_off_it(site: 
 
 
 @pytest.mark.slurm
+def test_a_scratch_folder_that_no_node_has_is_bad_input_and_leaves_no_node_out(site: Site) -> None:
+    (site.folder / "scratch" / "node1").rmdir()
+    site.hpc("submit", "tiny.yaml")
+    (run,) = site.runs()
+    job = read_json(run.submit)["job"]
+    site.cluster.wait_state(job, "PENDING", 60)
+    site.cluster.wait_for(lambda: site.cluster.job_field(job, "ExcNodeList") == "node0", 10, "the exclusion")
+    assert badnodes.known(site.folder / "runs", "hpctest").keys() == {"node0"}
+    site.cluster.release(job)
+    site.cluster.wait_for(lambda: read_json(run.state).get("phase") == "ended", 90, "the end")
+    state = read_json(run.state)
+    fault = f"scratch space {site.folder}/scratch/node1: No such file or directory, on two nodes in a row"
+    assert (state["code"], state["reason"].partition(": it is")[0]) == (2, f"bad input: {fault}")
+    assert site.nodes(run) == ["node0", "node1"] and not badnodes.known(site.folder / "runs", "hpctest")
+
+
+@pytest.mark.slurm
 def test_an_array_with_a_bad_node_finishes_on_the_other(site: Site) -> None:
     """Two tasks on each node: those on the healthy one are not touched."""
     site.hpc("sweep", "tiny.yaml", "train.seed=0:4")

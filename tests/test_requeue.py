@@ -350,6 +350,52 @@ def test_bad_nodes_in_a_row_without_progress_end_the_run(
     assert requeue.decide(run, 4, 77, False, {"node0": "GPU 0 is lost"}, ["node0"])[0]
 
 
+GONE = "scratch space /scrach: No such file or directory"
+NAMED = ("scratch space /s/node7/x: No such file or directory", "scratch space /s/node0/x: No such file or directory")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "wrong"),
+    [
+        (GONE, GONE, True),
+        (*NAMED, True),
+        (GONE, "scratch space /other: No such file or directory", False),
+        (*["scratch space /scrach: Input/output error"] * 2, False),
+        (*["scratch space /scrach has not answered for 20 s"] * 2, False),
+        (*["GPU 0 is lost"] * 2, False),
+    ],
+)
+def test_a_scratch_folder_that_no_node_has_is_no_nodes_fault(
+    run: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, before: str, now: str, wrong: bool
+) -> None:
+    in_job(monkeypatch, fake)
+    hold(run, job="55")
+    run.event("requeue", "shell", 2, job="55", out=["node7"])
+    badnodes.remember(run.runs, "fake", run.name, {"node7": before, "lost": "GPU 0 is lost"})
+    bad(run, 2, "node7", before)
+    bad(run, 3, "node0", now)
+    assert requeue.finish(run, 3, 77, False) == "end"
+    state, known = read_json(run.state), set(badnodes.known(run.runs, "fake"))
+    if wrong:
+        words = f"bad input: {now}, on two nodes in a row: it is named wrongly; correct the instance's 'scratch'"
+        assert state["code"] == 2 and state["reason"].startswith(words)
+        assert known == {"lost"} and changes(fake) == []
+    else:
+        assert state["code"] == 77 and known == {"node7", "node0", "lost"}
+        assert changes(fake)[0] == "scontrol requeue 55"
+
+
+def test_one_node_that_lacks_the_folder_twice_is_its_own_fault(
+    run: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_job(monkeypatch, fake)
+    hold(run, job="55")
+    bad(run, 2, "node0", GONE)
+    bad(run, 3, "node0", GONE)
+    requeue.finish(run, 3, 77, False)
+    assert read_json(run.state)["code"] == 77 and set(badnodes.known(run.runs, "fake")) == {"node0"}
+
+
 IMPOSSIBLE = "allocation failure: Requested node configuration is not available"
 
 
