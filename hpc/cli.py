@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -34,6 +35,15 @@ def _options(
     pass
 
 
+def _in_a_line(error: Exception) -> str | None:
+    """What the machine or SLURM refused; None for a fault of ours."""
+    from hpc.slurm import SlurmError
+
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    return str(error) if isinstance(error, SlurmError) else None
+
+
 def _quiet(call: Callable[[], Any]) -> Callable[[], int]:
     @wraps(call)
     def wrapped() -> int:
@@ -44,13 +54,18 @@ def _quiet(call: Callable[[], Any]) -> Callable[[], int]:
             return ExitCode.BAD_INPUT
         except KeyboardInterrupt:
             return 130
+        except (OSError, RuntimeError) as error:
+            if os.environ.get("HPC_DEBUG") == "1" or (words := _in_a_line(error)) is None:
+                raise
+            print(f"{words} (HPC_DEBUG=1 shows where)", file=sys.stderr)
+            return ExitCode.CRASH
         return ExitCode.DONE
 
     return wrapped
 
 
 def main() -> None:
-    """The entry point: a user's mistake is one clear line and exit code 2, never a traceback."""
+    """The entry point: one clear line, exit code 2 for a user's mistake, 1 for what the machine refuses."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is escaped
             stream.reconfigure(errors="backslashreplace")

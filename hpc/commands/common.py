@@ -5,9 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from hpc.preflight import Findings
+    from hpc.rundir import RunDir
+    from hpc.sweepdir import SweepDir
 
 app = typer.Typer(
     help="SLURM batch jobs for 3D networks: checked before they queue, preempted without losing a step.",
@@ -43,16 +50,11 @@ def print_json(value: Any) -> None:
 
 
 def table(columns: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+    """The first column names the rows; of the others the last but one is left out first where there is no room."""
+    from hpc import tables
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console(width=width()).print(table)
+    cells = [dict(zip(columns, [*row, *[""] * len(columns)], strict=False)) for row in rows]
+    tables.print_rows(cells, width(), columns[-2:0:-1])
 
 
 def width() -> int:
@@ -60,7 +62,14 @@ def width() -> int:
     return shutil.get_terminal_size((200, 24)).columns
 
 
-def report(findings: Any) -> None:
+def expanded(targets: Iterable[RunDir | SweepDir]) -> list[RunDir]:
+    """Runs, and the rows of sweeps."""
+    from hpc.rundir import RunDir
+
+    return [run for one in targets for run in ([one] if isinstance(one, RunDir) else one.rows())]
+
+
+def report(findings: Findings) -> None:
     """What preflight found, to stderr."""
     from rich.console import Console
 

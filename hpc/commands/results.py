@@ -5,21 +5,24 @@ from __future__ import annotations
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpc.commands.common import AsJson, RunName, Runs, app, print_json, say, table
+from hpc.commands.common import AsJson, RunName, Runs, app, expanded, print_json, say, table
 from hpc.errors import UserError
+
+if TYPE_CHECKING:
+    from hpc.journal.report import RunData
+    from hpc.rundir import RunDir
 
 
 @app.command(rich_help_panel="Results", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def evaluate(context: typer.Context, name: RunName, runs: Runs = None) -> None:
     """Evaluate a run's best checkpoint on a split (--split validation|test|train, --checkpoint NAME)."""
     from hpc import payload
-    from hpc.rundir import find_run, runs_folder
 
-    run = find_run(runs_folder(runs), name)
+    run = _run(name, runs)
     raise typer.Exit(payload.child("jobs.evaluate", [str(run.path), *context.args]))
 
 
@@ -38,22 +41,35 @@ def board(
 @app.command(rich_help_panel="Results")
 def report(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Runs, the baseline first (all).", metavar="[RUN]...")
+        list[str] | None, typer.Argument(help="Runs, the baseline first, and sweeps (all).", metavar="[RUN]...")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of report.md and report.html.")] = Path("report"),
     runs: Runs = None,
 ) -> None:
     """Write the journal: Markdown, and one self-contained HTML page. Hand-written notes are kept."""
+    from hpc import ledger
     from hpc.journal.report import write_report
-    from hpc.rundir import all_runs, find_run, runs_folder
+    from hpc.rundir import all_runs, runs_folder
 
     folder = runs_folder(runs)
-    found = [find_run(folder, name) for name in names] if names else list(all_runs(folder))
+    found = expanded([ledger.find(folder, name) for name in names]) if names else list(all_runs(folder))
     for path in write_report([data for run in found if (data := _run_data(run))], out):
         say(str(path))
 
 
-def _run_data(run: Any) -> Any:
+def _run(name: str, runs: Path | None) -> RunDir:
+    """The one run of this name. Raises UserError."""
+    from hpc import ledger
+    from hpc.rundir import runs_folder
+    from hpc.sweepdir import SweepDir
+
+    target = ledger.find(runs_folder(runs), name)
+    if isinstance(target, SweepDir):
+        raise UserError(f"{target.name} is a sweep: name one of its rows; 'hpc ls {target.name}' lists them")
+    return target
+
+
+def _run_data(run: RunDir) -> RunData | None:
     """What the journal needs of a run; None of a step that does not train, and of one whose files are damaged."""
     from hpc import ledger, yamlfile
     from hpc.journal.report import RunData
@@ -75,9 +91,8 @@ def _run_data(run: Any) -> Any:
 def fsck(name: RunName, runs: Runs = None, as_json: AsJson = False) -> None:
     """Check a run's event files record by record; exit code 1 when any is damaged."""
     from hpc.logs import fsck as files
-    from hpc.rundir import find_run, runs_folder
 
-    run = find_run(runs_folder(runs), name)
+    run = _run(name, runs)
     findings = files.check(run.tensorboard)
     if not findings:
         raise UserError(f"{run.name} has no event files yet; see 'hpc show {run.name}'")

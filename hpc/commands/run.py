@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hpc.commands.common import After, AsJson, ExperimentFile, Overrides, RunNames, Runs, app, print_json, report, say
 from hpc.errors import UserError
 from hpc.preempt import ExitCode
+
+if TYPE_CHECKING:
+    from hpc.plan import Plan
+    from hpc.rundir import RunDir
 
 
 @app.command(rich_help_panel="Run")
@@ -29,7 +33,7 @@ def plan(file: ExperimentFile, overrides: Overrides = None, runs: Runs = None) -
     raise typer.Exit(ExitCode.BAD_INPUT if findings.refusals else ExitCode.DONE)
 
 
-def _check(file: Path, overrides: list[str] | None, runs: Path | None, cluster: str | None) -> tuple[Any, str]:
+def _check(file: Path, overrides: list[str] | None, runs: Path | None, cluster: str | None) -> tuple[Plan, str]:
     """Plan and check; a refusal ends the command with exit code 2 and nothing made."""
     from hpc import plan, preflight, submission
     from hpc.rundir import runs_folder
@@ -43,7 +47,7 @@ def _check(file: Path, overrides: list[str] | None, runs: Path | None, cluster: 
     return planned, where
 
 
-def _create(planned: Any) -> Any:
+def _create(planned: Plan) -> RunDir:
     from hpc import plan
 
     return plan.create_next(planned)

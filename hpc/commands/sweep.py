@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hpc.commands.common import After, AsJson, ExperimentFile, Runs, app, print_json, report, say, table
 from hpc.errors import UserError
+
+if TYPE_CHECKING:
+    from hpc.preflight import Findings
+    from hpc.sweep import SweepPlan
 
 _SHOWN = 10
 
@@ -56,14 +60,14 @@ def sweep(
     say(f"follow it: hpc ls {made.name}")
 
 
-def _print_json(planned: Any, jobs: list[str]) -> None:
+def _print_json(planned: SweepPlan, jobs: list[str]) -> None:
     """`jobs` is empty where nothing is submitted."""
     sweep, rows = planned.sweep, [row.name for row in planned.rows]
     told = {"sweep": sweep.name, "path": str(sweep.path), "cluster": planned.cluster, "jobs": jobs, "rows": rows}
     print_json({**told, "left_out": planned.left_out})
 
 
-def _checked(planned: Any) -> Any:
+def _checked(planned: SweepPlan) -> Findings:
     from hpc import preflight
 
     experiments = [row.experiment for row in planned.rows]
@@ -74,7 +78,7 @@ def _checked(planned: Any) -> Any:
     return findings
 
 
-def _show(planned: Any) -> None:
+def _show(planned: SweepPlan) -> None:
     rows = [[str(number), row.name, " ".join(row.overrides)] for number, row in enumerate(planned.rows)]
     hidden = len(rows) - 2 * _SHOWN
     if hidden > 0:
@@ -88,7 +92,7 @@ def _show(planned: Any) -> None:
         say(f"# {planned.sweep.script(chunk.number)}: the same for {of}")
 
 
-def _show_left_out(planned: Any) -> None:
+def _show_left_out(planned: SweepPlan) -> None:
     names = list(planned.left_out)
     for name in names[:_SHOWN]:
         say(f"{name}  {planned.left_out[name]} already: left out")

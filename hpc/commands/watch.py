@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpc.commands.common import AsJson, RunName, RunNames, Runs, app, print_json, say, table, width
+from hpc.commands.common import AsJson, RunName, RunNames, Runs, app, expanded, print_json, say, table, width
 from hpc.errors import UserError
+
+if TYPE_CHECKING:
+    from hpc.ledger import Status
+    from hpc.rundir import RunDir
+    from hpc.sweepdir import SweepDir
+    from hpc.why import Answer, Group
 
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")]
 Tail = Annotated[int | None, typer.Option("--tail", min=0, help="Only the last N lines of each file.", metavar="N")]
@@ -29,7 +35,7 @@ def list_runs(
 
     folder = runs_folder(runs)
     targets = [ledger.find(folder, name) for name in names or []]
-    found = _expanded(targets) if names else list(all_runs(folder))
+    found = expanded(targets) if names else list(all_runs(folder))
     if not found and not as_json:
         say(f"no runs in {folder}; start one with 'hpc submit EXPERIMENT.yaml'")
         return
@@ -42,21 +48,14 @@ def list_runs(
         _list_all(statuses, everything or bool(names))
 
 
-def _expanded(targets: list[Any]) -> list[Any]:
-    """Runs, and the rows of sweeps."""
-    from hpc.rundir import RunDir
-
-    return [run for one in targets for run in ([one] if isinstance(one, RunDir) else one.rows())]
-
-
-def _list_json(found: list[Any], statuses: list[Any]) -> None:
+def _list_json(found: list[RunDir], statuses: list[Status]) -> None:
     from hpc.records import read_delta
 
     both = zip(found, statuses, strict=True)
     print_json([{**status.as_dict(), "path": str(run.path), "delta": read_delta(run)} for run, status in both])
 
 
-def _list_rows(found: list[Any], statuses: list[Any]) -> None:
+def _list_rows(found: list[RunDir], statuses: list[Status]) -> None:
     from hpc import listing, tables
 
     tables.print_rows(listing.row_lines(found, statuses), width(), listing.DROP_OF_ROWS)
@@ -65,11 +64,11 @@ def _list_rows(found: list[Any], statuses: list[Any]) -> None:
         say(f"best {best}")
 
 
-def _list_all(statuses: list[Any], everything: bool) -> None:
+def _list_all(statuses: list[Status], everything: bool) -> None:
     from hpc import listing, tables
 
     alone = [status for status in statuses if everything or not status.sweep]
-    sweeps: dict[str, list[Any]] = {}
+    sweeps: dict[str, list[Status]] = {}
     for status in statuses:
         if status.sweep and not everything:
             sweeps.setdefault(status.sweep, []).append(status)
@@ -94,7 +93,7 @@ def show(name: RunName, runs: Runs = None, as_json: AsJson = False) -> None:
         _show_run(target, as_json)
 
 
-def _show_run(run: Any, as_json: bool) -> None:
+def _show_run(run: RunDir, as_json: bool) -> None:
     from hpc import ledger, usage
     from hpc.rundir import read_json
 
@@ -118,10 +117,10 @@ def _show_run(run: Any, as_json: bool) -> None:
         say(line)
 
 
-def _show_sweep(sweep: Any, as_json: bool) -> None:
-    from hpc import ledger, listing, yamlfile
+def _show_sweep(sweep: SweepDir, as_json: bool) -> None:
+    from hpc import ledger, listing
 
-    axes = yamlfile.read(sweep.file).get("axes", {})
+    axes = sweep.axes()
     rows = sweep.rows()
     statuses = ledger.statuses(rows)
     best = listing.best_row(statuses)
@@ -168,7 +167,7 @@ def _say_lines(lines: list[str], indent: str = "") -> None:
         say(wrap.fill(line))
 
 
-def _say_answer(answer: Any) -> None:
+def _say_answer(answer: Answer) -> None:
     _say_lines(answer.lines)
     if answer.quote:
         say(f"\n{answer.source}" if answer.source else "")
@@ -180,7 +179,7 @@ def _say_answer(answer: Any) -> None:
     say("\n".join(f"    {command}" for command in answer.commands))
 
 
-def _say_groups(sweep: Any, groups: list[Any]) -> None:
+def _say_groups(sweep: SweepDir, groups: list[Group]) -> None:
     from hpc.why import rows_in_words
 
     for group in groups:
@@ -213,7 +212,7 @@ def watch(
 
     folder = runs_folder(runs)
     targets = [ledger.find(folder, name) for name in names or []]
-    view.watch(folder, _expanded(targets) if names else None, once, width())
+    view.watch(folder, expanded(targets) if names else None, once, width())
 
 
 @app.command(rich_help_panel="Watch")
