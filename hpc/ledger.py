@@ -260,7 +260,8 @@ def _damaged(run: RunDir, fault: Any) -> Status:
         age = time.time() - run.experiment.stat().st_mtime
     except OSError:
         age = 0.0
-    return Status(run.name, "damaged", str(fault), "", "", "", "", 0, 0, 0, 0, "", None, "max", age)
+    sweep = run.path.parent.name if run.in_sweep else ""
+    return Status(run.name, "damaged", str(fault), sweep, "", "", "", 0, 0, 0, 0, "", None, "max", age)
 
 
 def _seen(

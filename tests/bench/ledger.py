@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hpc import yamlfile
+from hpc import slurm, yamlfile
 from hpc.rundir import RunDir, write_json
 from hpc.sweepdir import Chunk, SweepDir
 
@@ -32,8 +32,8 @@ for folder, _, files in os.walk(sys.argv[1]):
 EXPERIMENT = "name: exp\nmodel: {name: resnet3d_tiny}\ndata: {file: x.h5}\n"
 
 
-def make_run(path: Path, number: int, job: str, submit: bool) -> str:
-    """A run in one of three states; its line of squeue, empty when it is finished."""
+def make_run(path: Path, number: int, job: str, comment: str, submit: bool) -> str:
+    """A run in one of three states; its line of squeue, empty when it is finished. `submit`: it has its own record."""
     run, now = RunDir(path), time.time()
     run.events.mkdir(parents=True)
     run.logs.mkdir()
@@ -52,16 +52,18 @@ def make_run(path: Path, number: int, job: str, submit: bool) -> str:
             write_json(run.result, {"monitor": "accuracy", "direction": "max", "best": best})
             return ""
     state, reason = ("RUNNING", "None") if kind == "running" else ("PENDING", "Priority")
-    return f"{job}|{state}|{reason}|n|gpu|1|N/A|N/A|N/A|8:00:00|1|(null)|(null)"
+    told = {"job": job, "state": state, "reason": reason, "time_limit_s": "8:00:00", "comment": comment}
+    return "|".join(told.get(field, "N/A") for field in slurm.QUEUE_FIELDS)
 
 
 def make_runs(folder: Path, count: int) -> Path:
     """`count` runs under `folder`/runs, and a squeue that knows their jobs; the folder of that."""
     half, runs = count // 2, folder / "runs"
-    lines = [make_run(runs / f"exp-{number:08x}", number, str(1000 + number), True) for number in range(half)]
+    alone = [runs / f"exp-{number:08x}" for number in range(half)]
+    lines = [make_run(path, n, str(1000 + n), path.name, True) for n, path in enumerate(alone)]
     sweep = SweepDir(runs / "exp-sweep-0123abcd")
     names = [f"exp-{number:08x}" for number in range(half, count)]
-    lines += [make_run(sweep.path / name, n, f"999_{n}", False) for n, name in enumerate(names)]
+    lines += [make_run(sweep.path / name, n, f"999_{n}", sweep.token(0), False) for n, name in enumerate(names)]
     sweep.rows_file.write_text("".join(f"{name}\n" for name in names))
     sweep.write_chunks([Chunk(0, 0, len(names), 8)], axes={"train.seed": [str(n) for n in range(len(names))]})
     sweep.record("slurm", {0: ("999", list(range(len(names))))})
