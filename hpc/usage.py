@@ -19,6 +19,8 @@ _ENOUGH_S, _FEW_S = 60, 600
 _NEAR = 0.9
 _WAITING = 0.1
 _SHOWN_GPUS = 4
+_NEEDED = {"generation", "node", "seconds", "cpu_seconds", "busiest_cores", "gpus", "asked"}
+"""Of a record, among others."""
 
 
 def summary(run: RunDir, finished: bool | None = None) -> dict[str, Any]:
@@ -54,14 +56,14 @@ def summary(run: RunDir, finished: bool | None = None) -> dict[str, Any]:
 
 
 def _records(run: RunDir) -> list[dict[str, Any]]:
-    """One per attempt and node; the file of a node that broke is left out."""
+    """One per attempt and node; the file of a node that broke, and what is no record of the sampler, is left out."""
     records = []
     for path in sorted(run.usage.glob("[0-9]*.json")):
         try:
             records.append(read_json(path))
         except UserError:
             continue
-    return [record for record in records if record]
+    return [record for record in records if record.keys() >= _NEEDED and isinstance(record["generation"], int)]
 
 
 def _gpus(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

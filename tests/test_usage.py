@@ -345,3 +345,11 @@ def test_a_run_on_the_cpu_asks_for_no_gpu_and_bad_settings_are_no_bad_node(tmp_p
 
 def test_the_cost_of_a_sample_sets_the_time_to_the_next() -> None:
     assert [sampler._pause(2, cost) for cost in (0, 0.001, 0.01, 1)] == [2, 2, 10, 60]
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", "{}", '{"seconds": 9.0}', '{"generation": "one"}'])
+def test_a_file_that_is_no_record_is_left_out(tmp_path: Path, text: str) -> None:
+    run = RunDir(tmp_path / "run")
+    run.usage.mkdir(parents=True)
+    (run.usage / "001-node0.json").write_text(text)
+    assert usage.summary(run) == {} and usage.card(run) == []
