@@ -113,7 +113,7 @@ def in_words(reason: str) -> Reason:
             nodes = re.search(r"UnavailableNodes:(\S+)", reason)
             known = _REASONS[name]
             return Reason(f"{known.words} ({nodes[1].rstrip(')')})", known.remedy) if nodes else known
-    name = reason.split(",", maxsplit=1)[0].strip("() ")
+    name = reason.split(",", maxsplit=1)[0].strip("() ") or "None"
     return _REASONS.get(name) or _limit(name) or Reason(f"SLURM says {reason!r}", "'man squeue' lists its reasons.")
 
 

@@ -128,7 +128,8 @@ def _live(seen: Seen, told: Records, scheduler: Scheduler) -> Answer:
     commands = [f"hpc watch {status.run}", f"hpc cancel {status.run}"]
     if pending.hopeless(info.reason):
         commands = [f"hpc cancel {status.run}", f"hpc resume {status.run}"]
-    return Answer(status.run, status.state, info.reason, lines, commands, attempts=attempts)
+    cause = status.state if info.reason in ("", "None") else info.reason
+    return Answer(status.run, status.state, cause, lines, commands, attempts=attempts)
 
 
 def _waits(info: JobInfo, jobs: Mapping[str, JobInfo]) -> list[str]:

@@ -326,6 +326,8 @@ def test_a_real_cluster_says_what_ended_jobs_before_their_attempt(
         ("(launch failed requeued held)", "SLURM holds it now", False),
         ("DependencyNeverSatisfied", "did not succeed", True),
         ("SomethingNew", "SLURM says 'SomethingNew'", False),
+        ("None", "SLURM has not looked at it yet", False),
+        ("", "SLURM has not looked at it yet", False),
     ],
 )
 def test_reasons_of_the_queue_in_words(reason: str, part: str, hopeless: bool) -> None:
@@ -346,6 +348,8 @@ def test_a_pending_run_tells_reason_estimate_and_what_it_follows(run: RunDir, fa
         "Job 55 waits in partition gpu: it waits for another job: afterok 12 (pack-11112222, running)."
     )
     assert answer.lines[1].startswith("SLURM expects it to start at ") and answer.lines[1].endswith("(in 2.0 h).")
+    fake.job("55", "PENDING", "None")
+    assert why.explain(run).cause == "pending"
     fake.job("55", "PENDING", "PartitionTimeLimit")
     answer = why.explain(run)
     assert answer.lines[-1].startswith("It will never start like this") and "estimate" not in words(answer)
