@@ -17,7 +17,7 @@ def print_rows(rows: Sequence[dict[str, str]], width: int, drop: Sequence[str]) 
     if not rows:
         return
     titles, body = fitted(rows, width, drop)
-    bold = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    bold = sys.stdout is not None and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     head, *lines = _lines([titles, *body])
     print(f"\033[1m{head}\033[0m" if bold else head)
     print("\n".join(lines))
@@ -60,7 +60,7 @@ def fitted(rows: Sequence[dict[str, str]], width: int, drop: Sequence[str]) -> t
             taken = sum(room[t] for t in shown if t != title) + _GAP * (len(shown) - 1)
             room[title] = min(room[title], max(width - taken, 0))
             rows = [{**row, title: shorten(row[title], room[title])} for row in rows]
-    return shown, [[row[title] for title in shown] for row in rows]
+    return [cut(title, max(room[title], 1)) for title in shown], [[row[title] for title in shown] for row in rows]
 
 
 def cut(text: str, room: int) -> str:

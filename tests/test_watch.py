@@ -7,6 +7,7 @@ import pty
 import re
 import resource
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from rich.console import Console
 
 from hpc import foreground, listing, progress, runlogs, tables, watch
 from hpc.commands import watch as commands
+from hpc.commands.common import table
 from hpc.errors import UserError
 from hpc.ledger import Status
 from hpc.progress import Pace, Series, bar, sparkline
@@ -310,6 +312,23 @@ def test_a_table_fits_any_width(width: int, capsys: pytest.CaptureFixture[str]) 
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and all(len(line) <= max(width, 9) for line in lines)
     assert width < 20 or lines[1].split()[0].endswith("0123abcd")
+
+
+def test_a_table_of_metrics_keeps_its_first_column_and_cuts_its_last_title(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = ["epoch", "step", "split", "accuracy", "an_average_over_classes"]
+    for width, titles in ((30, ["epoch", "step", "an_average_ove..."]), (80, columns)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        table(columns, [["1", "40", "train", "0.5000"], ["1", "40", "validation", "0.5000", "0.2500"]])
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].split() == titles and lines[2].endswith("0.2500") and max(map(len, lines)) <= width
+
+
+def test_a_list_for_a_closed_output_ends_well(scene: Path) -> None:
+    command = f"{shlex.join([*HPC, 'ls', '--runs', str(scene)])} >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # Logs.
