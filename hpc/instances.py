@@ -190,6 +190,8 @@ def _sentence(fault: Any) -> str:
 def _layers(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """The file's values over those of its base: another instance, or one of the same name in the next folder."""
     values = yamlfile.read(path)
+    if (name := values.pop("name", path.stem)) != path.stem:
+        raise UserError(f"{path}: name: an instance is called as its file, {path.stem!r}, not {name!r}; leave name out")
     base = values.pop("base", None)
     if isinstance(values.get("template"), str):
         values["template"] = path.parent / values["template"]

@@ -1,6 +1,9 @@
 """Instances: what a request becomes, the sentence at each limit, and whose file counts."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +141,43 @@ def test_an_unknown_base_and_a_circle_are_refused(text: str, words: str, own: Pa
         instances.find("b")
 
 
+def test_a_base_may_say_its_own_name(own: Path) -> None:
+    (own / "a.yaml").write_text("name: a\nbase: laptop\n")
+    (own / "b.yaml").write_text("base: a\n")
+    assert (instances.find("a").name, instances.find("b").name) == ("a", "b")
+
+
+def listed(own: Path, *options: str, columns: int = 200) -> subprocess.CompletedProcess[str]:
+    environ = {**os.environ, "HPC_INSTANCES": str(own), "COLUMNS": str(columns)}
+    command = [sys.executable, "-m", "hpc.cli", "instances", *options]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+
+
+def test_a_faulty_file_hides_no_other(own: Path) -> None:
+    (own / "good.yaml").write_text("base: laptop\ngpus: 2\ntemplate: mine.sbatch.j2\n")
+    (own / "bad.yaml").write_text("cpus: 4\nmem_gb: 8\ntime_limit: soon\n")
+    (own / "worse.yaml").write_text("[\n")
+    shown = listed(own)
+    names = [line.split()[0] for line in shown.stdout.splitlines()[1:]]
+    assert {"good", "laptop"} <= set(names) and not {"bad", "worse"} & set(names)
+    assert " 2 x GPU " in shown.stdout
+    faults = shown.stderr.splitlines()
+    assert faults[0].startswith(f"{own}/bad.yaml: time_limit: 'soon' is not a duration")
+    assert faults[1].startswith(f"{own}/worse.yaml, line 2: ") and len(faults) == 2 and shown.returncode == 1
+    told = listed(own, "--json")
+    assert [one["name"] for one in json.loads(told.stdout)] == names
+    assert (told.stderr, told.returncode) == (shown.stderr, 1)
+
+
+@pytest.mark.parametrize("columns", [80, 60, 40])
+def test_a_narrow_terminal_shows_whole_names_in_one_line_each(columns: int, own: Path) -> None:
+    (own / "b.yaml").write_text(f"base: laptop\ndescription: {'long ' * 50}\n")
+    lines = listed(own, columns=columns).stdout.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == sorted(instances.names())
+    assert all(len(line) <= columns for line in lines)
+    assert any("1 x a100 40 GB" in line for line in lines)
+
+
 def test_a_template_is_looked_for_beside_its_instance(own: Path) -> None:
     (own / "a.yaml").write_text("base: laptop\ntemplate: mine.sbatch.j2\n")
     (own / "b.yaml").write_text("base: a\ntemplate: /etc/mine.j2\n")
@@ -213,6 +253,7 @@ def test_without_the_variable_the_config_folder_counts(tmp_path: Path, monkeypat
         ("cpus: 4\nmem_gb: 8\ntime_limit: 1h\nenvironment: {A B: x}\n", "bad.yaml: environment.A B"),
         ("cpus: 4\ncpus: 8\n", "bad.yaml, line 2: 'cpus' stands twice"),
         ("", "bad.yaml: is empty"),
+        ("base: laptop\nname: good\n", "bad.yaml: name: an instance is called as its file, 'bad', not 'good'"),
     ],
 )
 def test_a_bad_instance_file_is_refused_by_name(text: str, words: str, own: Path) -> None:

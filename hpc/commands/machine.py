@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpc.commands.common import AsJson, app, print_json, say, table
+from hpc.commands.common import AsJson, app, print_json, say, width
 from hpc.errors import UserError
+from hpc.preempt import ExitCode
+
+if TYPE_CHECKING:
+    from hpc.instances import Instance
 
 
 @app.command("instances", rich_help_panel="Machine")
@@ -43,19 +48,36 @@ def _discover(write: bool, force: bool, as_json: bool) -> None:
 
 
 def _list(as_json: bool) -> None:
-    from hpc import instances
+    from hpc import instances, tables
+
+    found, faults = [], []
+    for name, path in sorted(instances.names().items()):
+        try:
+            found.append((instances.find(name), path))
+        except UserError as error:
+            faults.append(str(error))
+    if as_json:
+        print_json([{**instance.model_dump(mode="json"), "file": str(path)} for instance, path in found])
+    else:
+        tables.print_rows([_line(one) for one, _ in found], width(), ("nodes", "time", "description", "GB", "cores"))
+    if faults:
+        print("\n".join(faults), file=sys.stderr)
+        raise typer.Exit(ExitCode.CRASH)
+
+
+def _line(one: Instance) -> dict[str, str]:
     from hpc.units import short_time
 
-    found = [(instances.find(name), path) for name, path in sorted(instances.names().items())]
-    if as_json:
-        print_json([{**instance.model_dump(), "file": str(path)} for instance, path in found])
-        return
-    columns = ["instance", "cores", "GB", "GPUs", "nodes", "time", "description"]
-    rows = []
-    for i, _ in found:
-        gpus = f"{i.gpus} x {i.gpu_type} {i.gpu_mem_gb:g} GB" if i.gpus and i.gpu_mem_gb else str(i.gpus)
-        rows.append([i.name, str(i.cpus), f"{i.mem_gb:g}", gpus, str(i.nodes), short_time(i.time_limit), i.description])
-    table(columns, rows)
+    memory = f" {one.gpu_mem_gb:g} GB" if one.gpu_mem_gb else ""
+    return {
+        "instance": one.name,
+        "cores": str(one.cpus),
+        "GB": f"{one.mem_gb:g}",
+        "GPUs": f"{one.gpus} x {one.gpu_type or 'GPU'}{memory}" if one.gpus else "0",
+        "nodes": str(one.nodes),
+        "time": short_time(one.time_limit),
+        "description": one.description,
+    }
 
 
 @app.command("template", rich_help_panel="Machine")
