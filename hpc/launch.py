@@ -45,8 +45,6 @@ _SUBMITIT = {
     "mail_user": "mail",
 }
 _PREFIX = "slurm_"
-_DEAF = """sh -c 'trap "" TERM INT USR2; exec "$@"' rank"""
-"""A stop signal that comes before Python has its own handlers must not kill the rank."""
 _PLACEHOLDERS = ("%j", "%t", "%A", "%a")
 
 
@@ -156,7 +154,7 @@ class Launcher(SlurmExecutor):
         own = [path for path in map(os.path.abspath, sys.path) if not path.startswith((sys.prefix, sys.base_prefix))]
         folders = [path for path in dict.fromkeys(own) if Path(path).is_dir()]
         words = [str(self.folder), "--path", os.pathsep.join(folders)]
-        return f"{_DEAF} {self.python} -u -m hpc.functions.step {shlex.join(words)}"
+        return f"{template.rank_shell()} {self.python} -u -m hpc.functions.step {shlex.join(words)}"
 
     def _make_submission_file_text(self, command: str, uid: str) -> str:
         return self._text(command, None, uid)
@@ -171,6 +169,8 @@ class Launcher(SlurmExecutor):
 
         A submission adds its token as --comment; of several chunks each is held until all are accepted.
         """
+        if count < 1:
+            raise UserError(f"script({count}): a submission has one task or more; script() is that of a single job")
         self._request()
         chunk = self._chunks(count, choose_cluster(self.cluster))[0]
         return self._text(self._submitit_command_str, None if count == 1 else _array(chunk))

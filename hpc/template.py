@@ -94,6 +94,13 @@ def payload_python(instance: Instance, python: str) -> str:
     return f"{on_node(instance.venv)}/bin/python" if instance.venv else shlex.quote(python)
 
 
+def rank_shell(scratch: str | None = None) -> str:
+    """Shell text of what each rank begins in; a scratch folder may have another name on each node."""
+    own = [f"export HPC_SCRATCH={on_node(scratch)}"] if scratch and "$" in scratch else []
+    text = "; ".join([_DEAF, *own, 'exec "$@"'])
+    return f"sh -c {shlex.quote(text)} rank"
+
+
 def notice_seconds(request: Request) -> int:
     """Warning before the time limit: two minutes, or half of a shorter limit."""
     return min(_NOTICE_S, request.time_s // 2)
@@ -107,7 +114,7 @@ def _run_context(
     context = _context(instance, experiments[0].launch, python, places, ("PYTHONPATH", "PYTHONSAFEPATH"))
     words = [
         *_container_words(instance, context["request"], places),
-        _rank_shell(instance),
+        rank_shell(instance.scratch),
         payload_python(instance, python),
     ]
     return {**context, "command": Raw(" ".join([*words, "-u", "-m", "jobs.run", '"$run"'])), "code": code}
@@ -130,13 +137,6 @@ def _context(
         "container_environment": passed if container and container.engine == "apptainer" else (),
         "output": _output,
     }
-
-
-def _rank_shell(instance: Instance) -> str:
-    """What each rank begins in; a scratch folder may have another name on each node."""
-    scratch = instance.scratch if instance.scratch and "$" in instance.scratch else None
-    lines = [_DEAF, *([f"export HPC_SCRATCH={on_node(scratch)}"] if scratch else []), 'exec "$@"']
-    return f"sh -c {shlex.quote('; '.join(lines))} rank"
 
 
 def _places(instance: Instance, *folders: Path) -> list[str]:

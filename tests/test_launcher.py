@@ -195,6 +195,12 @@ def test_submititss_names_and_ours_are_one_request(logs: Path, given: dict[str, 
     assert {key: getattr(request, key) for key in expected} == expected
 
 
+@pytest.mark.parametrize("count", [0, -1])
+def test_the_script_of_no_task_is_refused(logs: Path, count: int) -> None:
+    with pytest.raises(UserError, match=rf"^script\({count}\): a submission has one task or more; .*$"):
+        Launcher(logs, cluster="local").script(count)
+
+
 def test_the_script_is_our_template_for_jobs_and_arrays(logs: Path, fake: FakeSlurm) -> None:
     launcher = Launcher(logs, "cedia-a100-40gb", slurm_partition="gpu", account="it's", name="study", timeout_min=90)
     launch = Launch(partition="gpu", account="it's", time="90min")
