@@ -19,6 +19,11 @@ _FUNCTION = "function.sbatch.j2"
 _NOT_EVERYWHERE = ("run", "array", "slurm_job", "stdout", "stderr", "parent")
 """Variables that not every form has."""
 
+_LONGEST = 1_000_000
+_HIGHEST_POWER = 64
+_SLIPS = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
+"""What a template's expressions may raise."""
+
 Options = dict[str, str | int | None]
 
 
@@ -46,7 +51,10 @@ def fill(instance: Instance, context: dict[str, Any], options: Options, function
     shipped = environment.get_template(JOB)
     if instance.template:
         return _fill_own(instance, context, environment, shipped, function)
-    return _text(environment, shipped, context, function)
+    try:
+        return _text(environment, shipped, context, function)
+    except ValueError as error:
+        raise UserError(f"instance {instance.name}: {error}") from None
 
 
 def _fill_own(instance: Instance, context: dict[str, Any], environment: Any, shipped: Any, function: bool) -> str:
@@ -63,9 +71,17 @@ def _fill_own(instance: Instance, context: dict[str, Any], environment: Any, shi
     if not faults:
         try:
             text = _text(environment, environment.from_string(written), context, function)
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (
+            TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            MemoryError,
+            TypeError,
+            ValueError,
+        ) as error:
             form = "a function" if function else "an array" if context["array"] else "a single run"
-            faults = [f"rendered for {form}: {error}"]
+            faults = [f"rendered for {form}: {str(error) or type(error).__name__}"]
     if not faults and not function:
         faults = lint.script(text, _form(instance, context), written)
     if faults:
@@ -76,11 +92,26 @@ def _fill_own(instance: Instance, context: dict[str, Any], environment: Any, shi
 def _text(environment: Any, job: Any, context: dict[str, Any], function: bool) -> str:
     """`job`, or the function's text over its blocks."""
     if not function:
-        return str(job.render(context))
-    text = str(environment.get_template(_FUNCTION).render({**context, "parent": job}))
+        return _rendered(job, context)
+    text = _rendered(environment.get_template(_FUNCTION), {**context, "parent": job})
     if "SUBMITIT_EXECUTOR" not in text or "hpc.requeue" in text:
         raise ValueError("a function's job replaces the blocks run, attempt, srun and tail; keep these in the template")
     return text
+
+
+def _rendered(template: Any, context: dict[str, Any]) -> str:
+    """Raises ValueError where the text is too long, before all of it is there."""
+    parts, length = [], 0
+    for part in template.generate(context):
+        parts.append(part)
+        length += len(part)
+        _bounded(length)
+    return "".join(parts)
+
+
+def _bounded(length: int) -> None:
+    if length > _LONGEST:
+        raise ValueError(f"a text of {length:,} characters or more; a script has {_LONGEST:,} at most")
 
 
 def _form(instance: Instance, context: dict[str, Any]) -> lint.Form:
@@ -112,17 +143,41 @@ def _environment() -> Any:
     environment = SandboxedEnvironment(
         loader=FileSystemLoader(FOLDER),
         undefined=StrictUndefined,
-        finalize=lambda value: value if isinstance(value, Raw) else shlex.quote(str(value)),
+        finalize=_quoted,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
     # What super() and macros return is quoted already.
     environment.concat = lambda parts: Raw("".join(parts))  # type: ignore[method-assign]
+    # A slip must not fill the memory: "-" * 10**9.
+    environment.intercepted_binops = frozenset({"*", "**"})
+    environment.binop_table = {**environment.binop_table, "*": _times, "**": _power}
     environment.filters["raw"] = Raw
     environment.filters["sbatch"] = _sbatch
     environment.filters["on_node"] = lambda text: Raw(on_node(text))
     return environment
+
+
+def _quoted(value: Any) -> Raw:
+    if isinstance(value, Raw):
+        return value
+    text = str(value)
+    _bounded(len(text))
+    return Raw(shlex.quote(text))
+
+
+def _times(left: Any, right: Any) -> Any:
+    for many, count in ((left, right), (right, left)):
+        if hasattr(many, "__len__") and isinstance(count, int):
+            _bounded(len(many) * count)
+    return left * right
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if exponent > _HIGHEST_POWER:
+        raise ValueError(f"a power of {exponent}; {_HIGHEST_POWER} is the highest")
+    return base**exponent
 
 
 def _sbatch(value: str | int) -> Raw:

@@ -44,6 +44,7 @@ Finding = tuple[str | None, str]
 """The line that it is about, None for what is missing, and the sentence."""
 
 _ALIKE = 10
+_PATIENCE_S = 20.0
 _WHY = {
     "requeue": "where JobRequeue=0 a preempted run would not come back",
     "open-mode": "each attempt would erase the log of the one before",
@@ -117,7 +118,12 @@ def syntax(text: str) -> str:
     """bash's words on a script or a part of one that does not stand by itself; empty where it does."""
     if not text.strip():
         return ""
-    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, timeout=20, check=False)
+    try:
+        done = subprocess.run(
+            ["bash", "-n"], input=text, capture_output=True, text=True, timeout=_PATIENCE_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"no answer within {_PATIENCE_S:g} s"
     fault = re.match(r"bash: (?:line (\d+): )?(.*)", done.stderr)
     if fault is None:
         return ""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hpc import filling, instances, template
+from hpc import filling, instances, lint, template
 from hpc.errors import UserError
 from hpc.experiment import Launch
 from hpc.instances import Instance
@@ -112,6 +112,12 @@ CHANGES = [
     ("{{ notice_s }}", "{{ notice_s | seconds }}", "No filter named 'seconds'"),
     ("{{ notice_s }}", "{{ ''.__class__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
     ("{{ notice_s }}", "{{ 1 / 0 }}", "division by zero"),
+    ("{{ notice_s }}", "{{ 'x' * 10**12 }}", "rendered for a single run: a text of 1,000,000,000,000 characters or"),
+    ("{{ notice_s }}", "{{ 10**12 * 'x' }}", "rendered for a single run: a text of 1,000,000,000,000 characters or"),
+    ("{{ notice_s }}", "{{ 9**99999999 }}", "rendered for a single run: a power of 99999999; 64 is the highest"),
+    ("{{ notice_s }}", "{{ '' | center(1000001) }}", "rendered for a single run: a text of 1,000,001 characters or"),
+    ("{{ notice_s }}", "{% for _ in range(99999) %}{{ request }}{% endfor %}", "1,000,000 at most"),
+    ("{{ notice_s }}", "{{ 2 * notice_s // 2 ** 1 }}", None),
     ("{{ array.rows_file }}", "other.txt", "no {{ array.rows_file }}: an array's tasks would not find"),
     ("run={{ run }}", "run={{ run }}\n{% endif %}{% if true %}echo {{ run }}", "'run' is undefined"),
     ("export PYTHONPATH={{ code }} PYTHON", "export PYTHON", "no PYTHONPATH: the run would not use its own copy"),
@@ -163,6 +169,17 @@ def test_a_function_needs_the_blocks_that_it_replaces(tmp_path: Path) -> None:
         UserError, match=r"own.sbatch.j2: rendered for a function: .* blocks run, attempt, srun and tail"
     ):
         template.render_function("f", CEDIA.model_copy(update={"template": own}), Launch(), tmp_path, "true", None)
+
+
+def test_what_is_too_long_for_a_script_is_refused_without_an_own_template_too(tmp_path: Path) -> None:
+    instance = CEDIA.model_copy(update={"environment": {"A": "x" * 1_000_001}})
+    with pytest.raises(UserError, match=r"^instance cedia-a100-40gb: a text of 1,000,001 characters or more; a script"):
+        template.render_function("f", instance, Launch(), tmp_path, "true", None)
+
+
+def test_a_bash_that_does_not_answer_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lint, "_PATIENCE_S", 0.0)
+    assert lint.syntax("true") == "no answer within 0 s"
 
 
 @pytest.mark.parametrize("section", ["prologue", "epilogue"])
