@@ -19,8 +19,9 @@ _ENOUGH_S, _FEW_S = 60, 600
 _NEAR = 0.9
 _WAITING = 0.1
 _SHOWN_GPUS = 4
-_NEEDED = {"generation", "node", "seconds", "cpu_seconds", "busiest_cores", "gpus", "asked"}
-"""Of a record, among others."""
+_NUMBERS = ("generation", "seconds", "cpu_seconds", "memory_peak_gb")
+_OTHERS = {"node", "busiest_cores", "memory_limit_gb", "asked", "gpus"}
+"""What a record has."""
 
 
 def summary(run: RunDir, finished: bool | None = None) -> dict[str, Any]:
@@ -63,7 +64,11 @@ def _records(run: RunDir) -> list[dict[str, Any]]:
             records.append(read_json(path))
         except UserError:
             continue
-    return [record for record in records if record.keys() >= _NEEDED and isinstance(record["generation"], int)]
+    return list(filter(_whole, records))
+
+
+def _whole(record: dict[str, Any]) -> bool:
+    return record.keys() >= _OTHERS and all(isinstance(record.get(key), int | float) for key in _NUMBERS)
 
 
 def _gpus(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

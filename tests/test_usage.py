@@ -347,9 +347,19 @@ def test_the_cost_of_a_sample_sets_the_time_to_the_next() -> None:
     assert [sampler._pause(2, cost) for cost in (0, 0.001, 0.01, 1)] == [2, 2, 10, 60]
 
 
-@pytest.mark.parametrize("text", ["{", "[1, 2]", "{}", '{"seconds": 9.0}', '{"generation": "one"}'])
+RECORD = {"generation": 1, "seconds": 9.0, "cpu_seconds": 9.0, "memory_peak_gb": 1.0, "busiest_cores": 1.0} | {
+    "node": "node1",
+    "memory_limit_gb": None,
+    "asked": {},
+    "gpus": [],
+}
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", "{}", '{"seconds": 9.0}', json.dumps({**RECORD, "generation": "one"})])
 def test_a_file_that_is_no_record_is_left_out(tmp_path: Path, text: str) -> None:
     run = RunDir(tmp_path / "run")
     run.usage.mkdir(parents=True)
     (run.usage / "001-node0.json").write_text(text)
     assert usage.summary(run) == {} and usage.card(run) == []
+    (run.usage / "001-node1.json").write_text(json.dumps(RECORD))
+    assert usage.summary(run)["nodes"] == 1
