@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import signal
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from hpc import badnodes, slurm
 from hpc.attempt import process_start
 from hpc.errors import UserError
+from hpc.rundir import locked
 from hpc.submission import LocalRunExecutor, Refused, SlurmRunExecutor, check_place
 from hpc.sweepdir import Chunk, SweepDir, spec
 
@@ -41,7 +42,7 @@ def submit(sweep: SweepDir, cluster: str, rows: Iterable[int] | None = None, aft
     """
     check_place(sweep.path, sweep.script(0))
     try:
-        with _alone(sweep):
+        with locked(_lease(sweep)):
             if cluster == "local":
                 return [_submit_local(sweep, rows, after)]
             return _submit_slurm(sweep, rows, after)
@@ -156,19 +157,9 @@ def _submit_local(sweep: SweepDir, rows: Iterable[int] | None, after: Sequence[s
     return jobs[0]
 
 
-@contextmanager
-def _alone(sweep: SweepDir, wait: bool = True) -> Iterator[bool]:
-    """Whether no other command submits this sweep meanwhile."""
-    with (sweep.path / ".lease").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:  # no locks on this file system
-            yield wait or time.time() - sweep.rows_file.stat().st_mtime > _SETTLED_S
-            return
-        yield True
+def _lease(sweep: SweepDir) -> Path:
+    """Held by the one command that submits this sweep."""
+    return sweep.path / ".lease"
 
 
 def repair(sweep: SweepDir, jobs: Mapping[str, slurm.JobInfo]) -> bool:
@@ -176,7 +167,8 @@ def repair(sweep: SweepDir, jobs: Mapping[str, slurm.JobInfo]) -> bool:
 
     Returns whether one was recorded. `jobs` is squeue's answer, by job and index. Raises UserError or SlurmError.
     """
-    with _alone(sweep, wait=False) as free:
+    settled = time.time() - sweep.rows_file.stat().st_mtime > _SETTLED_S
+    with locked(_lease(sweep), wait=False, without=settled) as free:
         submission = sweep.count_submissions() if free else 0
         tokens = {sweep.token(chunk.number, submission): chunk for chunk in sweep.chunks()} if free else {}
         found: dict[int, tuple[str, list[int]]] = {}
@@ -191,7 +183,8 @@ def repair(sweep: SweepDir, jobs: Mapping[str, slurm.JobInfo]) -> bool:
             slurm.cancel(*ids)
             return False
         if found:
-            sweep.record("slurm", found)
+            times = [info.submitted for info in jobs.values() if info.comment in tokens and info.submitted]
+            sweep.record("slurm", found, **({"time": min(times)} if times else {}))
         if held:
             slurm.release(*ids)
         return bool(found)

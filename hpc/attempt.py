@@ -6,21 +6,18 @@ the run is finished or held by another live job: the batch script ends there.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hpc import allocation, slurm
 from hpc.errors import UserError
 from hpc.preempt import ExitCode
-from hpc.rundir import RunDir, read_json, write_json
+from hpc.rundir import RunDir, locked, read_json, write_json
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SILENT_S = 60
@@ -31,20 +28,9 @@ def begin(run: RunDir, shell_pid: int) -> dict[str, str]:
     """Take the run: a new generation, recorded in state.json. Raises UserError when it cannot be had."""
     if not run.experiment.is_file():
         raise UserError(f"{run.path}: no run folder (experiment.yaml is missing); make one with 'hpc submit'")
-    with _alone(run):
-        return _begin(run, shell_pid)
-
-
-@contextmanager
-def _alone(run: RunDir) -> Iterator[None]:
-    """One starter at a time between its look at the holder and its own entry, where the file system has locks."""
-    with run.lease.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            print(f"{run.lease}: this file system has no locks", file=sys.stderr)
+    with locked(run.lease):  # between the look at the holder and our own entry
         os.utime(run.lease)  # the file server's time, to compare with that of state.json
-        yield
+        return _begin(run, shell_pid)
 
 
 def _begin(run: RunDir, shell_pid: int) -> dict[str, str]:

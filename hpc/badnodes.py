@@ -5,17 +5,15 @@ New submissions and requeued jobs leave them out. To let a repaired node in agai
 
 from __future__ import annotations
 
-import fcntl
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hpc import slurm
 from hpc.errors import UserError
-from hpc.rundir import read_json, write_json
+from hpc.rundir import locked, read_json, write_json
 
 KEPT_S = 24 * 3600
 
@@ -33,7 +31,7 @@ class _Entry:
 
 def current(runs: Path) -> dict[str, str]:
     """The nodes to leave out now and why, of the cluster that answers here; SLURM is asked only where there are any."""
-    return known(runs, cluster_name()) if _entries(runs) else {}
+    return known(runs, slurm.cluster_name()) if _entries(runs) else {}
 
 
 def exclusion(runs: Path) -> list[str]:
@@ -50,7 +48,7 @@ def known(runs: Path, cluster: str) -> dict[str, str]:
 def remember(runs: Path, cluster: str, run: str, found: Mapping[str, str]) -> None:
     """Leave these nodes (name to reason) out from now on, for a day. Raises OSError."""
     until = round(time.time()) + KEPT_S
-    with _alone(runs):
+    with locked(runs / ".bad-nodes.lock"):
         others = [entry for entry in _entries(runs) if entry.cluster != cluster or entry.node not in found]
         new = [_Entry(node, cluster, reason, run, until) for node, reason in found.items()]
         write_json(file(runs), {"nodes": [asdict(entry) for entry in (*others, *new)]})
@@ -58,17 +56,9 @@ def remember(runs: Path, cluster: str, run: str, found: Mapping[str, str]) -> No
 
 def forget(runs: Path, cluster: str, found: Mapping[str, str]) -> None:
     """Let these nodes in again where they are left out for these reasons (name to reason). Raises OSError."""
-    with _alone(runs):
+    with locked(runs / ".bad-nodes.lock"):
         kept = [entry for entry in _entries(runs) if entry.cluster != cluster or found.get(entry.node) != entry.reason]
         write_json(file(runs), {"nodes": [asdict(entry) for entry in kept]})
-
-
-def cluster_name() -> str:
-    """SLURM's name of the cluster: two of them may share the folder of runs. Empty where SLURM does not answer."""
-    try:
-        return slurm.config().get("ClusterName", "")
-    except slurm.SlurmError:
-        return ""
 
 
 def file(runs: Path) -> Path:
@@ -84,13 +74,3 @@ def _entries(runs: Path) -> list[_Entry]:
     except (UserError, TypeError) as error:
         print(f"{file(runs)} is not heeded: {error}", file=sys.stderr)
         return []
-
-
-@contextmanager
-def _alone(runs: Path) -> Iterator[None]:
-    with (runs / ".bad-nodes.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            print(f"{lock.name}: this file system has no locks", file=sys.stderr)
-        yield

@@ -139,7 +139,7 @@ def _bad_nodes(run: RunDir, generation: int) -> dict[str, str]:
 
 def _leave_out(run: RunDir, bad: Mapping[str, str]) -> list[str]:
     """Remember bad nodes for other runs, too; all nodes that are to be left out now."""
-    cluster = badnodes.cluster_name()
+    cluster = slurm.cluster_name()
     try:
         badnodes.remember(run.runs, cluster, run.name, bad)
     except OSError as error:
@@ -149,7 +149,7 @@ def _leave_out(run: RunDir, bad: Mapping[str, str]) -> list[str]:
 
 def _let_in(run: RunDir, met: Mapping[str, str]) -> None:
     """Take the nodes off the list that are there for the folder which these lack, too."""
-    cluster = badnodes.cluster_name()
+    cluster = slurm.cluster_name()
     known = badnodes.known(run.runs, cluster)
     alike = {node: reason for node, reason in known.items() if health.scratch_everywhere({**met, node: reason})}
     try:
@@ -186,7 +186,8 @@ def _requeue(run: RunDir, generation: int, job: str, out: list[str]) -> bool:
         return False
     try:
         new = _submit_anew(run, job, out)
-        write_json(run.submit, {"cluster": "slurm", "job": new, "time": round(time.time(), 3)})
+        where = {"cluster": "slurm", "slurm_cluster": slurm.cluster_name()}
+        write_json(run.submit, {**where, "job": new, "time": round(time.time(), 3)})
         run.event("submit", "shell", generation, job=new, after=job)
         return True
     except (slurm.SlurmError, UserError, OSError) as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
+import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +224,25 @@ def write_bytes(path: Path, content: bytes) -> None:
         aside.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True, without: bool = True) -> Iterator[bool]:
+    """One process at a time holds this file's lock; False where another has it and we do not wait.
+
+    `without`: what is said where the file system has no locks; stderr tells that, too.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            print(f"{path}: this file system has no locks", file=sys.stderr)
+            yield without
+            return
+        yield True
 
 
 def fsync_folder(path: Path) -> None:

@@ -208,7 +208,7 @@ def _local(command: list[str], logs: Path, after: Sequence[str]) -> LocalRunJob:
 
 def check_place(place: Path, script: Path) -> None:
     """A script names its folder, and would feed the one from which this was moved or copied. Raises UserError."""
-    output = re.search("^#SBATCH --output=(.+)$", script.read_text(), re.M)
+    output = re.search("^#SBATCH --output=(.+_log[.]out.*)$", script.read_text(), re.M)
     logs = "".join(shlex.split(output[1])).replace("%%", "%") if output else None
     if logs and Path(logs).parent.parent != place:
         raise UserError(

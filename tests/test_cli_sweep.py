@@ -177,7 +177,8 @@ def test_where_no_folder_can_be_made_it_is_one_line_and_nothing_is_left(
     where = {"a file": "local.yaml", "below a file": "local.yaml/runs"}.get(kind, "disk/runs")
     try:
         done = hpc("sweep", "local.yaml", "train.seed=0:2", "--runs", where)
-        assert done.code == 2 and "no folder for runs can be made (" in done.err and "--runs" in done.err
+        words = "no folder for runs, but a file" if kind == "a file" else "no folder for runs can be made ("
+        assert done.code == 2 and words in done.err and "--runs" in done.err
         assert len(done.told) == 1 and not list(disk.iterdir())
     finally:
         if options:

@@ -299,7 +299,7 @@ def test_where_requeue_is_refused_the_new_job_leaves_the_node_out(
     in_job(monkeypatch, fake)
     hold(run, job="55")
     bad(run)
-    monkeypatch.setattr(badnodes, "cluster_name", lambda: "fake")  # the fake scontrol fails in all it is asked
+    monkeypatch.setattr(slurm, "cluster_name", lambda: "fake")  # the fake scontrol fails in all it is asked
     fake.fails("scontrol", DISABLED)
     requeue.finish(run, 3, 77, False)
     assert changes(fake)[-1] == f"sbatch --parsable --exclude=node0 {run.script}"
