@@ -185,7 +185,7 @@ def _cancelled(case: Case) -> Iterator[Cause]:
 
 def _bad_node(case: Case) -> Iterator[Cause]:
     found = [event for event in case.events if event["event"] == "bad-node"]
-    if found:
+    if found and case.code != ExitCode.BAD_INPUT:  # a fault of every node is the instance's
         faults = "; ".join(f"{event['node']}: {event['reason']}" for event in found)
         yield Cause(
             "bad node", [f"It met a bad node: {faults}.", str(case.status.detail)], ["hpc doctor", case.resume], []

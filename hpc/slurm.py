@@ -216,7 +216,7 @@ def _job_info(line: str) -> JobInfo | None:
     return JobInfo(
         job=told["job"],
         state=told["state"],
-        reason=told["reason"],
+        reason="" if told["reason"] == "None" else told["reason"],
         node=told["node"],
         comment=told["comment"],
         partition=told["partition"],

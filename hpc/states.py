@@ -121,6 +121,8 @@ def _unstarted_here(told: Records) -> tuple[str, str]:
         return "planned", "not submitted"
     if same_process(int(told.submit["job"]), told.submit.get("process_start")):
         return "pending", "waits for its turn" if told.sweep else "starting"
+    if told.sweep:
+        return "lost", "its sweep ended before its turn"
     return "failed", "the batch script ended before its first attempt"
 
 
@@ -134,6 +136,8 @@ def ended_on_slurm(info: JobInfo | None, accounted: Accounted | None) -> tuple[s
 
 def ended_unstarted(info: JobInfo | None, accounted: Accounted | None) -> tuple[str, str]:
     """Of a job that is over and whose attempt never began."""
+    if info and info.reason == "DependencyNeverSatisfied":
+        return "lost", "what it was to follow did not finish"
     if word := ended_on_slurm(info, accounted):
         return word[0], f"{word[1]} before its first attempt"
     if "FAILED" in (info.state if info else "", accounted.state if accounted else ""):

@@ -303,7 +303,7 @@ def test_what_a_sweep_has_in_common_is_read_once(sweep: SweepDir, monkeypatch: p
     sweep.record("local", {0: ("4194304", [0, 1, 2, 3])}, process_start="gone")
     reads: list[Path] = []
     monkeypatch.setattr("hpc.sweepdir.read_json", lambda path: reads.append(path) or json.loads(path.read_text()))
-    assert ledger.statuses(sweep.rows())[0].state == "failed"
+    assert ledger.statuses(sweep.rows())[0].state == "lost"
     assert reads == [sweep.submit]
 
 
