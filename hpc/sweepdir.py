@@ -114,9 +114,9 @@ class SweepDir:
         return len(self._recorded())
 
     def mark_cancelled(self) -> None:
-        submissions = self._recorded()
-        submissions[-1]["cancelled"] = round(time.time(), 3)
-        write_json(self.submit, {"submissions": submissions})
+        """Of every submission: rows of an earlier one may have run still."""
+        now = round(time.time(), 3)
+        write_json(self.submit, {"submissions": [{**told, "cancelled": now} for told in self._recorded()]})
 
     def submissions(self) -> dict[int, dict[str, Any]]:
         """Row number to its last submission, in the form of a run's submit.json. Raises UserError for damaged files."""
