@@ -100,7 +100,7 @@ def taken_back(name: str, cluster: str, tokens: Sequence[str], jobs: Collection[
         yield
     except BaseException as error:
         try:
-            _take_back(cluster, tokens, jobs)
+            take_back(cluster, tokens, jobs)
         except (slurm.SlurmError, UserError) as silence:
             if isinstance(error, UserError):
                 raise error from None
@@ -108,7 +108,8 @@ def taken_back(name: str, cluster: str, tokens: Sequence[str], jobs: Collection[
         raise _refused(name, error) from None
 
 
-def _take_back(cluster: str, tokens: Sequence[str], jobs: Collection[str]) -> None:
+def take_back(cluster: str, tokens: Sequence[str], jobs: Collection[str]) -> None:
+    """End these jobs, and those that carry one of the tokens. Raises SlurmError or UserError where SLURM is silent."""
     if cluster == "local":
         for job in reversed(list(jobs)):
             with suppress(ProcessLookupError):

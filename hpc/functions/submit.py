@@ -13,6 +13,7 @@ from typing import Any
 from submitit.core.utils import DelayedSubmission, FailedSubmissionError, JobPaths
 
 from hpc import allocation, slurm
+from hpc.arrays import release, take_back
 from hpc.attempt import process_start
 from hpc.errors import UserError
 from hpc.functions import payload
@@ -103,11 +104,11 @@ def submit_slurm(files: Files, chunks: Sequence[Chunk], request: Request, single
             options += [f"--dependency=afterany:{arrays[chunk.after]}"] if chunk.after is not None else []
             arrays.append(_sbatch(files.scripts[chunk.number], files.token(chunk.number), options))
         files.keep(arrays)
-        if len(chunks) > 1:
-            slurm.release(*arrays)
     except BaseException as error:
-        _roll_back(arrays, error)
+        _roll_back([files.token(chunk.number) for chunk in chunks], arrays, error)
         raise
+    if len(chunks) > 1:
+        release(arrays)
     ids = arrays if single else [f"{arrays[chunk.number]}_{i}" for chunk in chunks for i in range(chunk.count)]
     return [SlurmFunctionJob(files.folder, job, range(request.world_size)) for job in ids]
 
@@ -130,14 +131,17 @@ def _sbatch(script: Path, token: str, options: Sequence[str]) -> str:
     return found
 
 
-def _roll_back(jobs: Sequence[str], error: BaseException) -> None:
-    if not jobs:
+def _roll_back(tokens: Sequence[str], jobs: Sequence[str], error: BaseException) -> None:
+    """Also a job whose number never arrived here, as after Ctrl-C."""
+    if not jobs and isinstance(error, SubmissionError):
         return
     try:
-        slurm.cancel(*jobs)
-    except UserError as silence:
-        left = f"{error}; what was submitted before could not be taken back ({silence}): scancel {' '.join(jobs)}"
-        raise SubmissionError(left) from None
+        take_back("slurm", tokens, jobs)
+    except (slurm.SlurmError, UserError) as silence:
+        which = f"jobs {', '.join(jobs)}" if jobs else f"a job with a comment of {', '.join(tokens)}"
+        raise SubmissionError(
+            f"{error!r}, and {silence}: look for {which} when SLURM answers, and scancel it"
+        ) from None
 
 
 def submit_local(
