@@ -155,6 +155,9 @@ def _slurm() -> list[Line]:
     try:
         live = cluster.Cluster.look()
     except slurm.SlurmError as error:
+        if slurm.NOT_SET_UP.search(str(error)):
+            words = "installed here, and part of no cluster"
+            return [Line("Slurm", "note", words, "runs are local here; for a cluster its slurm.conf must be found")]
         return [Line("Slurm", "bad", str(error), "'scontrol ping' tells which controller is asked")]
     settings = live.settings
     accounting = "accounting" if settings.accounting else "no accounting (why and ls ask squeue and the run folder)"

@@ -43,7 +43,7 @@ _OWN_DEFAULTS = ("SQUEUE_", "SACCT_", "SINFO_", "SCANCEL_")
 """Variables by which a user changes what a command shows, or hides: our questions mean what they say."""
 _SILENT = re.compile("contact slurm controller|timed out|connect failure|communication|unexpected message", re.I)
 """Words of a command that got no answer; what it asked for may be done all the same."""
-_NOT_SET_UP = re.compile("configuration source|fetch config|slurm.conf", re.I)
+NOT_SET_UP = re.compile("configuration source|fetch config|slurm.conf", re.I)
 _SBATCH = "SBATCH_"
 _SITE = ("ACCOUNT", "PARTITION", "QOS", "RESERVATION", "CONSTRAINT", "CLUSTERS")
 _MEGABYTES = {"": 1 / 1024**2, "K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
@@ -136,7 +136,7 @@ def available() -> bool:
     if shutil.which("sbatch") is None or shutil.which("sinfo") is None:
         return False
     result = _run("sinfo", "--noheader", "--format=%P", timeout=10)
-    if result.returncode and not _NOT_SET_UP.search(words := _words(result)):
+    if result.returncode and not NOT_SET_UP.search(words := _words(result)):
         raise SilentError(f"sinfo: {words}")
     return result.returncode == 0
 

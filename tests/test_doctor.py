@@ -71,6 +71,8 @@ def test_a_partition_whose_nodes_are_all_away_is_noted(fake: FakeSlurm) -> None:
 def test_no_slurm_is_no_fault_and_a_silent_controller_is(fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.fails("scontrol", "slurm_load_ctl_conf error: Unable to contact slurm controller (connect failure)")
     assert found(doctor._slurm(), "bad")[0].startswith("scontrol: slurm_load_ctl_conf error: Unable to contact")
+    fake.fails("scontrol", "scontrol: fatal: Could not establish a configuration source")
+    assert only(doctor._slurm()).words == "installed here, and part of no cluster"
     monkeypatch.setattr("hpc.slurm._TIMEOUT_S", 0.3)
     fake.hangs("scontrol")
     assert "no answer within 0.3 s" in found(doctor._slurm(), "bad")[0]
