@@ -14,7 +14,7 @@ import pytest
 import submitit
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, UncompletedJobError
 
-from hpc import slurm, template
+from hpc import template
 from hpc.errors import UserError
 from hpc.experiment import Launch
 from hpc.functions import step
@@ -295,34 +295,6 @@ def test_a_failed_sbatch_that_did_submit_is_found_by_its_token(logs: Path, fake:
     with pytest.raises(FailedSubmissionError, match=r"Socket timed .* may have submitted all the same .*the comment"):
         launcher.submit(abs, -1)
     assert sorted(left(logs)) == ["101_submission.sh", "101_submitted.pkl"]
-
-
-def test_a_refused_chunk_takes_the_others_back(logs: Path, fake: FakeSlurm) -> None:
-    fake.configure({"MaxArraySize": "4"})
-    sbatch = fake.folder / "bin" / "sbatch"
-    sbatch.write_text(
-        sbatch.read_text().replace("script=", '[ ! -e jobs/102 ] || { echo "no more" >&2; exit 1; }\nscript=')
-    )
-    with pytest.raises(FailedSubmissionError, match="no more"):
-        Launcher(logs).map_array(abs, range(10))
-    assert fake.jobs() == {"101": "CANCELLED", "102": "CANCELLED"} and not logs.exists()
-    submitted = [call for call in fake.calls() if call.startswith("sbatch --parsable")]
-    assert len(submitted) == 3 and all(" --hold " in call for call in submitted)
-
-
-def test_ctrl_c_in_the_middle_of_sbatch_leaves_no_job(
-    logs: Path, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    submit = slurm.submit
-
-    def interrupted(*arguments: Any) -> str:
-        submit(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(slurm, "submit", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        Launcher(logs).submit(abs, -3)
-    assert fake.jobs() == {"101": "CANCELLED"} and not logs.exists()
 
 
 def test_chunks_share_the_cap(logs: Path, fake: FakeSlurm) -> None:
