@@ -138,6 +138,15 @@ def test_every_row_runs_once_two_at_a_time_each_on_a_gpu_of_its_own(
         assert run.output(job, "0", "err").read_text() == f"warning of {number}\n"
 
 
+def test_an_array_of_forty_runs_here_from_its_submission_to_its_end(make: Callable[..., SweepDir]) -> None:
+    made = make("finish\n", "train.keep=1:11", *SMALL)
+    arrays.submit(made, "local")
+    rows = made.rows()
+    wait_for(lambda: all(row.result.exists() for row in rows), "forty results")
+    assert sorted(said(made)) == sorted(f"start {row}" for row in range(40)), "each once"
+    assert {status.state for status in ledger.statuses(rows)} == {"finished"}
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end_the_rows_that_run_are_told_and_no_other_starts(
     make: Callable[..., SweepDir], start: Callable[..., subprocess.Popen[str]], number: signal.Signals
