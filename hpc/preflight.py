@@ -23,12 +23,9 @@ _SOON_S = 60
 
 
 @dataclass
-class Findings:
-    """`refusals` stop a submission, `warnings` tell why it would wait, `unchecked` what was not looked at and why."""
+class Findings(fit.Answer):
+    """What the cluster answers, and what else was found; `unchecked` names what was not looked at, and why."""
 
-    refusals: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    passed: list[str] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
 
 

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,14 +19,6 @@ from tests.slurm.cluster import Cluster
 
 LIMIT_S = 60
 SCRIPT = "#!/bin/bash\n#SBATCH --comment={name}\n#SBATCH --output=/dev/null\n#SBATCH --mem=100M\n{line}\n"
-
-
-@pytest.fixture
-def alive() -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(["sleep", "60"])
-    yield process
-    process.kill()
-    process.wait()
 
 
 def submitted(run: RunDir, job: str, cluster: str = "slurm") -> RunDir:

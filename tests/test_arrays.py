@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,7 +144,7 @@ def test_a_command_killed_between_its_sbatches_leaves_no_job(folder: SweepDir, h
     assert len(arrays.submit(folder, "slurm")) == 3, "it may be submitted now"
 
 
-def test_a_sweep_that_is_being_submitted_is_left_alone(folder: SweepDir) -> None:
+def test_a_sweep_that_is_being_submitted_is_left_alone(folder: SweepDir, here: Cluster) -> None:
     bin = folder.path.parent / "bin"
     bin.mkdir()
     real = shutil.which("sbatch")
@@ -156,8 +155,7 @@ def test_a_sweep_that_is_being_submitted_is_left_alone(folder: SweepDir) -> None
     environ = {**os.environ, "PATH": f"{bin}:{os.environ['PATH']}"}
     text = "import sys; from hpc import arrays, sweepdir; arrays.submit(sweepdir.SweepDir(sys.argv[1]), 'slurm')"
     submitting = subprocess.Popen([sys.executable, "-c", text, str(folder.path)], env=environ)
-    while not (bin / "one").exists():
-        time.sleep(0.05)
+    here.wait_for((bin / "one").exists, 30, "the first sbatch")
     assert not arrays.repair(folder, slurm.queue()) and len(queued()) == 4
     (bin / "go").touch()
     assert submitting.wait(30) == 0 and len(queued()) == 10 and folder.count_submissions() == 1

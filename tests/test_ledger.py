@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,6 @@ from tests.fakeslurm import FakeSlurm
 
 HOST = os.uname().nodename
 NOW = 1_800_000_000.0
-
-
-@pytest.fixture
-def alive() -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen(["sleep", "60"])
-    yield process
-    process.kill()
-    process.wait()
 
 
 @pytest.fixture

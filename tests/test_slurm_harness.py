@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, ClusterError, obstacle
+from tests.slurm.cluster import Cluster, ClusterError
 
 pytestmark = pytest.mark.slurm
 
@@ -280,8 +280,7 @@ def test_two_clusters_side_by_side_know_nothing_of_each_other(slurm_cluster: Clu
     assert slurm_cluster.run("srun", "echo", "well").stdout == "well\n"
 
 
+@pytest.mark.slurm(accounting=True)
 def test_nothing_is_installed_where_all_is_there() -> None:
-    if obstacle(accounting=True):
-        pytest.skip("something is missing, and a test installs nothing")
     done = subprocess.run(["sh", INSTALL], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
