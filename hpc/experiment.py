@@ -147,14 +147,33 @@ class Train(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     accumulate: Positive = 1
     """Parts in which a rank works off its share of a batch."""
-    deterministic: Literal["auto", "off", "run"] = "auto"
-    """run: a run stopped anywhere and resumed ends bit-identical; auto: run on the CPU, off on CUDA."""
+    deterministic: Literal["auto", "off", "run", "layout"] = "auto"
+    """run: a run stopped anywhere and resumed ends bit-identical; layout: on any number of ranks that divides
+    virtual_ranks, too; auto: run on the CPU, off on CUDA."""
+    virtual_ranks: Positive = 4
+    """Under `deterministic: layout`, the parts (a power of two) in which each batch is worked off, whoever does it."""
     monitor: Literal["accuracy", "balanced_accuracy", "f1_macro", "loss"] = "accuracy"
     """The validation metric that names the best checkpoint."""
     checkpoint_every: Duration = 300
     """Wall-clock time between saves."""
     keep: Positive = 2
     """Newest verified checkpoints kept beside the best."""
+    keep_every: Annotated[int, Field(ge=0)] = 0
+    """Epochs: the checkpoint at the end of each such epoch is kept for good; 0 for none."""
+    hang_after: Duration = 60
+    """A rank silent for longer than this and ten times its slow steps (their 99th percentile) is ended as hung."""
+    ledger: bool = False
+    """Record what each step did (samples, pixels, loss, weights), to compare runs step by step: see hpc drill."""
+
+
+class Budgets(Section):
+    """Restarts after each kind of failure without a new checkpoint between; preemptions are free."""
+
+    crash: Annotated[int, Field(ge=0)] = 3
+    hang: Annotated[int, Field(ge=0)] = 3
+    memory: Annotated[int, Field(ge=0)] = 3
+    storage: Annotated[int, Field(ge=0)] = 3
+    node: Annotated[int, Field(ge=0)] = 3
 
 
 class Launch(Section):
@@ -178,6 +197,7 @@ class Launch(Section):
     reservation: str | None = None
     constraint: str | None = None
     mail: str | None = None
+    budgets: Budgets = Budgets()
 
 
 class Experiment(Section):
@@ -204,10 +224,24 @@ class Experiment(Section):
     def batch_fault(self, tasks: int) -> str | None:
         """The sentence where the global batch does not divide by the tasks of a run and the parts of each, or None."""
         size, parts = self.data.batch_size, self.train.accumulate
+        if self.train.deterministic == "layout":
+            return self._layout_fault(tasks)
         if size % (tasks * parts) == 0:
             return None
         by = " x ".join([f"{tasks} tasks"] * (tasks > 1) + [f"train.accumulate {parts}"] * (parts > 1))
         return f"data.batch_size {size} does not divide by {by}; use a multiple of {tasks * parts}"
+
+    def _layout_fault(self, tasks: int) -> str | None:
+        size, virtual = self.data.batch_size, self.train.virtual_ranks
+        if virtual & (virtual - 1):
+            return f"train.virtual_ranks {virtual} is no power of two; use {1 << virtual.bit_length()}"
+        if self.train.accumulate > 1:
+            return "train.accumulate has no effect with train.deterministic=layout: virtual_ranks are its parts"
+        if size % virtual:
+            return f"data.batch_size {size} does not divide by train.virtual_ranks {virtual}"
+        if virtual % tasks:
+            return f"train.virtual_ranks {virtual} does not divide by {tasks} tasks; use a power of two of both"
+        return None
 
     def as_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")

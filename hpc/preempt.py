@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from enum import IntEnum
 from types import FrameType
@@ -24,6 +25,8 @@ class ExitCode(IntEnum):
     STORAGE = 74
     STOPPED = 75
     """A clean stop: stop.json says at which step."""
+    HANG = 76
+    """A rank was silent for too long: its watchdog left word, and ended it."""
     BAD_NODE = 77
 
 
@@ -43,6 +46,8 @@ class StopFlag:
     def __init__(self) -> None:
         self._signal = 0
         self._pid = os.getpid()
+        self.received: float | None = None
+        """When this process heard the first signal, by time.time()."""
 
     def install(self) -> StopFlag:
         """Hear the stop signals from now on (main thread only); a fork resets them to be ignored."""
@@ -53,7 +58,7 @@ class StopFlag:
 
     def _raise(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._pid and not self._signal:
-            self._signal = int(number)
+            self._signal, self.received = int(number), time.time()
 
     @property
     def cause(self) -> str | None:

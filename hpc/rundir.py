@@ -40,6 +40,7 @@ class RunDir:
         self.figures = self.path / "figures"
         self.predictions = self.path / "predictions"
         self.usage = self.path / "usage"
+        self.ledger = self.path / "ledger"
         self.result = self.path / "result.json"
 
     @property
