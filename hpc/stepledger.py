@@ -8,6 +8,7 @@ what followed it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hpc.rundir import RunDir, read_lines
@@ -104,6 +105,11 @@ def _generations(run: RunDir) -> list[int]:
     return sorted({int(path.name.split("-")[0]) for path in run.ledger.glob("[0-9]*-rank*.jsonl")})
 
 
-def _files(run: RunDir, generation: int) -> list[tuple[int, Any]]:
+def path(run: RunDir, generation: int, rank: int) -> Path:
+    """The file of one rank's attempt."""
+    return run.ledger / f"{generation:03d}-rank{rank}.jsonl"
+
+
+def _files(run: RunDir, generation: int) -> list[tuple[int, Path]]:
     found = run.ledger.glob(f"{generation:03d}-rank*.jsonl")
     return sorted((int(path.stem.rpartition("-rank")[2]), path) for path in found)

@@ -13,7 +13,6 @@ import sys
 import time
 from typing import Any
 
-import numpy as np
 import torch
 
 from datasets import Loader
@@ -24,10 +23,12 @@ from hpc.preempt import StopFlag
 from hpc.rundir import RunDir
 from jobs import check, checkpoint
 from jobs.engine import Engine
+from jobs.ledger import StepLedger
 from jobs.optimize import build_optimizer, learning_rate
 from jobs.record import Recorder
 from jobs.setup import Parts, prepare
 from jobs.tasks.classification import DIRECTION, Classification, Counts, Scores
+from jobs.update import Updater
 
 _LOG = logging.getLogger(__name__)
 _FLUSH_STEPS = 10
@@ -57,7 +58,6 @@ class Trainer:
             raise UserError(fault)
         torch.manual_seed(settings.seed)
         self.model = self.parts.build_model(self.experiment.model.name, self.deterministic).to(engine.device)
-        self.parallel = engine.wrap(self.model)
         self.optimizer = build_optimizer(settings.optimizer, self.model)
         self.task = Classification(settings.loss, self.parts.weights, engine.device)
         common: dict[str, Any] = {
@@ -75,6 +75,9 @@ class Trainer:
         self.steps_per_epoch = len(self.loader)
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.rate = learning_rate(settings.scheduler, settings.optimizer.lr, self.total_steps, self.steps_per_epoch)
+        classes = self.parts.num_classes
+        self.update = Updater(settings, engine, self.model, self.optimizer, self.task, classes, self.rate)
+        self.ledger = StepLedger(self.run, self.generation, engine.rank, self.model) if settings.ledger else None
 
     # Where a run goes on.
 
@@ -141,42 +144,14 @@ class Trainer:
         self._aside = 0.0
 
     def _train_step(self, batch: Batch) -> None:
-        self.parallel.train()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(self.step)
-        parts = self.settings.accumulate
-        counts = Counts(self.parts.num_classes, self.engine.device)
-        inputs, targets = batch.inputs.chunk(parts), batch.targets.chunk(parts)
-        for part, (x, y) in enumerate(zip(inputs, targets, strict=True)):
-            torch.manual_seed(self._dropout_seed(part))
-            if part < parts - 1:
-                with self.engine.without_sync(self.parallel):
-                    self._backward(x, y, parts, counts)
-            else:
-                self._backward(x, y, parts, counts)
-        if self.settings.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        counts, bad = self.update.gradients(batch, self.step)
+        self.update.apply()
         self.step += 1
+        if self.ledger:
+            self.ledger.write(self.step, batch, float(counts.loss), skipped=bad)
         self.pending.append((self.step, counts))
         if len(self.pending) >= _FLUSH_STEPS:
             self._flush()
-
-    def _backward(self, x: torch.Tensor, y: torch.Tensor, parts: int, counts: Counts) -> None:
-        with self._autocast():
-            outputs = self.parallel(x)
-        loss = self.task.loss(outputs, y)
-        torch.autograd.backward(loss / parts)
-        counts.add(outputs, y, loss)
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.engine.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
-
-    def _dropout_seed(self, part: int) -> int:
-        """Dropout is a function of (seed, step, part, rank): no generator state is stored."""
-        key = np.random.SeedSequence([self.settings.seed, self.step, part, self.engine.rank])
-        return int(key.generate_state(1, np.uint64)[0] >> 1)
 
     def _flush(self) -> None:
         """Sum the last steps over the ranks, log them, and add them to the epoch's sums."""
@@ -220,7 +195,7 @@ class Trainer:
     def _stop(self, cause: str) -> None:
         """Save, wait for every rank, leave word in stop.json, then leave together."""
         if self.recorder:
-            self.recorder.event("signal", cause=cause, step=self.step)
+            self.recorder.event("signal", cause=cause, step=self.step, received=self.flag.received)
         self._save()
         self.engine.barrier()
         if self.recorder:
@@ -264,7 +239,7 @@ class Trainer:
         with torch.inference_mode():
             for batch in self.validation:
                 if len(batch.targets):
-                    with self._autocast():
+                    with self.update.autocast():
                         outputs = self.model(batch.inputs)
                     counts.add(outputs, batch.targets, self.task.loss(outputs, batch.targets))
                 self._boundary(saving=False)

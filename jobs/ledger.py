@@ -1,0 +1,40 @@
+"""One rank's side of the step ledger (hpc/stepledger.py): a line per step, in the run folder at once."""
+
+from __future__ import annotations
+
+import json
+import zlib
+
+import torch
+from torch import Tensor, nn
+
+from datasets.loader import Batch
+from hpc import stepledger
+from hpc.rundir import RunDir
+
+_WEIGHTS_EVERY = 10
+
+
+class StepLedger:
+    """Lines reach the kernel one by one, so a killed process loses none of them; they are not fsync'd."""
+
+    def __init__(self, run: RunDir, generation: int, rank: int, model: nn.Module) -> None:
+        run.ledger.mkdir(exist_ok=True)
+        self._file = stepledger.path(run, generation, rank).open("ab", buffering=0)
+        self._model = model
+
+    def write(self, step: int, batch: Batch, loss: float, skipped: bool) -> None:
+        """What this rank did at `step`; `loss` is its sum over the rank's samples."""
+        sums = [_crc(pixels) for pixels in batch.inputs]
+        weights = None
+        if step % _WEIGHTS_EVERY == 0:
+            weights = 0
+            for value in self._model.state_dict().values():
+                weights = _crc(value, weights)
+        samples = list(zip(batch.samples.tolist(), sums, strict=True))
+        line = stepledger.line(step, samples, loss, weights, skipped)
+        self._file.write(json.dumps(line).encode() + b"\n")
+
+
+def _crc(tensor: Tensor, start: int = 0) -> int:
+    return zlib.crc32(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()), start)
