@@ -15,7 +15,6 @@ from hpc import usage
 from hpc.errors import UserError
 from hpc.experiment import Experiment
 from hpc.rundir import RunDir, read_json, write_bytes, write_json
-from jobs import figures
 from jobs.tasks.classification import DIRECTION, Scores
 from jobs.tracking import Tracker
 
@@ -94,6 +93,8 @@ class Recorder:
         scalars |= {f"validation/{key}": value for key, value in metrics.items()}
         scalars |= {f"speed/{key}_samples_per_second": value for key, value in speed.items() if value}
         self._tracker.scalars(step, {**scalars, "speed/waiting_share": waiting, "epoch": epoch})
+        from jobs import figures  # matplotlib: a resumed run need not wait for it
+
         title = f"validation, epoch {epoch}: accuracy {metrics['accuracy']:.3f} (majority {scores.majority:.3f})"
         figure = figures.confusion_matrix(scores.matrix, self._names, title)
         self._tracker.figure(step, "confusion_matrix/validation", figure)
@@ -107,6 +108,8 @@ class Recorder:
 
     def result(self, step: int, best: dict[str, Any], last: dict[str, Any]) -> None:
         """Figures, then result.json: its presence means that the run is finished."""
+        from jobs import figures
+
         self._tracker.close()
         lines = self._run.read_metrics()
         scores = Scores(np.array(best["matrix"]), best["metrics"]["loss"])

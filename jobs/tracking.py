@@ -12,7 +12,6 @@ import logging
 import re
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
@@ -29,11 +28,16 @@ class Tracker:
     def __init__(self, run: RunDir, generation: int, resumed_step: int) -> None:
         self._run = run
         self._generation = generation
+        self._resumed_step = resumed_step
         self._writer: SummaryWriter | None = None
         self._refused = False
-        self._attempt(lambda: self._open(resumed_step))
 
-    def _open(self, resumed_step: int) -> None:
+    def go_back(self, step: int) -> None:
+        """Take back what was written after `step`."""
+        self.close()
+        self._writer, self._resumed_step = None, step
+
+    def _open(self) -> SummaryWriter:
         folder = self._run.tensorboard
         taken = [int(m[1]) for path in folder.glob("*tfevents*") if (m := re.search(r"tfevents\.(\d+)\.", path.name))]
         if taken and max(taken) > time.time() + _SKEW_S:
@@ -42,35 +46,48 @@ class Tracker:
             while taken and int(time.time()) <= max(taken):
                 time.sleep(0.05)
         # Values of lost steps go; those of the step that was saved stay.
-        purge = resumed_step + 1 if resumed_step else 0
-        self._writer = SummaryWriter(str(folder), purge_step=purge, filename_suffix=f".g{self._generation:03d}")
+        purge = self._resumed_step + 1 if self._resumed_step else 0
+        return SummaryWriter(str(folder), purge_step=purge, filename_suffix=f".g{self._generation:03d}")
 
-    def _attempt(self, write: Callable[[], Any]) -> None:
+    def _write(self, write: Callable[[SummaryWriter], Any]) -> None:
+        """The first one opens the file: training need not wait for the clock's next second."""
+        if self._refused:
+            return
         try:
-            write()
+            if self._writer is None:
+                self._writer = self._open()
+            write(self._writer)
         except OSError as error:
-            if not self._refused:
-                _LOG.warning("TensorBoard events are off for the rest of this attempt: %s", error)
-            self._writer, self._refused = None, True
+            self._refuse(error)
+
+    def _refuse(self, error: OSError) -> None:
+        if not self._refused:
+            _LOG.warning("TensorBoard events are off for the rest of this attempt: %s", error)
+        self._writer, self._refused = None, True
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One value per tag at a step (steps done so far)."""
-        for tag, value in values.items():
-            if (writer := self._writer) is not None:
-                self._attempt(partial(writer.add_scalar, tag, value, step))
+
+        def write(writer: SummaryWriter) -> None:
+            for tag, value in values.items():
+                writer.add_scalar(tag, value, step)
+
+        self._write(write)
 
     def figure(self, step: int, tag: str, figure: Any) -> None:
-        if (writer := self._writer) is not None:
-            self._attempt(partial(writer.add_figure, tag, figure, step))
+        self._write(lambda writer: writer.add_figure(tag, figure, step))
 
     def evaluation(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
-        self._attempt(lambda: append_line(self._run.metrics, {"generation": self._generation, **line}))
+        try:
+            append_line(self._run.metrics, {"generation": self._generation, **line})
+        except OSError as error:
+            self._refuse(error)
 
     def flush(self) -> None:
-        if (writer := self._writer) is not None:
-            self._attempt(writer.flush)
+        if self._writer is not None:
+            self._write(SummaryWriter.flush)
 
     def close(self) -> None:
-        if (writer := self._writer) is not None:
-            self._attempt(writer.close)
+        if self._writer is not None:
+            self._write(SummaryWriter.close)

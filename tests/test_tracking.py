@@ -80,7 +80,9 @@ def test_events_that_were_flushed_survive_a_kill(run: RunDir) -> None:
 
 
 def open_a_second_attempt(folder: str) -> None:
-    Tracker(RunDir(folder), 2, 0).close()
+    tracker = Tracker(RunDir(folder), 2, 0)
+    tracker.scalars(1, {"a": 1.0})
+    tracker.close()
 
 
 def test_a_clock_that_is_ahead_on_another_node_does_not_hold_the_training_up(run: RunDir) -> None:
