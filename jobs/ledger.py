@@ -37,4 +37,4 @@ class StepLedger:
 
 
 def _crc(tensor: Tensor, start: int = 0) -> int:
-    return zlib.crc32(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()), start)
+    return zlib.crc32(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), start)
