@@ -1,0 +1,95 @@
+"""From the start of the process to the first new step of a resumed run: `make bench-restart`. Prints, asserts nothing.
+
+The demo's ResNet with its optimizer state. Beside it, in the same rounds: `import torch` in a process of its own, and
+reading and comparing the checkpoint once. What is left is this project's own share; the goal is 2 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from datasets.writer import VolumeWriter
+from hpc import stepledger
+from hpc.experiment import load
+from hpc.rundir import RunDir
+from hpc.yamlfile import dump
+from jobs import checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RECIPE = ROOT / "jobs" / "recipes" / "t1-patches" / "resnet3d.yaml"
+
+
+def make_run(folder: Path) -> RunDir:
+    """The demo's run, on noise of its size."""
+    draw, data = np.random.default_rng(0), folder / "patches.h5"
+    shape = (1, 24, 24, 24)
+    names = [f"class{number}" for number in range(6)]
+    with VolumeWriter(data, shape=shape, dtype="int16", num_samples=600, class_names=names) as writer:
+        for number in range(600):
+            volume = draw.integers(0, 2000, shape, dtype=np.int16)
+            split = "train" if number < 500 else "validation"
+            writer.add(volume, number % 6, id=f"s{number}", group=f"s{number}", split=split)
+    run = RunDir(folder / "run")
+    run.path.mkdir()
+    experiment, _ = load(RECIPE, [f"data.file={data}", "train.ledger=true", "train.checkpoint_every=1"])
+    run.experiment.write_text(dump(experiment.as_dict()))
+    return run
+
+
+def first_step(run: RunDir, generation: int) -> float:
+    """Seconds from the process's start to the first line of its step ledger; then it is stopped."""
+    environ = {**os.environ, "HPC_GENERATION": str(generation), "PYTHONPATH": str(ROOT)}
+    ledger = stepledger.path(run, generation, 0)
+    start = time.monotonic()
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "jobs.run", str(run.path)], env=environ, stdout=subprocess.DEVNULL
+    ) as process:
+        while not (ledger.exists() and ledger.stat().st_size):
+            if process.poll() is not None:
+                raise SystemExit(f"the run left with {process.returncode}")
+            time.sleep(0.002)
+        took = time.monotonic() - start
+        process.terminate()
+    return took
+
+
+def import_torch() -> float:
+    start = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    return time.monotonic() - start
+
+
+def read_checkpoint(run: RunDir) -> float:
+    start = time.monotonic()
+    found = checkpoint.verify(next(checkpoint.newest_first(run.checkpoints)))
+    found.model(), found.optimizer()
+    return time.monotonic() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    with tempfile.TemporaryDirectory() as name:
+        run = make_run(Path(name))
+        first_step(run, 1)
+        table = [(first_step(run, 2 + n), import_torch(), read_checkpoint(run)) for n in range(rounds)]
+    start, torch_only, reading = (statistics.median(column) for column in zip(*table, strict=True))
+    rest = statistics.median(total - imported - read for total, imported, read in table)
+    print(f"start to first new step   {start:6.2f} s")
+    print(f"import torch              {torch_only:6.2f} s")
+    print(f"read the checkpoint once  {reading:6.3f} s")
+    print(f"the rest                  {rest:6.2f} s   (goal: 2 s)")
+
+
+if __name__ == "__main__":
+    main()
