@@ -286,6 +286,15 @@ def cancel(*jobs: str) -> None:
         raise UserError(f"scancel {' '.join(jobs[:_SHOWN])}{' ...' if len(jobs) > _SHOWN else ''}: {_words(result)}")
 
 
+def send(job: str, signal_name: str) -> None:
+    """A signal to the tasks of a running job, as a preemption with grace sends it: its batch shell hears nothing.
+
+    KILL goes to the first step of the attempt: of the job as a whole it would be a cancellation. Raises SlurmError.
+    """
+    target = f"{job}.0" if signal_name == signal.SIGKILL.name else job
+    _ask("scancel", f"--signal={signal_name}", target)
+
+
 def release(*jobs: str) -> None:
     """Let held jobs start. Raises SlurmError."""
     _ask("scontrol", "release", ",".join(jobs))
