@@ -1,48 +1,51 @@
 """Checkpoints: one folder per save, complete when its manifest is there and its sums fit; no pickle is ever loaded.
 
-Weights are safetensors, the optimizer's state loads with weights_only=True, all else is JSON. Order of writes: a
-temporary folder in the same parent, each file written and fsync'd, the manifest last, fsync, rename, fsync the parent.
-Readers trust no link: they take the newest folder whose sums fit and quarantine the others.
+Tensors are safetensors, all else is JSON. Order of writes: a temporary folder in the same parent, each file written and
+fsync'd, the manifest last, fsync, rename, fsync the parent. A file whose fsync failed is lost: nothing is built on it.
+Readers trust no link: they take the newest folder whose sums fit and quarantine the others. Every byte is read once:
+what was verified is what is loaded. All storage calls are plain `os.` functions: the fault tests make each one fail.
 """
+# ruff: noqa: PTH102, PTH104, PTH108, PTH116
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
-import shutil
 import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
+from hpc.errors import UserError
 from hpc.rundir import fsync_folder
+from jobs import durable, tensorfile
+from jobs.durable import Damaged, StorageError
 
-_MODEL, _OPTIMIZER, _STATE, _MANIFEST = "model.safetensors", "optimizer.pt", "state.json", "manifest.json"
-_FORMAT = 1
+__all__ = ["Checkpoint", "Damaged", "Snapshot", "StorageError", "load_newest", "name_of", "newest_first", "verify"]
+
+_MODEL, _OPTIMIZER, _STATE, _MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+_FORMAT = 2
 _NAME = re.compile(r"g(\d{3,})-s(\d{8,})")
-
-
-class StorageError(OSError):
-    """A checkpoint could not be written or read; the older ones are as they were."""
-
-
-class Damaged(ValueError):
-    """A checkpoint whose bytes are not those that were written; the message says which file and how."""
+_ASIDE, _TRASH = re.compile(r"\.g\d{3,}-s\d{8,}\.\d+"), re.compile(r"\.trash-.+")
+_LARGEST_MANIFEST = 64 << 20
+_SUM_AT = b'{\n "sum": "'
+_NO_SUM = b"00000000"
+_REASON = "reason.txt"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose sums have been compared."""
+    """A folder whose bytes are in memory and have been compared with their sums."""
 
     path: Path
     manifest: dict[str, Any]
+    _contents: dict[str, Tensor] = field(repr=False)
 
     @property
     def name(self) -> str:
@@ -53,13 +56,32 @@ class Checkpoint:
         return int(self.manifest["step"])
 
     def model(self) -> dict[str, Tensor]:
-        return safetensors.torch.load_file(self.path / _MODEL)
+        """The weights as views of this checkpoint's memory: `load_state_dict` copies them."""
+        return self._tensors(_MODEL)
 
     def optimizer(self) -> dict[str, Any]:
-        return dict(torch.load(self.path / _OPTIMIZER, weights_only=True, map_location="cpu"))
+        """A state_dict with memory of its own: an optimizer keeps the tensors that it loads."""
+        tensors = {key: value.clone() for key, value in self._tensors(_OPTIMIZER).items()}
+        try:
+            return dict(tensorfile.together(self._state()["optimizer"], tensors))
+        except (ValueError, TypeError, KeyError) as error:
+            raise Damaged(f"{self.name}: {_STATE} is not what a checkpoint holds ({error})") from None
 
     def state(self) -> dict[str, Any]:
-        return dict(json.loads((self.path / _STATE).read_text()))
+        return dict(self._state()["state"])
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        try:
+            return tensorfile.read(self._contents[name])
+        except ValueError as error:
+            raise Damaged(f"{self.name}: {name} is not what a checkpoint holds ({error})") from None
+
+    def _state(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self._contents[_STATE].numpy().tobytes())
+            return {"state": dict(content["state"]), "optimizer": dict(content["optimizer"])}
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise Damaged(f"{self.name}: {_STATE} is not what a checkpoint holds ({error})") from None
 
 
 def name_of(generation: int, step: int) -> str:
@@ -67,109 +89,196 @@ def name_of(generation: int, step: int) -> str:
     return f"g{generation:03d}-s{step:08d}"
 
 
+# Writing.
+
+
+class Snapshot:
+    """What one save writes, in memory that the next one uses again. Pinned: for tensors on a GPU."""
+
+    def __init__(self, pinned: bool = False) -> None:
+        self.pages = tensorfile.Pages(pinned)
+        self.name, self.step = "", 0
+        self._state, self._about = b"", {}  # type: bytes, dict[str, Any]
+
+    def take(
+        self,
+        generation: int,
+        step: int,
+        model: Mapping[str, Tensor],
+        optimizer: Mapping[str, Any],
+        state: Mapping[str, Any],
+        facts: Mapping[str, Any],
+    ) -> Snapshot:
+        """Copy all of it; the caller may go on changing it. `facts` go into the manifest, `state` beside the weights.
+
+        Raises TypeError for what is neither a tensor nor JSON.
+        """
+        moments: dict[str, Tensor] = {}
+        plain = tensorfile.apart(dict(optimizer), moments)
+        self._state = json.dumps({"state": state, "optimizer": plain}).encode()
+        self._about = json.loads(json.dumps({"format": _FORMAT, "generation": generation, "step": step, **facts}))
+        self.pages.fill({_MODEL: model, _OPTIMIZER: moments})
+        self.name, self.step = name_of(generation, step), step
+        return self
+
+    def write(self, folder: Path, attempt: int = 0, before_commit: Callable[[], None] = lambda: None) -> Path:
+        """One try, under a temporary name that no other try has; `before_commit` may raise to leave nothing behind.
+
+        Raises OSError; then there is no checkpoint of this name.
+        """
+        aside, final = folder / f".{self.name}.{attempt}", folder / self.name
+        durable.make_folder(folder)
+        durable.remove_all(folder, _ASIDE)
+        if os.path.lexists(final):  # a rename that may not last, and could not be taken back
+            _take_back(final)
+        try:
+            os.mkdir(aside, 0o700)
+            files = {name: durable.write(aside / name, content) for name, content in self._files()}
+            manifest = _with_sum({**self._about, "files": files})
+            durable.write(aside / _MANIFEST, memoryview(manifest))
+            fsync_folder(aside)
+            before_commit()
+            os.rename(aside, final)
+        except BaseException:
+            durable.remove_quietly(aside)
+            raise
+        try:
+            fsync_folder(folder)
+        except OSError:
+            with suppress(OSError):
+                _take_back(final)
+            raise
+        return final
+
+    def _files(self) -> Iterator[tuple[str, memoryview]]:
+        yield from self.pages.files.items()
+        yield _STATE, memoryview(self._state)
+
+
+def _take_back(final: Path) -> None:
+    """A rename that may not last is none: the name is free for the next try."""
+    trash = final.with_name(f".trash-{final.name}")
+    durable.remove_quietly(trash)
+    os.rename(final, trash)
+    durable.remove_quietly(trash)
+
+
 def save(
     folder: Path,
     generation: int,
     step: int,
-    model: dict[str, Tensor],
-    optimizer: dict[str, Any],
-    state: dict[str, Any],
-    facts: dict[str, Any],
+    model: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    state: Mapping[str, Any],
+    facts: Mapping[str, Any],
 ) -> Path:
-    """Write one checkpoint; `facts` (world size, fingerprints) go into the manifest. Raises StorageError."""
+    """Write one checkpoint at once, from new memory. Raises StorageError."""
     final = folder / name_of(generation, step)
     if final.exists():
         return final
-    aside = folder / f".{final.name}.{os.getpid()}"
     try:
-        aside.mkdir(parents=True)
-        buffer = io.BytesIO()
-        torch.save(optimizer, buffer)
-        files = {
-            _MODEL: _write(aside / _MODEL, safetensors.torch.save(_apart(model))),
-            _OPTIMIZER: _write(aside / _OPTIMIZER, buffer.getbuffer()),
-            _STATE: _write(aside / _STATE, json.dumps(state).encode()),
-        }
-        manifest = {"format": _FORMAT, "generation": generation, "step": step, **facts, "files": files}
-        _write(aside / _MANIFEST, json.dumps({**manifest, "sum": _sum(manifest)}, indent=1).encode())
-        fsync_folder(aside)
-        aside.rename(final)
-        fsync_folder(folder)
+        return Snapshot().take(generation, step, model, optimizer, state, facts).write(folder)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise StorageError(error.errno, f"checkpoint not written: {error.strerror}", str(final)) from error
-    return final
+        raise durable.storage_error(f"checkpoint {final} not written", error) from error
 
 
-def _apart(model: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, each in memory of its own: safetensors refuses tied weights and views of one tensor."""
-    weights: dict[str, Tensor] = {}
-    taken: set[int] = set()
-    for key, value in model.items():
-        weight = value.detach().cpu().contiguous()
-        storage = weight.untyped_storage().data_ptr()
-        weights[key] = weight.clone() if storage in taken else weight
-        taken.add(storage)
-    return weights
+def _with_sum(manifest: dict[str, Any]) -> bytes:
+    """The manifest's text; its first entry is the sum of the text with zeros in the sum's place."""
+    text = json.dumps({"sum": _NO_SUM.decode(), **manifest}, indent=1).encode()
+    return _SUM_AT + f"{zlib.crc32(text):08x}".encode() + text[len(_SUM_AT) + len(_NO_SUM) :]
 
 
-def _write(path: Path, content: bytes | memoryview) -> dict[str, int]:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"size": len(content), "crc32": zlib.crc32(content)}
-
-
-def _sum(manifest: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
+# Reading.
 
 
 def verify(path: Path) -> Checkpoint:
-    """Read every byte and compare. Raises Damaged."""
+    """Read every byte once and compare. Raises Damaged; UserError for one that others could have written."""
+    manifest, files = _manifest(path)
+    contents = {}
+    for name, claimed in files.items():
+        with durable.opened(path, name) as descriptor:
+            durable.check_size(path, name, claimed, descriptor)
+            contents[name] = torch.empty(claimed["size"], dtype=torch.uint8)
+            durable.compare(path, name, claimed, descriptor, contents[name].numpy().data)
+    return Checkpoint(path, manifest, contents)
+
+
+def readable(path: Path, cancelled: Callable[[], bool] = lambda: False) -> bool:
+    """Whether the disk gives back every byte, in little memory; of no worth when `cancelled` meanwhile."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-        claimed = manifest.pop("sum")
-        if claimed != _sum(manifest) or manifest["format"] != _FORMAT:
-            raise ValueError("its own sum does not fit")
-        expected = name_of(int(manifest["generation"]), int(manifest["step"]))
-        # Our own names: a manifest's entry never chooses a path.
-        files = {name: dict(manifest["files"][name]) for name in (_MODEL, _OPTIMIZER, _STATE)}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
-        raise Damaged(f"{path.name}: {_MANIFEST} is missing or damaged ({error})") from None
+        for name, claimed in _manifest(path)[1].items():
+            with durable.opened(path, name) as descriptor:
+                durable.check_size(path, name, claimed, descriptor)
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)  # the disk's bytes, not the page cache's
+                durable.compare(path, name, claimed, descriptor, None, cancelled)
+    except (Damaged, UserError):
+        return False
+    return True
+
+
+def _manifest(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The manifest and its entries of our own files: an entry never chooses a path."""
+    try:
+        durable.refuse_foreign(path.parent, os.stat(path.parent))
+        durable.refuse_foreign(path, os.lstat(path))
+    except OSError as error:
+        raise durable.fault(path, _MANIFEST, error) from None
+    with durable.opened(path, _MANIFEST) as descriptor:
+        try:
+            text = bytearray(min(os.fstat(descriptor).st_size, _LARGEST_MANIFEST))
+            durable.fill(memoryview(text), descriptor, 0)
+            end = len(_SUM_AT) + len(_NO_SUM)
+            claimed, text[len(_SUM_AT) : end] = bytes(text[len(_SUM_AT) : end]), _NO_SUM
+            if claimed != f"{zlib.crc32(text):08x}".encode():
+                raise ValueError("its own sum does not fit")
+            manifest = json.loads(text)
+            del manifest["sum"]
+            if manifest.pop("format") != _FORMAT:
+                raise ValueError(f"only format {_FORMAT} is read")
+            expected = name_of(int(manifest["generation"]), int(manifest["step"]))
+            files = {name: dict(manifest["files"][name]) for name in (_MODEL, _OPTIMIZER, _STATE)}
+            for entry in files.values():
+                blocks = len(range(0, entry["size"], durable.BLOCK))
+                if len(entry["crc32"]) != blocks or not all(isinstance(part, int) for part in entry["crc32"]):
+                    raise ValueError("its sums are not one for each block")
+        except OSError as error:
+            raise durable.fault(path, _MANIFEST, error) from None
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+            raise Damaged(f"{path.name}: {_MANIFEST} is damaged ({error})") from None
     if path.name != expected:
         raise Damaged(f"{path.name}: its manifest belongs to {expected}")
-    for name, claimed in files.items():
-        _compare(path, name, claimed)
-    return Checkpoint(path, manifest)
+    return manifest, files
 
 
-def _compare(path: Path, name: str, claimed: dict[str, int]) -> None:
-    try:
-        crc, size = 0, 0
-        with (path / name).open("rb") as file:
-            while block := file.read(1 << 22):
-                crc, size = zlib.crc32(block, crc), size + len(block)
-    except OSError as error:
-        raise Damaged(f"{path.name}: {name} cannot be read ({error.strerror})") from None
-    if size != claimed.get("size"):
-        raise Damaged(f"{path.name}: {name} has {size} bytes, not {claimed.get('size')}")
-    if crc != claimed.get("crc32"):
-        raise Damaged(f"{path.name}: {name} has changed since it was written (CRC-32)")
+# The folder of all of them.
 
 
 def newest_first(folder: Path) -> Iterator[Path]:
     """Finished checkpoint folders by (generation, step), the newest first."""
-    found = [(match, path) for path in folder.glob("g*") if (match := _NAME.fullmatch(path.name)) and path.is_dir()]
-    for _, path in sorted(found, key=lambda pair: tuple(int(part) for part in pair[0].groups()), reverse=True):
-        yield path
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if _NAME.fullmatch(entry.name) and entry.is_dir()]
+    except FileNotFoundError:
+        return
+    for name in sorted(names, key=_order, reverse=True):
+        yield folder / name
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint by its folder's name."""
+    return _order(name)[1]
+
+
+def _order(name: str) -> tuple[int, int]:
+    found = _NAME.fullmatch(name)
+    return (int(found[1]), int(found[2])) if found else (-1, -1)
 
 
 def load_newest(folder: Path, quarantine: Path, keep_bad: bool = False) -> Checkpoint | None:
     """The newest checkpoint whose sums fit; None when there never was one.
 
     A bad one moves to `quarantine` with its reason (not with `keep_bad`, for readers beside a live job). When some
-    exist but none is good, raises Damaged: a run never starts afresh in silence.
+    exist but none is good, raises Damaged: a run never starts afresh in silence. UserError and StorageError: as verify.
     """
     reasons = []
     for path in newest_first(folder):
@@ -178,8 +287,8 @@ def load_newest(folder: Path, quarantine: Path, keep_bad: bool = False) -> Check
         except Damaged as reason:
             reasons.append(str(reason))
             if not keep_bad:
-                _quarantine(path, quarantine, str(reason))
-    past = sorted(path.name for path in quarantine.glob("g*")) if quarantine.is_dir() else []
+                set_aside(path, quarantine, str(reason))
+    past = [path.name for path in newest_first(quarantine)]
     if reasons or past:
         raise Damaged(
             f"no good checkpoint in {folder} ({'; '.join(reasons) or f'{len(past)} in {quarantine}'}): restore one "
@@ -188,34 +297,57 @@ def load_newest(folder: Path, quarantine: Path, keep_bad: bool = False) -> Check
     return None
 
 
-def _quarantine(path: Path, quarantine: Path, reason: str) -> None:
-    quarantine.mkdir(exist_ok=True)
+def set_aside(path: Path, quarantine: Path, reason: str) -> None:
+    """Move a checkpoint to `quarantine`, with the reason."""
+    durable.make_folder(quarantine)
     target, count = quarantine / path.name, 1
-    while target.exists():  # one brought back from a copy has gone bad again
+    while os.path.lexists(target):  # one brought back from a copy has gone bad again
         count += 1
         target = quarantine / f"{path.name}.{count}"
-    path.rename(target)
-    (target / "reason.txt").write_text(reason + "\n")
+    os.rename(path, target)
+    with suppress(FileNotFoundError):
+        os.unlink(target / _REASON)
+    durable.write(target / _REASON, memoryview(f"{reason}\n".encode()))
     fsync_folder(quarantine)
+    fsync_folder(path.parent)
 
 
-def prune(folder: Path, keep: int, protect: set[str]) -> None:
-    """Delete all but the newest `keep` verified ones and those named; only once the newest has been read back."""
-    kept = 0
-    for path in list(newest_first(folder)):
+def prune(
+    folder: Path,
+    keep: int,
+    protect: set[str],
+    keeps: Callable[[int], bool] = lambda step: False,
+    verified: set[str] | None = None,
+    before_delete: Callable[[], None] = lambda: None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> None:
+    """Delete all but the newest `keep` verified ones, the names in `protect`, and the steps that `keeps` is true of.
+
+    Those in `verified` are not read again; those read here are added. Raises OSError.
+    """
+    verified = set() if verified is None else verified
+    kept, doomed = 0, []
+    for path in newest_first(folder):
         if kept < keep:
-            try:
-                verify(path)
+            good = path.name in verified or readable(path, cancelled)
+            if cancelled():
+                return
+            if good:
+                verified.add(path.name)
                 kept += 1
-            except Damaged:
-                continue  # for the reader that quarantines it; it counts for nothing here
-        elif path.name not in protect:
-            trash = path.with_name(f".trash-{path.name}")
-            path.rename(trash)
-            shutil.rmtree(trash, ignore_errors=True)
+        elif path.name not in protect and not keeps(_order(path.name)[1]):
+            doomed.append(path)
+    durable.remove_all(folder, _TRASH)
+    if not doomed:
+        return
+    before_delete()
+    for path in doomed:
+        os.rename(path, path.with_name(f".trash-{path.name}"))
+    fsync_folder(folder)  # or a power cut could leave their names and not their files
+    durable.remove_all(folder, _TRASH)
 
 
 def sweep(folder: Path) -> None:
     """Remove what a killed writer left aside; called by the holder of the run's lease, before its first save."""
-    for path in folder.glob(".*"):
-        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        durable.remove_all(folder, re.compile(f"{_ASIDE.pattern}|{_TRASH.pattern}"))
