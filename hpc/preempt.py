@@ -60,6 +60,11 @@ class StopFlag:
         if os.getpid() == self._pid and not self._signal:
             self._signal, self.received = int(number), time.time()
 
+    def notice(self) -> None:
+        """As if the notice of the time limit had come."""
+        if not self._signal:
+            self._signal, self.received = int(NOTICE), time.time()
+
     @property
     def cause(self) -> str | None:
         """Name of the first signal, or None."""

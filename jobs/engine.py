@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hpc.allocation import Allocation
+from jobs import rendezvous
+
+_MEET_S = 600
+"""Until all ranks have come; nodes may start minutes apart."""
 
 
 class BadNode(RuntimeError):
@@ -37,20 +41,35 @@ def choose_device(wanted: str, allocation: Allocation) -> torch.device:
     return torch.device("cpu")
 
 
+def _usable(cpus: int) -> int:
+    """As many threads as the task has cores: the sums of a kernel depend on their number."""
+    usable = len(os.sched_getaffinity(0))
+    return min(cpus, usable) if cpus else usable
+
+
 class Engine:
     """One rank of a data-parallel job; with one task the collectives do nothing.
 
     Reductions of control values and of counts go through gloo on the CPU, gradients through NCCL where there is CUDA.
     """
 
-    def __init__(self, allocation: Allocation, device: torch.device, deterministic: bool) -> None:
+    def __init__(
+        self, allocation: Allocation, device: torch.device, deterministic: bool, token: str, threads: int = 0
+    ) -> None:
+        """`token` names the run and its attempt: ranks of others are not let in. `threads`: of torch, 0 for its cores.
+
+        Raises RendezvousError where the ranks do not find each other.
+        """
+        self.allocation = allocation
         self.rank = allocation.rank
         self.world_size = allocation.world_size
         self.device = device
         self.is_main = allocation.rank == 0
         self._deterministic = deterministic
         self._control: Any = None  # the default group
-        self._set_threads(allocation.cpus_per_task)
+        torch.set_num_threads(threads or _usable(allocation.cpus_per_task))
+        self.store: Any = None
+        """The TCPStore at which the ranks have met; None with one rank."""
         if deterministic and device.type == "cuda":
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
@@ -58,18 +77,12 @@ class Engine:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if self.world_size > 1:
-            self._connect(allocation)
+            self._connect(allocation, token)
 
-    @staticmethod
-    def _set_threads(cpus: int) -> None:
-        """As many threads as the task has cores: the sums of a kernel depend on their number."""
-        usable = len(os.sched_getaffinity(0))
-        torch.set_num_threads(min(cpus, usable) if cpus else usable)
-
-    def _connect(self, allocation: Allocation) -> None:
-        url = f"tcp://{allocation.master_addr}:{allocation.master_port}"
+    def _connect(self, allocation: Allocation, token: str) -> None:
+        self.store = rendezvous.connect(allocation, token, _MEET_S)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=url, rank=self.rank, world_size=self.world_size)
+        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world_size)
         if backend == "nccl":
             self._control = dist.new_group(backend="gloo")
 

@@ -63,7 +63,7 @@ def evaluate(run: RunDir, split: str, wanted: str) -> tuple[str, Scores, list[st
             counts.add(outputs, batch.targets, task.loss(outputs, batch.targets))
             scores.append(outputs.softmax(1).cpu().numpy())
             samples.append(batch.samples.cpu().numpy())
-    result = Scores(counts.matrix.cpu().numpy(), float(counts.loss) / int(counts.matrix.sum()))
+    result = Scores(counts.matrix.cpu().numpy(), counts.total_loss() / int(counts.matrix.sum()))
     order = np.concatenate(samples)
     volumes, names = parts.volumes, list(parts.volumes.class_names)
     buffer = io.BytesIO()

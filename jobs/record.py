@@ -20,6 +20,8 @@ from jobs.tracking import Tracker
 
 _LOG = logging.getLogger(__name__)
 _STATE_EVERY_S = 1.0
+_FEW = 20
+"""Names of samples in one record."""
 
 
 class Recorder:
@@ -57,12 +59,35 @@ class Recorder:
         """One optimizer step, over all ranks."""
         self._tracker.scalars(step, {"step/loss": loss, "step/accuracy": accuracy, "step/learning_rate": rate})
 
+    def skipped(self, step: int, samples: Sequence[str]) -> None:
+        """A step whose loss or gradient was not finite on some rank: the weights are as before it."""
+        self.event("skipped", step=step, samples=list(samples)[:_FEW])
+        _LOG.warning("step %d is skipped: its loss or gradient is not finite", step)
+
+    def spike(self, step: int, loss: float) -> None:
+        self.event("loss-spike", step=step, loss=loss)
+        _LOG.warning("the loss jumped to %.4g at step %d", loss, step)
+
+    def roll_back(self, left: int, step: int, passed_over: Sequence[int]) -> None:
+        """The run has gone back to a checkpoint: what was written after its step is taken back."""
+        self._tracker.go_back(step)
+        self.event("rollback", step=step, left=left, passed_over=list(passed_over))
+        _LOG.warning("went back from step %d to %d; passed over from there: %s", left, step, list(passed_over))
+
     def state(self, phase: str, step: int, best: dict[str, Any] | None, force: bool = False) -> None:
         """Progress in state.json, once a second or when forced. Raises UserError when the lease was lost."""
         now = time.monotonic()
         if not force and now - self._written_at < _STATE_EVERY_S:
             return
         self._written_at = now
+        held = self.hold()
+        progress = {"phase": phase, "step": step, "epoch": step // self._per_epoch, "steps": self._total}
+        monitored = {"monitor": self._monitor, "best": _without_matrix(best or {})}
+        state = {**held, **progress, **monitored, "time": round(time.time(), 3)}
+        self._quietly(partial(write_json, self._run.state, state))
+
+    def hold(self) -> dict[str, Any]:
+        """state.json, while this attempt holds the run. Raises UserError when the lease was lost."""
         held = read_json(self._run.state)
         if held.get("generation", self._generation) != self._generation:
             raise UserError(
@@ -70,10 +95,7 @@ class Recorder:
             )
         if held.get("phase") in ("ended", "stopped"):
             raise UserError(f"{self._run.name}: its batch script has ended this attempt; nothing more is written")
-        progress = {"phase": phase, "step": step, "epoch": step // self._per_epoch, "steps": self._total}
-        monitored = {"monitor": self._monitor, "best": _without_matrix(best or {})}
-        state = {**held, **progress, **monitored, "time": round(time.time(), 3)}
-        self._quietly(partial(write_json, self._run.state, state))
+        return held
 
     def evaluation(
         self, step: int, scores: Scores, train: dict[str, float], speed: dict[str, float], waiting: float

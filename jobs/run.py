@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING
 
 from hpc.preempt import ExitCode, StopFlag
 
@@ -18,6 +21,12 @@ from hpc.experiment import Experiment, load  # noqa: E402
 from hpc.rundir import RunDir  # noqa: E402
 from hpc.sampler import Sampler  # noqa: E402
 from jobs import step  # noqa: E402
+
+if TYPE_CHECKING:  # torch is imported late: a signal in the warm-up must be heard
+    from jobs.train import Trainer
+
+_BUILD_LIMIT_S = 1800.0
+"""Silence that is no hang while model and data are made and a checkpoint is read."""
 
 
 def run(path: str) -> ExitCode:
@@ -35,7 +44,7 @@ def run(path: str) -> ExitCode:
         if allocation.local_rank == 0 and (faults := _look_at_node(experiment, allocation)):
             return _leave_node(folder, allocation, "; ".join(faults))
     except UserError as error:
-        return _fail(error, ExitCode.BAD_INPUT)
+        return _fail(folder, allocation, error, ExitCode.BAD_INPUT)
     if allocation.local_rank:
         return _train(folder, experiment, allocation)
     sampler = Sampler(folder, allocation, _asked(experiment)).start()
@@ -78,39 +87,67 @@ def _train(folder: RunDir, experiment: Experiment, allocation: Allocation, sampl
     import torch
 
     from jobs.checkpoint import Damaged
-    from jobs.engine import BadNode, Engine, choose_device
-    from jobs.train import Stopped, Trainer, wants_determinism
+    from jobs.engine import BadNode
+    from jobs.rendezvous import RendezvousError
+    from jobs.train import Diverged, Stopped
 
+    fail = partial(_fail, folder, allocation)
     try:
-        device = choose_device(experiment.train.device, allocation)
-        engine = Engine(allocation, device, wants_determinism(experiment, device))
-        trainer = Trainer(folder, experiment, engine, _FLAG, allocation.generation)
-        trainer.resume()
+        trainer: Trainer = _build(folder, experiment, allocation)
         if trainer.recorder and sampler:
             trainer.recorder.sample_usage = sampler.update
+    except (Damaged, OSError) as error:
+        return fail(error, ExitCode.STORAGE)
     except (UserError, ValueError) as error:
-        return _fail(error, ExitCode.STORAGE if isinstance(error, Damaged) else ExitCode.BAD_INPUT)
+        return fail(error, ExitCode.BAD_INPUT)
+    except RendezvousError as error:
+        return fail(error, ExitCode.CRASH)
     except BadNode as error:
         if torch.version.cuda is None:  # so it would be on every node
-            return _fail(UserError(f"{error}: this torch was built without CUDA"), ExitCode.BAD_INPUT)
+            return fail(UserError(f"{error}: this torch was built without CUDA"), ExitCode.BAD_INPUT)
         return _leave_node(folder, allocation, str(error).removeprefix(f"{allocation.node}: "))
     try:
         trainer.fit()
     except Stopped:
         return ExitCode.STOPPED
     except OSError as error:
-        return _fail(error, ExitCode.STORAGE)
-    except FloatingPointError as error:
-        return _fail(error, ExitCode.CRASH)
+        return fail(error, ExitCode.STORAGE)
+    except Diverged as error:
+        return fail(error, ExitCode.CRASH, retry=False)
     except UserError as error:
-        return _fail(error, ExitCode.BAD_INPUT)
-    engine.barrier()
-    engine.close()
+        return fail(error, ExitCode.BAD_INPUT)
+    trainer.engine.barrier()
+    trainer.close()
     return ExitCode.DONE
 
 
-def _fail(error: Exception, code: ExitCode) -> ExitCode:
+def _build(folder: RunDir, experiment: Experiment, allocation: Allocation) -> Trainer:
+    """A trainer at the step where the run goes on, its watchdog awake."""
+    from jobs import virtual
+    from jobs.engine import Engine, choose_device
+    from jobs.train import Trainer, wants_determinism
+    from jobs.watchdog import Peers, Watchdog
+
+    device = choose_device(experiment.train.device, allocation)
+    threads = virtual.THREADS if experiment.train.deterministic == "layout" and device.type == "cpu" else 0
+    token = f"{folder.name} {allocation.generation}"
+    engine = Engine(allocation, device, wants_determinism(experiment, device), token, threads)
+    peers = Peers(engine.store, allocation) if engine.store else None
+    watchdog = Watchdog(folder, allocation, experiment.train.hang_after, peers).start()
+    with watchdog.phase("build", _BUILD_LIMIT_S):
+        trainer = Trainer(folder, experiment, engine, _FLAG, watchdog)
+        trainer.resume()
+    return trainer
+
+
+def _fail(
+    folder: RunDir, allocation: Allocation, error: Exception, code: ExitCode, retry: bool | None = None
+) -> ExitCode:
+    """Say why, to the user and to the batch script's tail; `retry` False: another attempt would be in vain."""
     print(error, file=sys.stderr)
+    word = {} if retry is None else {"retry": retry}
+    with suppress(OSError):  # a full disk
+        folder.event("failed", f"rank{allocation.rank}", allocation.generation, reason=str(error), **word)
     return code
 
 

@@ -21,36 +21,54 @@ from hpc.errors import UserError
 from hpc.experiment import Experiment
 from hpc.preempt import StopFlag
 from hpc.rundir import RunDir
-from jobs import check, checkpoint
+from jobs import check, checkpoint, rollback
 from jobs.engine import Engine
+from jobs.guards import LossGuard, SpikeDetector, Verdict
 from jobs.ledger import StepLedger
 from jobs.optimize import build_optimizer, learning_rate
+from jobs.passes import make_passes
 from jobs.record import Recorder
+from jobs.saving import Saver, estimated_bytes, room
+from jobs.schedule import Schedule
 from jobs.setup import Parts, prepare
-from jobs.tasks.classification import DIRECTION, Classification, Counts, Scores
+from jobs.tasks.classification import DIRECTION, Classification, Counts, Scores, total
 from jobs.update import Updater
+from jobs.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
 _FLUSH_STEPS = 10
+_SAVE_LIMIT_S, _EVALUATION_LIMIT_S = 1800.0, 600.0
+"""Silence that is no hang while saving, and between two batches of an evaluation."""
 
 
 class Stopped(Exception):
     """All ranks agreed to stop, and what was done is saved."""
 
 
+class Diverged(RuntimeError):
+    """The loss was not finite again and again: another attempt would meet the same."""
+
+
 class Trainer:
     """One rank's training of one run."""
 
-    def __init__(self, run: RunDir, experiment: Experiment, engine: Engine, flag: StopFlag, generation: int) -> None:
-        self.run, self.experiment, self.engine, self.flag, self.generation = run, experiment, engine, flag, generation
+    def __init__(
+        self, run: RunDir, experiment: Experiment, engine: Engine, flag: StopFlag, watchdog: Watchdog | None = None
+    ) -> None:
+        self.run, self.experiment, self.engine, self.flag = run, experiment, engine, flag
+        self.generation = engine.allocation.generation
+        self.watchdog = watchdog or Watchdog(run, engine.allocation, experiment.train.hang_after)  # asleep
         self.settings = experiment.train
         self.parts: Parts = prepare(experiment)
         self.deterministic = wants_determinism(experiment, engine.device)
         self._build()
         self.step = 0
         self.state: dict[str, Any] = {"evaluated_step": 0, "best": None, "sums": None, "last": None}
+        self.guard, self.spikes = LossGuard(), SpikeDetector()
         self.recorder: Recorder | None = None
-        self._saved_at, self._saved_step = time.monotonic(), -1
+        self.saver: Saver | None = None
+        self.schedule = Schedule(self.settings.checkpoint_every, engine.allocation, self._save_seconds)
+        self._saved_step = -1
 
     def _build(self) -> None:
         settings, engine, data = self.settings, self.engine, self.experiment.data
@@ -76,7 +94,8 @@ class Trainer:
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.rate = learning_rate(settings.scheduler, settings.optimizer.lr, self.total_steps, self.steps_per_epoch)
         classes = self.parts.num_classes
-        self.update = Updater(settings, engine, self.model, self.optimizer, self.task, classes, self.rate)
+        self.passes = make_passes(settings, engine, self.model, self.task, classes)
+        self.update = Updater(self.model, self.optimizer, self.passes, self.rate, settings.clip_norm)
         self.ledger = StepLedger(self.run, self.generation, engine.rank, self.model) if settings.ledger else None
 
     # Where a run goes on.
@@ -96,8 +115,27 @@ class Trainer:
             steps = (self.step, self.total_steps, self.steps_per_epoch)
             names = self.parts.volumes.class_names
             self.recorder = Recorder(self.run, self.experiment, names, self.generation, steps)
+            self._open_saver()
             where = f"goes on from {found.name}" if found else "starts"
             _LOG.info("%s %s at step %d of %d", self.run.name, where, self.step, self.total_steps)
+
+    def _open_saver(self) -> None:
+        """Raises StorageError where there is no room for checkpoints."""
+        assert self.recorder
+        room(self.run.checkpoints, *estimated_bytes(self.model, self.optimizer))
+        epochs = self.settings.keep_every * self.steps_per_epoch
+        self.saver = Saver(
+            self.run.checkpoints,
+            self.generation,
+            keep=self.settings.keep,
+            device=self.engine.device,
+            fence=self.recorder.hold,
+            report=self.recorder.event,
+            keeps=lambda step: bool(epochs) and step % epochs == 0,
+        )
+
+    def _save_seconds(self) -> float | None:
+        return self.saver.slow_s if self.saver else None
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         fingerprint = found.manifest["data"]
@@ -110,6 +148,8 @@ class Trainer:
         self.model.load_state_dict(found.model())
         self.optimizer.load_state_dict(found.optimizer())
         self.step, self.state = found.step, found.state()
+        self.guard = LossGuard.from_state(self.state["guard"])
+        self.spikes = SpikeDetector.from_state(self.state["spikes"])
 
     # The loop.
 
@@ -122,14 +162,23 @@ class Trainer:
             self._save()  # or a kill would have the events show this evaluation twice
         while self.step < self.total_steps:
             self._begin_epoch()
-            self.loader.seek(*divmod(self.step, self.steps_per_epoch))
-            for batch in self.loader:
-                self._train_step(batch)
-                self._boundary()
-            self._finish_epoch()
-        self._save()
+            if self._train_epoch():
+                self._finish_epoch()
+        if self.state["best"] is None:
+            raise Diverged(f"the validation loss was never finite in {self.settings.epochs} epochs")
+        self._save(wait=True)
         if self.recorder:
             self.recorder.result(self.step, self.state["best"], self.state["last"])
+
+    def _train_epoch(self) -> bool:
+        """The rest of the epoch; False where the run has gone back to a checkpoint instead."""
+        self.loader.seek(*divmod(self.step, self.steps_per_epoch))
+        for batch in self.loader:
+            if self._train_step(batch) is Verdict.ROLL_BACK:
+                self._roll_back()
+                return False
+            self._boundary()
+        return True
 
     def _begin_epoch(self) -> None:
         self.counts = Counts(self.parts.num_classes, self.engine.device)
@@ -143,15 +192,49 @@ class Trainer:
         self._waited_before = self.loader.waited
         self._aside = 0.0
 
-    def _train_step(self, batch: Batch) -> None:
-        counts, bad = self.update.gradients(batch, self.step)
-        self.update.apply()
-        self.step += 1
+    def _train_step(self, batch: Batch) -> Verdict:
+        """One optimizer step, or none where a loss is not finite on any rank. Raises Diverged."""
+        step, counts, verdict = self.step + 1, self.passes.counts(), Verdict.SKIP
+        if not self.guard.skipped(step):
+            counts, bad = self.update.gradients(batch, self.step)
+            verdict = self.guard.verdict(step, bool(self.engine.max([bad])[0]))
+            self.update.apply() if verdict is Verdict.OK else self.update.drop()
         if self.ledger:
-            self.ledger.write(self.step, batch, float(counts.loss), skipped=bad)
-        self.pending.append((self.step, counts))
+            self.ledger.write(step, batch, counts.total_loss(), skipped=verdict is not Verdict.OK)
+        if verdict is not Verdict.OK:
+            counts = self.passes.counts()
+            if self.recorder:
+                self.recorder.skipped(step, self._ids(batch))
+        if verdict is Verdict.STOP:
+            raise Diverged(self.guard.reason(self._ids(batch)))
+        self.step = step
+        self.pending.append((step, counts))
         if len(self.pending) >= _FLUSH_STEPS:
             self._flush()
+        return verdict
+
+    def _ids(self, batch: Batch) -> list[str]:
+        return [str(self.parts.volumes.ids[sample]) for sample in batch.samples.tolist()]
+
+    def _roll_back(self) -> None:
+        """Load a checkpoint from before the bad steps, and pass over these from there. Raises Diverged without one."""
+        self._flush()
+        guard, left = self.guard, self.step
+        if self.saver:
+            self.saver.close()
+        self.engine.barrier()  # the same checkpoints for all
+        found = rollback.choose(self.run.checkpoints, guard)
+        if found is None:
+            raise Diverged(f"{guard.reason()}; there is no checkpoint to go back to")
+        self.engine.barrier()  # all have read what is about to be moved
+        if self.engine.is_main:
+            rollback.take_back(self.run.checkpoints, self.run.quarantine, found.step)
+        self._restore(found)
+        self.guard = guard
+        passed_over = guard.roll_back(found.step)
+        if self.recorder:
+            self.recorder.roll_back(left, found.step, passed_over)
+            self._open_saver()
 
     def _flush(self) -> None:
         """Sum the last steps over the ranks, log them, and add them to the epoch's sums."""
@@ -163,22 +246,23 @@ class Trainer:
         self.pending = []
         for step, matrix, loss in zip(steps, matrices, losses, strict=True):
             samples = int(matrix.sum())
-            mean = float(loss) / samples
-            if not math.isfinite(mean):
-                raise FloatingPointError(
-                    f"the loss is {mean} at step {step}: lower train.optimizer.lr, or set train.clip_norm"
-                )
-            accuracy = float(matrix.trace()) / samples
-            if self.recorder:
-                self.recorder.step(step, mean, accuracy, self.rate(step - 1))
-                self.counts.matrix += matrix.to(self.engine.device)
-                self.counts.loss += loss.to(self.engine.device)
+            if not samples or not self.recorder:  # skipped, or another rank's to tell
+                continue
+            mean = total(loss) / samples
+            self.recorder.step(step, mean, float(matrix.trace()) / samples, self.rate(step - 1))
+            if self.spikes.seen(step, mean):
+                self.recorder.spike(step, mean)
+            self.counts.matrix += matrix.to(self.engine.device)
+            self.counts.loss += total(loss)
         if self.recorder:
             self.recorder.state("training", self.step, self.state["best"])
 
     def _boundary(self, saving: bool = True) -> None:
         """Between two steps, on every rank: stop when any was told to, save when it is time."""
-        due = time.monotonic() - self._saved_at > self.settings.checkpoint_every if self.engine.is_main else False
+        self.watchdog.beat(self.step)
+        due = bool(self.saver and self.schedule.save_due() and not self.saver.busy)
+        if self.saver and self.schedule.ending():
+            self.flag.notice()
 
         def agree(number: int) -> int:
             nonlocal due
@@ -189,19 +273,27 @@ class Trainer:
         cause = self.flag.agree(agree)
         if cause:
             self._stop(cause)
-        if due and saving and not self._evaluation_due():  # at the end of an epoch the save follows the evaluation
+        later = self._evaluation_due() or self.guard.in_streak  # after the evaluation; with weights that are known good
+        if due and saving and not later:
             self._save()
 
     def _stop(self, cause: str) -> None:
         """Save, wait for every rank, leave word in stop.json, then leave together."""
         if self.recorder:
             self.recorder.event("signal", cause=cause, step=self.step, received=self.flag.received)
-        self._save()
+        self._save(wait=True)
         self.engine.barrier()
         if self.recorder:
             self.recorder.stop(self.step, cause)
         self.engine.barrier()
         raise Stopped(cause)
+
+    def close(self) -> None:
+        """Leave the other ranks, and end what runs beside the training."""
+        if self.saver:
+            self.saver.close()
+        self.watchdog.close()
+        self.engine.close()
 
     # The end of an epoch.
 
@@ -216,7 +308,8 @@ class Trainer:
         if self.recorder:
             self.recorder.state("evaluating", self.step, self.state["best"], force=True)
         started = time.monotonic()
-        scores = self.evaluate()
+        with self.watchdog.phase("validation", _EVALUATION_LIMIT_S):
+            scores = self.evaluate()
         speed = {
             "train": steps * self.experiment.data.batch_size / trained if steps else 0.0,
             "validation": scores.samples / (time.monotonic() - started),
@@ -224,32 +317,33 @@ class Trainer:
         waiting = waited / trained if steps else 0.0
         self._judge(scores)
         if self.recorder:
-            seen = Scores(self.counts.matrix.cpu().numpy(), float(self.counts.loss) / int(self.counts.matrix.sum()))
+            trained_on = max(int(self.counts.matrix.sum()), 1)
+            seen = Scores(self.counts.matrix.cpu().numpy(), self.counts.total_loss() / trained_on)
             self.recorder.evaluation(self.step, scores, seen.metrics(), speed, waiting)
         self.state.update(evaluated_step=self.step, sums=None)
-        if self.state["best"]["step"] == self.step:
+        if self.state["best"] and self.state["best"]["step"] == self.step:
             self._save()
 
     def evaluate(self) -> Scores:
         """The validation split, each sample once. Raises Stopped when a stop comes meanwhile."""
         self.engine.share_buffers(self.model)
         self.model.eval()
-        counts = Counts(self.parts.num_classes, self.engine.device)
+        counts = self.passes.counts()
         self.validation.seek(0, 0)
         with torch.inference_mode():
             for batch in self.validation:
-                if len(batch.targets):
-                    with self.update.autocast():
-                        outputs = self.model(batch.inputs)
-                    counts.add(outputs, batch.targets, self.task.loss(outputs, batch.targets))
+                self.passes.forward(batch, counts)
                 self._boundary(saving=False)
-        matrix, loss = self.engine.sum(counts.matrix).numpy(), float(self.engine.sum(counts.loss))
+        matrix, loss = self.engine.sum(counts.matrix).numpy(), total(self.engine.sum(counts.loss))
         return Scores(matrix, loss / max(int(matrix.sum()), 1))
 
     def _judge(self, scores: Scores) -> None:
         """Keep the last metrics, and the best with the name of the checkpoint that is saved next."""
         metrics, monitor, best = scores.metrics(), self.settings.monitor, self.state["best"]
         line = {"epoch": self.step // self.steps_per_epoch, "step": self.step, "metrics": metrics}
+        if not math.isfinite(metrics["loss"]):
+            self.state["last"] = line
+            return
         sign = 1 if DIRECTION[monitor] == "max" else -1
         if best is None or sign * metrics[monitor] > sign * best["metrics"][monitor]:
             name = checkpoint.name_of(self.generation, self.step)
@@ -258,23 +352,31 @@ class Trainer:
 
     # What is left behind.
 
-    def _save(self) -> None:
-        if self._saved_step == self.step:
-            return
+    def _save(self, wait: bool = False) -> None:
+        """Every rank; rank 0 writes beside the training. With `wait`: until all is durable."""
         started = time.monotonic()
-        self._flush()
-        if self.recorder:
-            if self.step % self.steps_per_epoch or self._evaluation_due():
-                self.state["sums"] = {"matrix": self.counts.matrix.tolist(), "loss": float(self.counts.loss).hex()}
-            folder, facts = self.run.checkpoints, self._facts()
-            weights, moments = self.model.state_dict(), self.optimizer.state_dict()
-            path = checkpoint.save(folder, self.generation, self.step, weights, moments, self.state, facts)
-            best = self.state["best"]
-            checkpoint.prune(folder, self.settings.keep, {best["checkpoint"]} if best else set())
-            took = round(time.monotonic() - started, 3)
-            self.recorder.event("checkpoint", step=self.step, name=path.name, seconds=took)
-        self._saved_at, self._saved_step = time.monotonic(), self.step
-        self._aside += self._saved_at - started
+        if self._saved_step != self.step:
+            self._flush()
+            if self.saver:
+                self._snapshot(self.saver)
+            self._saved_step = self.step
+            self.schedule.saved()
+        if wait and self.saver:
+            with self.watchdog.phase("save", _SAVE_LIMIT_S):
+                self.saver.wait()
+        self._aside += time.monotonic() - started
+
+    def _snapshot(self, saver: Saver) -> None:
+        if self.step % self.steps_per_epoch or self._evaluation_due():
+            loss = self.counts.total_loss().hex()
+            self.state["sums"] = {"matrix": self.counts.matrix.tolist(), "loss": loss}
+        self.state |= {"guard": self.guard.state(), "spikes": self.spikes.state()}
+        best = self.state["best"]
+        if best and best["checkpoint"] in saver.failed:
+            self.state["best"] = best = {**best, "checkpoint": None}
+        protect = {best["checkpoint"]} if best and best["checkpoint"] else set()
+        weights, moments = self.model.state_dict(), self.optimizer.state_dict()
+        saver.save(self.step, weights, moments, self.state, self._facts(), protect)
 
     def _facts(self) -> dict[str, Any]:
         return {
@@ -287,7 +389,7 @@ class Trainer:
 def wants_determinism(experiment: Experiment, device: torch.device) -> bool:
     """`auto` is on where it costs nothing: on the CPU."""
     wanted = experiment.train.deterministic
-    return wanted == "run" or (wanted == "auto" and device.type == "cpu")
+    return wanted in ("run", "layout") or (wanted == "auto" and device.type == "cpu")
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from hpc.preempt import StopFlag
 from hpc.rundir import RunDir
 from jobs import checkpoint
 from jobs.engine import Engine
+from jobs.schedule import Schedule
 from jobs.train import Stopped, Trainer
 
 SPLITS = {"train": 17, "validation": 6, "test": 4}
@@ -92,8 +94,9 @@ def make_trainer(
 ) -> Trainer:
     """A trainer before `resume`, on one thread."""
     experiment = load(run.experiment)[0]
-    engine = Engine(allocation or Allocation(cpus_per_task=1), torch.device("cpu"), deterministic=True)
-    return Trainer(run, experiment, engine, flag or StopFlag(), generation)
+    place = replace(allocation or Allocation(cpus_per_task=1), generation=generation)
+    engine = Engine(place, torch.device("cpu"), deterministic=True, token=f"{run.name} {generation}")
+    return Trainer(run, experiment, engine, flag or StopFlag())
 
 
 def train(
@@ -107,7 +110,7 @@ def train(
     """One attempt, for processes of their own: "done", or "stopped" by the signal at boundary `signal_at`."""
     trainer = make_trainer(run, generation, SignalAtBoundary(signal_at, number).install(), allocation)
     if save_always:
-        trainer.settings = trainer.settings.model_copy(update={"checkpoint_every": 0})
+        _save_at_each_step(trainer)
     try:
         trainer.resume()
         trainer.fit()
@@ -115,8 +118,15 @@ def train(
     except Stopped:
         return "stopped"
     finally:
-        trainer.engine.close()
+        trainer.close()
     return "done"
+
+
+def _save_at_each_step(trainer: Trainer) -> None:
+    """Each save is durable before the next step."""
+    save = trainer._save
+    trainer.schedule = Schedule(0, trainer.engine.allocation, lambda: None)
+    trainer._save = lambda wait=False: save(wait=True)  # type: ignore[method-assign]
 
 
 def newest(run: RunDir) -> checkpoint.Checkpoint:

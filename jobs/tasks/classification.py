@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,18 +54,31 @@ class Classification:
 
 
 class Counts:
-    """Loss sum and confusion matrix [truth, prediction] of the samples seen so far, on one device."""
+    """Loss sums and confusion matrix [truth, prediction] of the samples seen so far, on one device.
 
-    def __init__(self, num_classes: int, device: torch.device) -> None:
+    Loss sums are kept apart for `parts` (virtual ranks): who adds them up must not matter.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device, parts: int = 1) -> None:
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+        self.loss = torch.zeros(parts, dtype=torch.float64, device=device)
 
-    def add(self, outputs: Tensor, targets: Tensor, mean_loss: Tensor) -> None:
+    def total_loss(self) -> float:
+        """Over all parts, in an order that cannot matter."""
+        return total(self.loss)
+
+    def add(self, outputs: Tensor, targets: Tensor, mean_loss: Tensor, part: int = 0) -> None:
         """One batch: (B, K) scores, (B,) class numbers and the batch's mean loss."""
         classes = len(self.matrix)
         cells = targets * classes + outputs.detach().argmax(1)
         self.matrix += torch.bincount(cells, minlength=classes * classes).view(classes, classes)
-        self.loss += mean_loss.detach().double() * len(targets)
+        self.loss[part] += mean_loss.detach().double() * len(targets)
+
+
+def total(losses: Tensor) -> float:
+    """(parts,) -> the exact sum, rounded once; not a number where one of them is none."""
+    values = losses.tolist()
+    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
 
 
 @dataclass(frozen=True)

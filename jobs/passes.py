@@ -1,0 +1,148 @@
+"""Forward and backward passes over one rank's share of a batch: as the ranks are laid out, or in virtual ranks."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from datasets.loader import Batch
+from hpc.experiment import Train
+from jobs.engine import Engine
+from jobs.tasks.classification import Classification, Counts
+from jobs.virtual import BatchNorms, Gradients, VirtualRanks
+
+
+class Passes(Protocol):
+    """What a step and an evaluation are made of."""
+
+    def backward(self, batch: Batch, step: int) -> Counts:
+        """Fill .grad with the gradient of the global batch's mean loss; counts of this rank's share."""
+
+    def forward(self, batch: Batch, counts: Counts) -> None:
+        """Add what the model makes of this rank's share of a batch; no gradients."""
+
+    def counts(self) -> Counts:
+        """Empty ones."""
+
+    def commit(self) -> None:
+        """The step counts: running statistics follow."""
+
+    def drop(self) -> None:
+        """The step does not count: running statistics are as before it."""
+
+
+def make_passes(settings: Train, engine: Engine, model: nn.Module, task: Classification, num_classes: int) -> Passes:
+    """Those of `train.deterministic`. Raises UserError for a model that the layout would show in."""
+    kind = VirtualPasses if settings.deterministic == "layout" else RankPasses
+    return kind(settings, engine, model, task, num_classes)
+
+
+class _Common:
+    def __init__(
+        self, settings: Train, engine: Engine, model: nn.Module, task: Classification, num_classes: int
+    ) -> None:
+        self._settings, self._engine, self._model = settings, engine, model
+        self._task, self._num_classes = task, num_classes
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._engine.device.type, torch.bfloat16, enabled=self._settings.precision == "bf16")
+
+    def _seed(self, *key: int) -> None:
+        """Dropout is a function of the seed and this key: no generator state is stored."""
+        sequence = np.random.SeedSequence([self._settings.seed, *key])
+        torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
+
+    def _evaluate(self, x: Tensor, y: Tensor, counts: Counts, part: int = 0) -> None:
+        with self._autocast():
+            outputs = self._model(x)
+        counts.add(outputs, y, self._task.loss(outputs, y), part)
+
+
+class RankPasses(_Common):
+    """Each rank works off its share in `accumulate` parts; gradients are averaged by DDP."""
+
+    def __init__(
+        self, settings: Train, engine: Engine, model: nn.Module, task: Classification, num_classes: int
+    ) -> None:
+        super().__init__(settings, engine, model, task, num_classes)
+        self._parallel = engine.wrap(model)
+        self._buffers = list(model.buffers())
+        self._before = [buffer.clone() for buffer in self._buffers]
+
+    def counts(self) -> Counts:
+        return Counts(self._num_classes, self._engine.device)
+
+    def backward(self, batch: Batch, step: int) -> Counts:
+        self._parallel.train()
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            before.copy_(buffer)
+        parts, counts = self._settings.accumulate, self.counts()
+        for part, (x, y) in enumerate(zip(batch.inputs.chunk(parts), batch.targets.chunk(parts), strict=True)):
+            self._seed(step, part, self._engine.rank)
+            if part < parts - 1:
+                with self._engine.without_sync(self._parallel):
+                    self._part(x, y, counts)
+            else:
+                self._part(x, y, counts)
+        return counts
+
+    def _part(self, x: Tensor, y: Tensor, counts: Counts) -> None:
+        with self._autocast():
+            outputs = self._parallel(x)
+        loss = self._task.loss(outputs, y)
+        torch.autograd.backward(loss / self._settings.accumulate)
+        counts.add(outputs, y, loss)
+
+    def forward(self, batch: Batch, counts: Counts) -> None:
+        if len(batch.targets):
+            self._evaluate(batch.inputs, batch.targets, counts)
+
+    def commit(self) -> None:
+        pass  # the layers have kept their own
+
+    def drop(self) -> None:
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(before)
+
+
+class VirtualPasses(_Common):
+    """Each virtual rank is a pass of its own, whoever works it off, and all sums have one order (jobs/virtual.py)."""
+
+    def __init__(
+        self, settings: Train, engine: Engine, model: nn.Module, task: Classification, num_classes: int
+    ) -> None:
+        super().__init__(settings, engine, model, task, num_classes)
+        self._ranks = VirtualRanks(settings.virtual_ranks, engine.rank, engine.world_size)
+        self._norms = BatchNorms(self._ranks, model)
+        self._gradients = Gradients(self._ranks, model)
+        self._ranks.broadcast(model)
+
+    def counts(self) -> Counts:
+        return Counts(self._num_classes, self._engine.device, self._ranks.count)
+
+    def backward(self, batch: Batch, step: int) -> Counts:
+        self._model.train()
+        counts = self.counts()
+        for v, (x, y) in self._ranks.parts(batch.inputs, batch.targets):
+            self._seed(step, v)
+            with self._norms.capture(v), self._autocast():
+                outputs = self._model(x)
+            loss = self._task.loss(outputs, y)
+            torch.autograd.backward(loss / self._ranks.count)
+            self._gradients.add()
+            counts.add(outputs, y, loss, v)
+        self._gradients.reduce()
+        return counts
+
+    def forward(self, batch: Batch, counts: Counts) -> None:
+        for v, (x, y) in self._ranks.parts(batch.inputs, batch.targets):
+            self._evaluate(x, y, counts, v)
+
+    def commit(self) -> None:
+        self._norms.commit()
+
+    def drop(self) -> None:
+        self._norms.drop()
