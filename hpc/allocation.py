@@ -10,7 +10,10 @@ from dataclasses import dataclass
 _REACH = frozenset(["SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_JWT", "SLURM_CLUSTERS"])
 _OF_A_RUN = tuple(
     f"HPC_{name}"
-    for name in ("STEP", "RANK", "WORLD_SIZE", "LOCAL_RANK", "ARRAY", "GENERATION", "MASTER", "RESTART", "CPUS", "GPUS")
+    for name in (
+        *("STEP", "RANK", "WORLD_SIZE", "LOCAL_RANK", "ARRAY", "GENERATION", "MASTER", "RESTART", "CPUS", "GPUS"),
+        *("END_TIME", "NOTICE"),
+    )
 )
 
 
@@ -30,6 +33,10 @@ class Allocation:
     generation: int = 1
     master_addr: str = "127.0.0.1"
     master_port: int = 0
+    end_time: float | None = None
+    """When the time limit ends the job (seconds since 1970), as known at the start; None: no limit, or unknown."""
+    notice_s: int | None = None
+    """From the first signal of a preemption to SIGKILL; None where jobs are not preempted, or nobody said."""
 
     @staticmethod
     def current(environ: Mapping[str, str] = os.environ) -> Allocation:
@@ -51,6 +58,8 @@ class Allocation:
             generation=int(environ.get("HPC_GENERATION", "1")),
             master_addr=environ.get("HPC_MASTER_ADDR", "127.0.0.1"),
             master_port=int(environ.get("HPC_MASTER_PORT", "0")),
+            end_time=float(environ["HPC_END_TIME"]) if environ.get("HPC_END_TIME") else None,
+            notice_s=int(environ["HPC_NOTICE_S"]) if environ.get("HPC_NOTICE_S") else None,
         )
 
 

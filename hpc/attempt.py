@@ -1,7 +1,7 @@
 """Start of an attempt, in the batch shell: `python -m hpc.attempt RUN` takes the next generation and the run's lease.
 
-Prints shell assignments for the job (generation, master address and port). Leaves with 2 and one line on stderr when
-the run is finished or held by another live job: the batch script ends there.
+Prints shell assignments for the job: generation, master address and port, end and notice. Leaves with 2 and one line on
+stderr when the run is finished, held by another live job, or not ours alone to change: the batch script ends there.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hpc import allocation, slurm
+from hpc import allocation, limits, slurm, trust
 from hpc.errors import UserError
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, locked, read_json, write_json
+from hpc.sweepdir import alone, sweep_of
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _SILENT_S = 60
@@ -28,9 +29,17 @@ def begin(run: RunDir, shell_pid: int) -> dict[str, str]:
     """Take the run: a new generation, recorded in state.json. Raises UserError when it cannot be had."""
     if not run.experiment.is_file():
         raise UserError(f"{run.path}: no run folder (experiment.yaml is missing); make one with 'hpc submit'")
+    check_trust(run)
     with locked(run.lease):  # between the look at the holder and our own entry
         os.utime(run.lease)  # the file server's time, to compare with that of state.json
         return _begin(run, shell_pid)
+
+
+def check_trust(run: RunDir) -> None:
+    """Raises UserError where somebody else might have put a hand on what is run: folder, script or code."""
+    sweep = sweep_of(run)
+    parts = [run.code, alone(run).script]
+    trust.check(*([sweep.path, run.path] if sweep else [run.path]), *parts)
 
 
 def _begin(run: RunDir, shell_pid: int) -> dict[str, str]:
@@ -150,7 +159,7 @@ def record_submission(run: RunDir, cluster: str, job: str, when: float | None = 
 
 def main() -> int:
     try:
-        values = begin(RunDir(sys.argv[1]), os.getppid())
+        values = begin(RunDir(sys.argv[1]), os.getppid()) | limits.of_this_job()
     except UserError as error:
         print(error, file=sys.stderr)
         return ExitCode.BAD_INPUT

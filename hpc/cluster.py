@@ -160,11 +160,11 @@ class Cluster:
     nodes: tuple[Node, ...]
 
     @staticmethod
-    def look() -> Cluster:
-        """As it is now. Raises SlurmError where its controller does not answer."""
+    def look(nodes: str = "") -> Cluster:
+        """As it is now, with all nodes or these (node[1-3]). Raises SlurmError where its controller does not answer."""
         settings = Settings.of(slurm.config())
         partitions = {name: Partition.of(fields) for name, fields in slurm.partitions().items()}
-        return Cluster(settings, partitions, tuple(map(Node.of, slurm.nodes())))
+        return Cluster(settings, partitions, tuple(map(Node.of, slurm.nodes(nodes))))
 
     @property
     def default(self) -> str | None:

@@ -31,14 +31,17 @@ def _prepare_rank() -> None:
 class Step:
     """N ranks, started together and ended together."""
 
-    def __init__(self, command: list[str], tasks: int) -> None:
+    def __init__(self, command: list[str], tasks: int, limit_s: float) -> None:
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._pending: list[int] = []
         self._told, self._told_at = 0, 0.0
+        self._end = time.monotonic() + limit_s
+        end = {"HPC_END_TIME": f"{time.time() + limit_s:.0f}"} if limit_s < float("inf") else {}
         for number in STOP_SIGNALS:
             signal.signal(number, self._hear)
         for rank in range(tasks):
-            environ = {**os.environ, "HPC_RANK": str(rank), "HPC_WORLD_SIZE": str(tasks), "HPC_LOCAL_RANK": str(rank)}
+            place = {"HPC_RANK": str(rank), "HPC_WORLD_SIZE": str(tasks), "HPC_LOCAL_RANK": str(rank)}
+            environ = {**os.environ, **end, **place}
             # A session of its own: Ctrl-C in a terminal reaches the ranks once, through this process.
             rank_process = subprocess.Popen(command, env=environ, start_new_session=True, preexec_fn=_prepare_rank)
             self._ranks.append(rank_process)
@@ -59,17 +62,16 @@ class Step:
             if rank.poll() is None:
                 os.killpg(rank.pid, signal.SIGKILL)
 
-    def wait(self, limit_s: float, notice_s: float) -> int:
+    def wait(self, notice_s: float) -> int:
         """Wait for all ranks; the first exit code that is not 0, as a shell counts (128 + signal)."""
-        start = time.monotonic()
-        noticed, kill_at, failed = False, start + limit_s, 0
+        noticed, kill_at, failed = False, self._end, 0
         while None in [rank.poll() for rank in self._ranks]:  # each of them is asked: a live first one hides no failure
             now = time.monotonic()
             while self._pending:
                 self.tell(self._pending.pop(0))
             if self._told and now >= self._told_at + _REPEAT_S:
                 self.tell(self._told)
-            if not noticed and now >= start + limit_s - notice_s:
+            if not noticed and now >= self._end - notice_s:
                 noticed = True
                 self.tell(NOTICE)
             codes = [rank.returncode for rank in self._ranks if rank.returncode]
@@ -93,10 +95,10 @@ def main() -> int:
     options = parser.parse_args()
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
     end_with_parent()
-    step = Step(command, options.tasks)
+    step = Step(command, options.tasks, options.time)
     if options.shell:
         os.kill(options.shell, READY)
-    return step.wait(options.time, options.notice)
+    return step.wait(options.notice)
 
 
 if __name__ == "__main__":

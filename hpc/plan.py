@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc import instances, payload, template, yamlfile
+from hpc import instances, payload, template, trust, yamlfile
 from hpc.errors import UserError
 from hpc.experiment import Experiment, load
 from hpc.instances import Instance
@@ -78,7 +78,7 @@ def _fill(plan: Plan, aside: RunDir) -> None:
 
 
 def make_whole(final: Path, fill: Callable[[Path], None]) -> None:
-    """A folder that `fill` makes under a temporary name: it is there whole or not at all.
+    """A folder that `fill` makes under a temporary name: it is there whole or not at all, and its owner's alone.
 
     Raises Taken where it is there already, UserError where it cannot be written.
     """
@@ -86,8 +86,11 @@ def make_whole(final: Path, fill: Callable[[Path], None]) -> None:
     aside = final.with_name(f".{final.name}.{os.getpid()}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        aside.mkdir()
-        fill(aside)
+        with trust.private():
+            aside.mkdir()
+            fill(aside)
+        for copied in RunDir(aside).code.rglob("*"):  # with the modes of what they were copied from
+            copied.chmod(copied.stat().st_mode & ~0o022)
         _rename(aside, final)
         fsync_folder(final.parent)
     except BaseException as error:

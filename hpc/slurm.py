@@ -10,7 +10,10 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -47,6 +50,10 @@ NOT_SET_UP = re.compile("configuration source|fetch config|slurm.conf", re.I)
 _SBATCH = "SBATCH_"
 _SITE = ("ACCOUNT", "PARTITION", "QOS", "RESERVATION", "CONSTRAINT", "CLUSTERS")
 _MEGABYTES = {"": 1 / 1024**2, "K": 1 / 1024, "M": 1.0, "G": 1024.0, "T": 1024.0**2}
+
+
+_until: ContextVar[float] = ContextVar("_until", default=float("inf"))
+"""By time.monotonic(): then every command ends."""
 
 
 class SlurmError(RuntimeError):
@@ -129,6 +136,16 @@ class Accounted:
     def over(self) -> bool:
         """Whether it has ended; an end reaches sacct late where slurmdbd was away."""
         return self.state in _ENDED
+
+
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """All that is asked in this block has so long together; what is late is a SilentError."""
+    before = _until.set(time.monotonic() + seconds)
+    try:
+        yield
+    finally:
+        _until.reset(before)
 
 
 def available() -> bool:
@@ -319,14 +336,17 @@ def partitions() -> dict[str, dict[str, str]]:
     return {fields["PartitionName"]: fields for fields in _records("partition", "PartitionName")}
 
 
-def nodes() -> list[dict[str, str]]:
-    """`scontrol show node`, one entry a node: {"NodeName": "node0", "Gres": "gpu:a100:1", ...}. Raises SlurmError."""
-    return list(_records("node", "NodeName"))
+def nodes(names: str = "") -> list[dict[str, str]]:
+    """`scontrol show node`, one entry a node: {"NodeName": "node0", "Gres": "gpu:a100:1", ...}. Raises SlurmError.
+
+    `names`: of these alone (node[1-3],node7), or of all.
+    """
+    return list(_records("node", "NodeName", *filter(None, [names])))
 
 
-def _records(kind: str, name: str) -> Iterator[dict[str, str]]:
+def _records(kind: str, name: str, *wanted: str) -> Iterator[dict[str, str]]:
     """Of a line without a name nothing is told: there are none, or it is the rest of a text with line breaks."""
-    for line in _ask("scontrol", "--oneliner", "--all", "show", kind).split("\n"):
+    for line in _ask("scontrol", "--oneliner", "--all", "show", kind, *wanted).split("\n"):
         if line.startswith(f"{name}="):
             yield dict(re.findall(r"(\w+)=(.*?)(?=\s+\w+=|\s*$)", line))
 
@@ -450,7 +470,7 @@ def _run(
     *command: str, timeout: float | None = None, environ: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Raises SlurmError where the command is missing, or gives no answer in time."""
-    limit = timeout or _TIMEOUT_S
+    limit = max(0.0, min(timeout or _TIMEOUT_S, _until.get() - time.monotonic()))
     given = allocation.without_job() if environ is None else environ
     environ = {key: value for key, value in given.items() if not key.startswith(_OWN_DEFAULTS)}
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
@@ -463,7 +483,7 @@ def _run(
     try:
         out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        raise SilentError(f"{' '.join(command)}: no answer within {limit:g} s") from None
+        raise SilentError(f"{' '.join(command)}: no answer within {limit:.3g} s") from None
     finally:
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)  # a site's wrapper script and what it started
