@@ -64,6 +64,11 @@ class Recorder:
         self.event("skipped", step=step, samples=list(samples)[:_FEW])
         _LOG.warning("step %d is skipped: its loss or gradient is not finite", step)
 
+    def data_changed(self, before: str, now: str) -> None:
+        """Other data than the checkpoint was trained on, as the user has agreed."""
+        self.event("data-changed", before=before, now=now)
+        _LOG.warning("goes on with other data (fingerprint %.12s, not %.12s), as was asked for", now, before)
+
     def spike(self, step: int, loss: float) -> None:
         self.event("loss-spike", step=step, loss=loss)
         _LOG.warning("the loss jumped to %.4g at step %d", loss, step)

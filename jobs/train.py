@@ -41,6 +41,10 @@ _SAVE_LIMIT_S, _EVALUATION_LIMIT_S = 1800.0, 600.0
 """Silence that is no hang while saving, and between two batches of an evaluation."""
 
 
+ACCEPT_DATA_CHANGE = "accept-data-change"
+"""The event by which a user agrees to go on with other data."""
+
+
 class Stopped(Exception):
     """All ranks agreed to stop, and what was done is saved."""
 
@@ -116,6 +120,8 @@ class Trainer:
             names = self.parts.volumes.class_names
             self.recorder = Recorder(self.run, self.experiment, names, self.generation, steps)
             self._open_saver()
+            if found and self._data_before != self.parts.volumes.fingerprint:
+                self.recorder.data_changed(self._data_before, self.parts.volumes.fingerprint)
             where = f"goes on from {found.name}" if found else "starts"
             _LOG.info("%s %s at step %d of %d", self.run.name, where, self.step, self.total_steps)
 
@@ -138,18 +144,25 @@ class Trainer:
         return self.saver.slow_s if self.saver else None
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
-        fingerprint = found.manifest["data"]
-        if fingerprint != self.parts.volumes.fingerprint:
+        before, now = found.manifest["data"], self.parts.volumes.fingerprint
+        if now != before and not self._data_change_accepted():
             raise UserError(
                 f"{self.experiment.data.file} is not the data that {found.name} was trained on "
-                f"(fingerprint {self.parts.volumes.fingerprint[:12]}, not {fingerprint[:12]}): restore the file, "
-                f"or start a new run with 'hpc submit'"
+                f"(fingerprint {now[:12]}, not {before[:12]}): restore the file, start a new run with 'hpc submit', "
+                f"or go on all the same with 'hpc resume {self.run.name} --accept-data-change'"
             )
+        self._data_before = before
         self.model.load_state_dict(found.model())
         self.optimizer.load_state_dict(found.optimizer())
         self.step, self.state = found.step, found.state()
         self.guard = LossGuard.from_state(self.state["guard"])
         self.spikes = SpikeDetector.from_state(self.state["spikes"])
+
+    def _data_change_accepted(self) -> bool:
+        """Whether the user has agreed to other data since the last save: the next one has their fingerprint."""
+        events = [event["event"] for event in self.run.read_events()]
+        word = [event for event in events if event in ("checkpoint", ACCEPT_DATA_CHANGE)]
+        return word[-1:] == [ACCEPT_DATA_CHANGE]
 
     # The loop.
 
