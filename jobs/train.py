@@ -212,12 +212,12 @@ class Trainer:
             counts, bad = self.update.gradients(batch, self.step)
             verdict = self.guard.verdict(step, bool(self.engine.max([bad])[0]))
             self.update.apply() if verdict is Verdict.OK else self.update.drop()
+            if self.recorder and verdict is not Verdict.OK:
+                self.recorder.skipped(step, self._ids(batch))
         if self.ledger:
             self.ledger.write(step, batch, counts.total_loss(), skipped=verdict is not Verdict.OK)
         if verdict is not Verdict.OK:
             counts = self.passes.counts()
-            if self.recorder:
-                self.recorder.skipped(step, self._ids(batch))
         if verdict is Verdict.STOP:
             raise Diverged(self.guard.reason(self._ids(batch)))
         self.step = step
