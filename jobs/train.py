@@ -243,7 +243,7 @@ class Trainer:
         if self.engine.is_main:
             rollback.take_back(self.run.checkpoints, self.run.quarantine, found.step)
         self._restore(found)
-        self.guard = guard
+        self.guard, self._saved_step = guard, -1
         passed_over = guard.roll_back(found.step)
         if self.recorder:
             self.recorder.roll_back(left, found.step, passed_over)
