@@ -82,6 +82,11 @@ def node_name(environ: Mapping[str, str] = os.environ) -> str:
     return environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def nodes(environ: Mapping[str, str] = os.environ) -> str:
+    """All nodes of this job as SLURM lists them (node[0-1]); empty outside one."""
+    return environ.get("SLURM_JOB_NODELIST", "")
+
+
 def cluster_name(environ: Mapping[str, str] = os.environ) -> str:
     """SLURM's name of the cluster of this job; empty outside one."""
     return environ.get("SLURM_CLUSTER_NAME", "")

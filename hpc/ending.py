@@ -77,6 +77,8 @@ def _failure(run: RunDir, events: Events, code: int) -> Ending:
         where = ", ".join(sorted(stuck_nodes(events)))
         return Ending(HANG, f"hung{f' on {where}' if where else ''}{told}")
     found = evidence.gather(run, allocation.job_id(), float(read_json(run.state).get("started", 0)))
+    if line := found.daemons.get("node failure"):  # srun may leave with 0 then
+        return Ending(NODE, f"a node failed: {line}")
     if _memory(run, code, found):
         return Ending(MEMORY, f"out of memory{told}")
     if code == ExitCode.STORAGE:

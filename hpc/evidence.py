@@ -30,7 +30,7 @@ _SRUN_TASK = re.compile(
 _SLURMD = {
     "memory": re.compile(r"oom[-_]kill|out of memory:|exceeded (\w+ )?memory limit|Memory cgroup out of memory", re.I),
     "time limit": re.compile(r"DUE TO TIME LIMIT"),
-    "node failure": re.compile(r"DUE TO NODE FAILURE"),
+    "node failure": re.compile(r"DUE TO NODE FAILURE|error: Node failure on"),
     "preemption": re.compile(r"DUE TO PREEMPTION"),
 }
 _SPEAKER = re.compile(r"(slurmstepd|srun|kernel)[-\w.]*: ")

@@ -65,7 +65,7 @@ def _judge_nodes(run: RunDir, generation: int, events: ending.Events, ended: End
         words = f"bad input: {'; '.join(bad.values())}, on two nodes in a row: it is named wrongly; {remedy}"
         return Ending(verdict.BAD_INPUT, words), []
     out = exclusion.leave_out(run, bad) if bad and job else []
-    if ended.kind == verdict.NODE:
+    if ended.kind == verdict.NODE and bad:
         fault = exclusion.obstacle(run, events, bad, out)
         return replace(
             ended, words=ended.words if fault else f"{ended.words}; the job keeps off {', '.join(out)}", obstacle=fault
@@ -120,12 +120,23 @@ def _ask_until_heard(job: str) -> None:
     end = time.monotonic() + _PATIENCE_S
     while True:
         try:
+            _refuse_another(job)
             return slurm.requeue(job)
         except slurm.SilentError as silence:
             if time.monotonic() > end:
                 raise
             print(f"{silence}; asked again in {_AGAIN_S:g} s", file=sys.stderr)
         time.sleep(_AGAIN_S)
+
+
+def _refuse_another(job: str) -> None:
+    """Of a node that SLURM has lost the shell may live on: its job has been requeued, and may run elsewhere by now.
+
+    Raises SlurmError.
+    """
+    info, ours = slurm.queue([job]).get(job), allocation.nodes()
+    if info and (info.state == "PENDING" or (info.state == "RUNNING" and ours and info.node not in ("", ours))):
+        raise slurm.SlurmError(f"SLURM has requeued job {job} already, which is {info.state} {info.node}".rstrip())
 
 
 def _submit_anew(run: RunDir, generation: int, job: str, out: list[str], wait_s: int) -> bool:

@@ -65,6 +65,6 @@ def make(folder: Path, *acts: str, overrides: tuple[str, ...] = (), cluster: str
     return run
 
 
-def kinds(run: RunDir) -> list[str]:
-    """What each attempt has ended by, so far."""
+def causes(run: RunDir) -> list[str]:
+    """What the attempts have ended by, so far."""
     return [str(event["cause"]) for event in run.read_events() if event["event"] == "end"]

@@ -39,7 +39,7 @@ def test_on_slurm_the_tail_asks_scontrol_for_the_task_alone(
 ) -> None:
     in_job(monkeypatch, fake, "55_2")
     assert requeue.finish(stopped, 3, 143, False) == "end"
-    assert fake.calls() == ["scontrol requeue 55_2", "scontrol update JobId=55_2 StartTime=now+5"]
+    assert changes(fake) == ["scontrol requeue 55_2", "scontrol update JobId=55_2 StartTime=now+5"]
     assert [event["event"] for event in stopped.read_events()] == ["end", "requeue"]
 
 
@@ -233,3 +233,18 @@ def test_a_start_time_that_is_refused_costs_the_wait_and_not_the_run(
     requeue.finish(stopped, 3, 75, False)
     assert fake.jobs()["55"] == "PENDING" and stopped.read_events()[-1]["event"] == "requeue"
     assert "it comes back when SLURM lets it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("state", "node", "again"),
+    [("RUNNING", "node0", True), ("RUNNING", "node1", False), ("PENDING", "", False), ("RUNNING", "", True)],
+)
+def test_the_shell_of_a_lost_node_leaves_the_next_attempt_alone(
+    stopped: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, state: str, node: str, again: bool
+) -> None:
+    in_job(monkeypatch, fake)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node0")
+    fake.job("55", state, node=node)
+    requeue.finish(stopped, 3, 75, False)
+    assert bool(changes(fake)) is again
+    assert (stopped.read_events()[-1]["event"] == "requeue") is again
