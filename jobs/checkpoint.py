@@ -27,7 +27,21 @@ from hpc.rundir import fsync_folder
 from jobs import durable, tensorfile
 from jobs.durable import Damaged, StorageError
 
-__all__ = ["Checkpoint", "Damaged", "Snapshot", "StorageError", "load_newest", "name_of", "newest_first", "verify"]
+__all__ = [
+    "Checkpoint",
+    "Damaged",
+    "Snapshot",
+    "StorageError",
+    "load_newest",
+    "name_of",
+    "newest_first",
+    "prune",
+    "readable",
+    "set_aside",
+    "step_of",
+    "sweep",
+    "verify",
+]
 
 _MODEL, _OPTIMIZER, _STATE, _MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _FORMAT = 2
@@ -121,7 +135,7 @@ class Snapshot:
         self.name, self.step = name_of(generation, step), step
         return self
 
-    def write(self, folder: Path, attempt: int = 0, before_commit: Callable[[], None] = lambda: None) -> Path:
+    def write(self, folder: Path, attempt: int = 0, before_commit: Callable[[], object] = lambda: None) -> Path:
         """One try, under a temporary name that no other try has; `before_commit` may raise to leave nothing behind.
 
         Raises OSError; then there is no checkpoint of this name.
@@ -161,25 +175,6 @@ def _take_back(final: Path) -> None:
     durable.remove_quietly(trash)
     os.rename(final, trash)
     durable.remove_quietly(trash)
-
-
-def save(
-    folder: Path,
-    generation: int,
-    step: int,
-    model: Mapping[str, Tensor],
-    optimizer: Mapping[str, Any],
-    state: Mapping[str, Any],
-    facts: Mapping[str, Any],
-) -> Path:
-    """Write one checkpoint at once, from new memory. Raises StorageError."""
-    final = folder / name_of(generation, step)
-    if final.exists():
-        return final
-    try:
-        return Snapshot().take(generation, step, model, optimizer, state, facts).write(folder)
-    except OSError as error:
-        raise durable.storage_error(f"checkpoint {final} not written", error) from error
 
 
 def _with_sum(manifest: dict[str, Any]) -> bytes:
@@ -318,7 +313,7 @@ def prune(
     protect: set[str],
     keeps: Callable[[int], bool] = lambda step: False,
     verified: set[str] | None = None,
-    before_delete: Callable[[], None] = lambda: None,
+    before_delete: Callable[[], object] = lambda: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> None:
     """Delete all but the newest `keep` verified ones, the names in `protect`, and the steps that `keeps` is true of.

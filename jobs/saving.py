@@ -62,7 +62,7 @@ class Saver:
         *,
         keep: int,
         device: torch.device,
-        fence: Callable[[], None],
+        fence: Callable[[], object],
         report: Callable[..., None],
         keeps: Callable[[int], bool] = lambda step: False,
     ) -> None:
@@ -72,6 +72,7 @@ class Saver:
         self._free = [Snapshot(pinned=device.type == "cuda") for _ in range(2)]
         self._waiting: _Job | None = None
         self._writing: _Job | None = None
+        self._newest: _Job | None = None
         self._durable = {path.name for path in checkpoint.newest_first(folder)}
         self._verified: set[str] = set()
         self._protected: set[str] = set()
@@ -105,7 +106,7 @@ class Saver:
         began, name = time.monotonic(), checkpoint.name_of(self._generation, step)
         with self._changed:
             self._raise()
-            if name in self._durable:
+            if name in self._durable and (self._folder / name).exists():  # else it was set aside by a rollback
                 return name
             job = next((job for job in (self._writing, self._waiting) if job and job.name == name), None)
         if job is None:
@@ -128,14 +129,14 @@ class Saver:
             return self._writing is not None or self._waiting is not None
 
     def wait(self) -> None:
-        """Return when no save is under way. Raises as `save` does without `wait`."""
+        """Return when no save is under way. Raises as `save` does with `wait`: for the newest save asked for."""
         with self._changed:
-            while self._broken is None and (self._writing or self._waiting):
-                self._changed.wait()
-            self._raise()
+            job = self._newest
+        if job is not None:
+            self._await(job)
 
     def close(self) -> None:
-        """Finish what is under way, deletions too, and end the thread. Raises as `wait` does."""
+        """Finish what is under way, deletions too, and end the thread. Raises as `save` does without `wait`."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -177,7 +178,7 @@ class Saver:
         with self._changed:
             while self._waiting is not None and not self._drop_waiting(job.protect):
                 self._changed.wait()
-            self._waiting = job
+            self._waiting = self._newest = job
             self.failed.discard(job.name)
             self._changed.notify_all()
 
@@ -238,6 +239,10 @@ class Saver:
         if error is None:
             took = {"seconds": round(seconds, 3), "stall": round(job.stall, 4)}
             self._report("checkpoint", step=job.snapshot.step, name=job.name, **took)
+            if failures:
+                _LOG.warning("checkpoints are written again: %s", job.name)
+        elif not failures:  # the first of a streak
+            _LOG.warning("%s (training goes on, older checkpoints stay, the next save tries again)", error)
         with self._changed:
             self._writing = None
             self._free.append(job.snapshot)
@@ -245,15 +250,12 @@ class Saver:
             if error is None:
                 self._failures = 0
                 self._durable.add(job.name)
+                self._verified.discard(job.name)
                 self._seconds.append(seconds)
             else:
                 self._failures, self._last = failures + 1, error
                 self.failed.add(job.name)
             self._changed.notify_all()
-        if error and not failures:
-            _LOG.warning("%s (training goes on, older checkpoints stay, the next save tries again)", error)
-        if failures and not error:
-            _LOG.warning("checkpoints are written again: %s", job.name)
 
     def _lay_out_other(self, model: Snapshot) -> None:
         """Make the second buffer's memory beside the training, before it is needed."""
