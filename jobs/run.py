@@ -8,7 +8,7 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hpc.preempt import ExitCode, StopFlag
 
@@ -145,9 +145,11 @@ def _fail(
 ) -> ExitCode:
     """Say why, to the user and to the batch script's tail; `retry` False: another attempt would be in vain."""
     print(error, file=sys.stderr)
-    word = {} if retry is None else {"retry": retry}
+    word: dict[str, Any] = {"reason": str(error), "code": int(code)}
+    if retry is not None:
+        word["retry"] = retry
     with suppress(OSError):  # a full disk
-        folder.event("failed", f"rank{allocation.rank}", allocation.generation, reason=str(error), **word)
+        folder.event("failed", f"rank{allocation.rank}", allocation.generation, **word)
     return code
 
 
