@@ -62,8 +62,9 @@ class LossGuard:
 
     def verdict(self, step: int, bad: bool) -> Verdict:
         """What becomes of a step that was computed; `bad` as agreed by all ranks."""
-        if not bad:
+        if not bad or (self._streak and step != self._streak[-1] + 1):  # a step that is passed over ends a row, too
             self._streak = []
+        if not bad:
             return Verdict.OK
         self._streak.append(step)
         if len(self._streak) < IN_A_ROW:
@@ -92,9 +93,7 @@ class LossGuard:
 
     def _to_pass_over(self) -> list[int]:
         """The bad steps and the good ones before them, in order."""
-        if not self._streak:
-            raise ValueError("no bad step to go back from")
-        chosen = list(self._streak)
+        chosen = list(range(self.first_bad, self._streak[-1] + 1))
         wanted = len(self._streak) * (1 + 2**self._rollbacks)
         while len(chosen) < wanted and chosen[0] > 1:
             chosen.insert(0, chosen[0] - 1)
@@ -172,10 +171,12 @@ class SpikeDetector:
     def seen(self, step: int, loss: float) -> bool:
         """Whether the loss of this step is a spike. A step that is done again takes back what followed it.
 
+        After a rollback go on with the detector that the checkpoint holds: of this one's window the oldest are gone.
         A loss that is not finite is LossGuard's: it is no spike, and does not enter the window.
         """
-        self._losses = [pair for pair in self._losses if pair[0] < step]
-        self._spikes = [pair for pair in self._spikes if pair[0] < step]
+        for seen in (self._losses, self._spikes):
+            while seen and seen[-1][0] >= step:
+                seen.pop()
         if not math.isfinite(loss):
             return False
         spike = len(self._losses) >= self.LEAST and loss > self._highest()

@@ -43,6 +43,10 @@ _KEY = "beat/{}"
 _IN_TORCH = ("torch/distributed/", "torch/autograd/")
 """Where a rank is that waits for others: in a collective, or in a backward pass that reduces the gradients."""
 
+UNKNOWN = "unknown"
+"""The node of a rank that has never been heard."""
+_ROOT = str(Path(__file__).resolve().parent.parent)
+
 Beat = dict[str, Any]
 
 
@@ -210,7 +214,8 @@ class Watchdog:
 
     def _alone(self, phase: str) -> dict[str, Any]:
         where, _ = place(sys._current_frames().get(self._main))
-        return _stuck(0, {"node": self._allocation.node, "step": self._step, "phase": phase, "at": where}, "alone")
+        beat = {"node": self._allocation.node, "step": self._step, "phase": phase, "at": where}
+        return _stuck(self._allocation.rank, beat, "it hears of no other rank")
 
     def _record(self, **fields: Any) -> None:
         try:
@@ -239,7 +244,7 @@ class Peers:
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
         self._connection = TCPStore(store.host, store.port, is_master=False, timeout=timedelta(seconds=_LEAVE_S))
-        self._rank, self._world, self._host = allocation.rank, allocation.world_size, allocation.master_addr
+        self._rank, self._world = allocation.rank, allocation.world_size
         self._table: dict[int, Heard] = {}
         self._asked: float | None = None
         self._answered = 0.0
@@ -290,8 +295,8 @@ class Peers:
         return [_stuck(rank, self._table[rank].beat, why) for rank, why in found.items()]
 
     def _host_of_store(self, why: str) -> dict[str, Any]:
-        known = self._table.get(0, Heard({}, 0)).beat
-        return _stuck(0, {"node": self._host, **known}, why)
+        node = self._table.get(0, Heard({}, 0)).beat.get("node", UNKNOWN)
+        return _stuck(0, {"node": node}, why)
 
 
 def behind(table: Mapping[int, Heard], now: float, patience: float) -> dict[int, str]:
@@ -317,18 +322,24 @@ def behind(table: Mapping[int, Heard], now: float, patience: float) -> dict[int,
 
 def _stuck(rank: int, beat: Beat, why: str) -> dict[str, Any]:
     known = {key: beat[key] for key in ("step", "phase", "at") if beat.get(key) is not None}
-    return {"rank": rank, "node": beat.get("node", "unknown"), **known, "why": why}
+    return {"rank": rank, "node": beat.get("node", UNKNOWN), **known, "why": why}
 
 
 def place(frame: FrameType | None) -> tuple[str, bool]:
-    """Where a thread is (`loader.py:120 __next__`), and whether it waits for other ranks there."""
-    at, waits = "", False
+    """Where a thread is (`loader.py:120 __next__, threading.py:327 wait`), and whether it waits for other ranks there.
+
+    First the innermost line of this project's code, then the innermost of all.
+    """
+    innermost, ours, waits = "", "", False
     while frame:
         code = frame.f_code
-        at = at or f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}"
+        at = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}"
+        innermost = innermost or at
+        if code.co_filename.startswith(_ROOT) and "site-packages" not in code.co_filename:
+            ours = ours or at
         waits = waits or any(part in code.co_filename for part in _IN_TORCH)
         frame = frame.f_back
-    return at, waits
+    return ", ".join(dict.fromkeys(filter(None, [ours, innermost]))), waits
 
 
 def percentile_99(times: list[float]) -> float:

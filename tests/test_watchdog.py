@@ -1,12 +1,17 @@
 """A rank that goes silent is named by the others, which leave with 76: real processes, signals and collectives."""
 
 import ctypes
+import itertools
 import os
+import re
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -23,35 +28,62 @@ from jobs.watchdog import Heard, Peers, Watchdog, behind, percentile_99
 from tests.tiny_run import CHILD_LIMIT_S, CONTEXT
 
 HANG_S = 3.0
-STEP_S = 0.05
+STEP_S, LAST_STEP = 0.05, 30
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    (tmp_path / "run").mkdir()
-    return RunDir(tmp_path / "run")
+    return RunDir(tmp_path)
 
 
-@pytest.fixture
-def start(run: RunDir) -> Iterator[Callable[..., BaseProcess]]:
-    """Start a child with its stderr in a file of the run; none outlives the test."""
-    children: list[BaseProcess] = []
+@dataclass
+class Stage:
+    """Children that began together, by name and rank: each scene plays by itself, and a test waits for its end."""
 
-    def begin(target: Callable[..., None], *args: Any, rank: int = 0) -> BaseProcess:
-        child = CONTEXT.Process(target=_redirected, args=(run.path / f"stderr{rank}", target, *args))
-        child.start()
-        children.append(child)
-        return child
+    folder: Path
+    children: dict[str, list[BaseProcess]] = field(default_factory=dict)
 
-    yield begin
-    for child in children:
-        child.kill()
-        child.join()
+    def run(self, scene: str) -> RunDir:
+        return RunDir(self.folder / scene)
+
+    def begin(self, scene: str, target: Callable[..., None], *args: Any) -> None:
+        ranks = self.children.setdefault(scene, [])
+        path = self.folder / scene
+        path.mkdir(exist_ok=True)
+        ranks.append(CONTEXT.Process(target=_redirected, args=(path / f"stderr{len(ranks)}", target, path, *args)))
+        ranks[-1].start()
+
+    def codes(self, scene: str, but: int = -1) -> list[int | None]:
+        for rank, child in enumerate(self.children[scene]):
+            if rank != but:
+                child.join(CHILD_LIMIT_S)
+        return [child.exitcode for child in self.children[scene]]
+
+    def stderr(self, scene: str, rank: int = 0) -> str:
+        return (self.folder / scene / f"stderr{rank}").read_text()
 
 
 def _redirected(stderr: Path, target: Callable[..., None], *args: Any) -> None:
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT, 0o600), 2)
     target(*args)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """All scenes at once: nearly all that they do is wait."""
+    stage = Stage(tmp_path_factory.mktemp("stage"))
+    for world, event in [(3, stops_rank_0), (3, stops_rank_2), (2, saves), (2, reads)]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for rank in range(world):
+            stage.begin(event.__name__, ranks_step, rank, world, port, event)
+    for body in (sleeps, sleeps_in_a_phase, cannot_write, cannot_finish_writing, holds_pythons_lock, is_suspended):
+        stage.begin(body.__name__, alone, body)
+    yield stage
+    for child in itertools.chain(*stage.children.values()):
+        child.kill()
+        child.join()
 
 
 def until(condition: Callable[[], Any]) -> Any:
@@ -69,20 +101,19 @@ def hangs(run: RunDir) -> list[dict[str, Any]]:
 # One process.
 
 
-def alone(path: Path, body: Callable[[Watchdog], None], hang_after: float = HANG_S) -> None:
-    allocation = Allocation(node="n0", generation=2)
-    body(Watchdog(RunDir(path), allocation, hang_after).start())
+def alone(path: Path, body: Callable[[Watchdog], None]) -> None:
+    body(Watchdog(RunDir(path), Allocation(node="n0", generation=2), 1.0).start())
     os._exit(0)
 
 
-def steps(dog: Watchdog, count: int, first: int = 0) -> None:
+def steps(dog: Watchdog, count: int = 30, first: int = 0) -> None:
     for step in range(first, first + count):
         dog.beat(step)
         time.sleep(0.01)
 
 
 def sleeps(dog: Watchdog) -> None:
-    steps(dog, 5)
+    steps(dog)
     time.sleep(60)
 
 
@@ -92,164 +123,146 @@ def sleeps_in_a_phase(dog: Watchdog) -> None:
 
 
 def cannot_write(dog: Watchdog) -> None:
-    steps(dog, 5)
-    dog._run.path.rmdir()
-    time.sleep(60)
+    dog._run.events.touch()  # no folder
+    sleeps(dog)
 
 
 def cannot_finish_writing(dog: Watchdog) -> None:
-    """events/ is a file system that does not answer."""
-    dog._run.event = lambda *args, **fields: time.sleep(60)  # type: ignore[method-assign]
-    steps(dog, 5)
-    time.sleep(60)
+    """A full pipe that nobody reads stands for a file system that does not answer."""
+    dog._run.events.mkdir()
+    pipe = dog._run.events / "002-rank0.jsonl"
+    os.mkfifo(pipe)
+    filled = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(filled, bytes(4096))
+    sleeps(dog)
 
 
 def holds_pythons_lock(dog: Watchdog) -> None:
-    steps(dog, 30)
+    steps(dog)
     ctypes.PyDLL(None).sleep(60)
 
 
-def test_silence_ends_the_process_with_76_stacks_and_an_event(run: RunDir, start: Callable[..., BaseProcess]) -> None:
-    silent, phase = (start(alone, run.path, body, 1.0, rank=n) for n, body in enumerate([sleeps, sleeps_in_a_phase]))
-    for child in (silent, phase):
-        child.join(CHILD_LIMIT_S)
-        assert child.exitcode == ExitCode.HANG
-    by_phase = {event["phase"]: event for event in hangs(run)}
-    training, compiling = by_phase["training"], by_phase["compile"]
-    assert (training["rank"], training["node"], training["step"], training["generation"]) == (0, "n0", 4, 2)
-    assert training["silent"] > training["limit"] == 1.0
+def is_suspended(dog: Watchdog) -> None:
+    """For longer than the limit, and after a silence of nearly as much."""
+    steps(dog)
+    time.sleep(0.8)
+    stop(os.getpid(), 3.5)
+    steps(dog, first=30)
+
+
+def stop(pid: int, seconds: float) -> None:
+    """SIGSTOP, and SIGCONT later."""
+    subprocess.Popen(["sh", "-c", f"kill -STOP {pid}; sleep {seconds}; kill -CONT {pid}"])
+    time.sleep(0.5)  # where it is ourselves: here
+
+
+def test_silence_ends_the_process_with_76_stacks_and_an_event(stage: Stage) -> None:
+    assert stage.codes("sleeps") == stage.codes("sleeps_in_a_phase") == [ExitCode.HANG]
+    (training,), (compiling,) = hangs(stage.run("sleeps")), hangs(stage.run("sleeps_in_a_phase"))
+    assert (training["rank"], training["node"], training["step"], training["generation"]) == (0, "n0", 29, 2)
+    assert training["phase"] == "training" and training["silent"] > training["limit"] == 1.0
     assert training["stuck"][0]["rank"] == 0 and "sleeps" in training["stuck"][0]["at"]
-    assert compiling["silent"] > compiling["limit"] == 0.5 and compiling["step"] is None
-    text = (run.path / "stderr0").read_text()
+    assert compiling["phase"] == "compile" and compiling["silent"] > compiling["limit"] == 0.5
+    assert compiling["step"] is None
+    text = stage.stderr("sleeps")
     assert "rank 0 on n0: nothing has happened for" in text and "in sleeps" in text and "_watch" in text
 
 
-def test_nothing_that_fails_keeps_it_from_leaving(
-    run: RunDir, start: Callable[..., BaseProcess], tmp_path: Path
-) -> None:
-    gone, blocked = tmp_path / "gone", tmp_path / "blocked"
-    gone.mkdir()
-    blocked.mkdir()
-    children = [
-        start(alone, gone, cannot_write, 0.5, rank=0),
-        start(alone, blocked, cannot_finish_writing, 0.5, rank=1),
-    ]
-    children.append(start(alone, run.path, holds_pythons_lock, 0.5, rank=2))
-    for child in children:
-        child.join(CHILD_LIMIT_S)
-    assert [child.exitcode for child in children] == [ExitCode.HANG, ExitCode.HANG, 1]
-    assert "the hang is not recorded" in (run.path / "stderr0").read_text()
-    assert "holds_pythons_lock" in (run.path / "stderr2").read_text(), "no stacks without Python's lock"
-    assert not hangs(run)
+def test_a_full_disk_or_a_dead_one_keeps_nobody_from_leaving(stage: Stage) -> None:
+    assert stage.codes("cannot_write") == stage.codes("cannot_finish_writing") == [ExitCode.HANG]
+    assert "the hang is not recorded" in stage.stderr("cannot_write")
+
+
+def test_a_process_that_holds_pythons_lock_is_ended(stage: Stage) -> None:
+    assert stage.codes("holds_pythons_lock") == [1], "faulthandler's own exit code"
+    assert "holds_pythons_lock" in stage.stderr("holds_pythons_lock"), "no stacks"
+
+
+def test_a_suspended_process_goes_on_when_it_is_continued(stage: Stage) -> None:
+    """D4; scontrol suspend: the clock has jumped."""
+    assert stage.codes("is_suspended") == [0]
+    assert not hangs(stage.run("is_suspended"))
 
 
 # Several ranks.
 
 
-def ranks_step(path: Path, rank: int, world: int, port: int, how: str) -> None:
-    """A rank that all-reduces once per step; at step 20 what `how` says happens to rank 1."""
+def ranks_step(path: Path, rank: int, world: int, port: int, event: Callable[..., None]) -> None:
+    """A rank that all-reduces once per step; rank 1 makes `event` happen."""
     run, allocation = RunDir(path), Allocation(rank=rank, world_size=world, node=f"n{rank}")
     store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    store.set(f"pid{rank}", str(os.getpid()))
     dog = Watchdog(run, allocation, HANG_S, Peers(store, allocation)).start()
     dog.beat(0)
-    for step in range(1, 10_000):
-        if step == 20 and rank == 1 and how == "reads":
-            reads_for_ever()
-        if step == 20 and rank == 1 and how == "saves":
-            with dog.phase("save", 60):
-                time.sleep(1.5 * HANG_S)
+    for step in range(1, LAST_STEP + 1):
+        if rank == 1:
+            event(dog, store, step)
         dist.all_reduce(torch.ones(1))
         dog.beat(step)
-        if step == 20:
-            (path / f"at20-{rank}").touch()
-        if how == "saves" and step == 30:
-            break
         time.sleep(STEP_S)
     dog.close()
     dist.barrier()
     os._exit(0)
 
 
-def reads_for_ever() -> None:
-    threading.Event().wait()
+def stops_rank_0(dog: Watchdog, store: dist.Store, step: int) -> None:
+    if step == 20:
+        os.kill(int(store.get("pid0")), signal.SIGSTOP)
 
 
-def all_ranks(run: RunDir, start: Callable[..., BaseProcess], world: int, how: str) -> list[BaseProcess]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return [start(ranks_step, run.path, rank, world, port, how, rank=rank) for rank in range(world)]
+def stops_rank_2(dog: Watchdog, store: dist.Store, step: int) -> None:
+    if step == 20:
+        os.kill(int(store.get("pid2")), signal.SIGSTOP)
 
 
-def join_but(children: list[BaseProcess], stopped: int) -> list[int | None]:
-    for rank, child in enumerate(children):
-        if rank != stopped:
-            child.join(CHILD_LIMIT_S)
-    return [child.exitcode for child in children]
+def saves(dog: Watchdog, store: dist.Store, step: int) -> None:
+    """Rank 0 is stopped for less than the limit, then rank 1 saves for longer than it: neither is a hang."""
+    if step == 20:
+        stop(int(store.get("pid0")), 0.6 * HANG_S)
+    if step == 25:
+        with dog.phase("save", 60):
+            time.sleep(1.5 * HANG_S)
 
 
-@pytest.mark.parametrize("stopped", [0, 2], ids=["the host of the store", "another"])
-def test_a_stopped_rank_is_named_by_the_others(run: RunDir, start: Callable[..., BaseProcess], stopped: int) -> None:
-    """D3; and D4 before: a stop of less than the limit, or of more of a single rank, is none of its own doing."""
-    children = all_ranks(run, start, 3, "steps")
-    until(lambda: (run.path / "at20-0").exists())
-    began = time.monotonic()
-    os.kill(children[stopped].pid or 0, signal.SIGSTOP)
-    codes = join_but(children, stopped)
-    assert time.monotonic() - began > HANG_S
+def reads(dog: Watchdog, store: dist.Store, step: int) -> None:
+    if step == 20:
+        threading.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("scene", "stopped"), [("stops_rank_0", 0), ("stops_rank_2", 2)], ids=["the host of the store", "another"]
+)
+def test_a_stopped_rank_is_named_by_the_others(stage: Stage, scene: str, stopped: int) -> None:
+    """D3."""
+    codes, child = stage.codes(scene, but=stopped), stage.children[scene][stopped]
     assert ExitCode.HANG in codes, codes
-    events = hangs(run)
+    events = hangs(stage.run(scene))
     assert events
     for event in events:
-        assert [(one["rank"], one["node"]) for one in event["stuck"]] == [
-            (stopped, f"n{stopped}" if stopped else event["stuck"][0]["node"])
-        ], event
-        assert event["rank"] != stopped
-    os.kill(children[stopped].pid or 0, signal.SIGCONT)  # back after longer than the limit: it starts a new silence
-    children[stopped].join(CHILD_LIMIT_S)
-    assert not [event for event in hangs(run) if event["rank"] == stopped]
-
-
-def test_a_stop_shorter_than_the_limit_and_a_save_longer_than_it_are_no_hang(
-    run: RunDir, start: Callable[..., BaseProcess]
-) -> None:
-    """D4, and a rank that saves: the others wait until its own limit has passed."""
-    children = all_ranks(run, start, 2, "saves")
-    until(lambda: (run.path / "stderr1").exists())
-    time.sleep(0.5)
-    os.kill(children[0].pid or 0, signal.SIGSTOP)
-    time.sleep(0.6 * HANG_S)
-    os.kill(children[0].pid or 0, signal.SIGCONT)
-    assert join_but(children, -1) == [0, 0]
-    assert not hangs(run)
-
-
-def test_a_rank_that_waits_for_its_data_is_named_by_place(run: RunDir, start: Callable[..., BaseProcess]) -> None:
-    """All are at the same step, and all watchdogs live: only one rank is in no collective."""
-    children = all_ranks(run, start, 2, "reads")
-    assert ExitCode.HANG in join_but(children, -1)
-    for event in hangs(run):
-        assert [one["rank"] for one in event["stuck"]] == [1], event
-        assert event["stuck"][0]["node"] == "n1" and "wait" in event["stuck"][0]["at"]
-
-
-def test_all_stopped_and_continued_after_the_limit_go_on(run: RunDir, start: Callable[..., BaseProcess]) -> None:
-    """scontrol suspend: the clock has jumped for all of them."""
-    child = start(alone, run.path, walks, 1.0)
-    until(lambda: (run.path / "walks").exists())
-    os.kill(child.pid or 0, signal.SIGSTOP)
-    time.sleep(3.5)
-    os.kill(child.pid or 0, signal.SIGCONT)
+        assert event["silent"] > HANG_S
+        assert [(one["rank"], one["node"]) for one in event["stuck"]] == [(stopped, f"n{stopped}")], event
+    os.kill(child.pid or 0, signal.SIGCONT)  # after longer than the limit: its silence begins anew
     child.join(CHILD_LIMIT_S)
-    assert child.exitcode == 0 and not hangs(run)
+    assert stopped not in [event["rank"] for event in hangs(stage.run(scene))]
 
 
-def walks(dog: Watchdog) -> None:
-    steps(dog, 5)
-    (dog._run.path / "walks").touch()
-    time.sleep(0.9)  # nearly too long already
-    steps(dog, 10, 5)
+def test_a_stop_shorter_than_the_limit_and_a_save_longer_than_it_are_no_hang(stage: Stage) -> None:
+    """D4; and the others wait for a rank that saves until its own limit has passed."""
+    assert stage.codes("saves") == [0, 0]
+    assert not hangs(stage.run("saves"))
+
+
+def test_a_rank_that_waits_for_its_data_is_named_by_place(stage: Stage) -> None:
+    """All are at the same step, and all watchdogs live: only one rank is in no collective."""
+    assert ExitCode.HANG in stage.codes("reads")
+    events = hangs(stage.run("reads"))
+    assert events
+    for event in events:
+        assert [(one["rank"], one["node"]) for one in event["stuck"]] == [(1, "n1")], event
+        assert re.fullmatch(r"test_watchdog\.py:\d+ reads, threading\.py:\d+ wait", event["stuck"][0]["at"])
 
 
 # What is decided, without processes.
