@@ -139,10 +139,10 @@ def _some(chunk: Chunk, rows: list[int]) -> list[str]:
 
 
 def _dependency(after: Sequence[str], waits: list[str]) -> list[str]:
-    """One --dependency for all: sbatch takes the last of several."""
+    """One --dependency for all: sbatch takes the last of several. Other options stay as they are."""
     given = [option.removeprefix("--dependency=") for option in after if option.startswith("--dependency=")]
     others = [option for option in after if not option.startswith("--dependency=")]
-    return [f"--dependency={','.join([*given, *waits])}", *others] if given or waits else []
+    return [*([f"--dependency={','.join([*given, *waits])}"] if given or waits else []), *others]
 
 
 def _submit_local(sweep: SweepDir, rows: Iterable[int] | None, after: Sequence[str]) -> str:

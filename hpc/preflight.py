@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hpc import badnodes, fit, slurm, yamlfile
+from hpc import badnodes, fit, saves, slurm, yamlfile
 from hpc.cluster import Cluster
 from hpc.experiment import Experiment
 from hpc.instances import Instance
@@ -67,7 +67,7 @@ def check_many(
         _check_request(group, instance, cluster, findings)
     for group in _groups(experiments, lambda one: _shares(one, instance)):
         _check_shares(group, instance, findings)
-    answers = cluster == "slurm" and _check_cluster(experiments, instance, findings)
+    answers = cluster == "slurm" and _check_cluster(experiments, instance, runs, findings)
     if payload and not findings.refusals:
         _check_payload(experiments, findings)
     if answers and not findings.refusals:
@@ -127,7 +127,7 @@ def _check_shares(group: _Group, instance: Instance, findings: Findings) -> None
         findings.refusals.append(group.label + fault)
 
 
-def _check_cluster(experiments: Sequence[Experiment], instance: Instance, findings: Findings) -> bool:
+def _check_cluster(experiments: Sequence[Experiment], instance: Instance, runs: Path, findings: Findings) -> bool:
     """Partitions and nodes as they are now; False where the controller does not answer."""
     try:
         live = Cluster.look()
@@ -146,8 +146,24 @@ def _check_cluster(experiments: Sequence[Experiment], instance: Instance, findin
         findings.warnings += [group.label + line for line in answer.warnings]
         findings.passed += [group.label + line for line in answer.passed]
         partitions |= dict.fromkeys(fit.choose(live, wanted))
-    findings.passed += [live.preemption(name) for name in partitions if name in live.partitions]
+    here = [name for name in partitions if name in live.partitions]
+    findings.passed += [live.preemption(name) for name in here]
+    findings.passed += _too_short(
+        [(name, notice) for name in here if (notice := live.notice_s(name))], experiments, runs
+    )
     return True
+
+
+def _too_short(notices: list[tuple[str, int]], experiments: Sequence[Experiment], runs: Path) -> list[str]:
+    """Of partitions where a save like those of earlier runs does not fit into the notice of a preemption."""
+    known = saves.longest(runs, {experiment.model.name for experiment in experiments}) if notices else None
+    took, which = known or (0.0, "")
+    return [
+        f"partition {name}: a preempted job has {notice} s, and a save took up to {took:.0f} s ({which}): "
+        f"what was done since the last save is lost then, so save often (train.checkpoint_every)"
+        for name, notice in notices
+        if took > notice
+    ]
 
 
 def _check_payload(experiments: Sequence[Experiment], findings: Findings) -> None:

@@ -19,6 +19,10 @@ from hpc.errors import UserError
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
+class Untrusted(UserError):
+    """Somebody else owns it, or may write it."""
+
+
 @contextmanager
 def private() -> Iterator[None]:
     """What is made in this block is its owner's alone (folders 0700, files 0600), whatever the umask."""
@@ -30,7 +34,7 @@ def private() -> Iterator[None]:
 
 
 def check(whole: Path, *parts: Path) -> None:
-    """Raises UserError where this folder or file, or one of its parts that are there, is not ours alone to change."""
+    """Raises Untrusted where this folder or file, or one of its parts that are there, is not ours alone to change."""
     for path in (whole, *parts):
         try:
             found = path.stat()
@@ -40,18 +44,18 @@ def check(whole: Path, *parts: Path) -> None:
 
 
 def check_open(file: IO[bytes], path: Path) -> None:
-    """The same of a file that is open already: nobody can put another one in its place. Raises UserError."""
+    """The same of a file that is open already: nobody can put another one in its place. Raises Untrusted."""
     _check(path, os.fstat(file.fileno()), f"chmod go-w {path}")
 
 
 def _check(path: Path, found: os.stat_result, remedy: str) -> None:
     if found.st_uid not in (os.geteuid(), 0):
-        raise UserError(
+        raise Untrusted(
             f"{path} belongs to {_name(found.st_uid)}: nothing of it is run; read it, and copy it to have your own"
         )
     if found.st_mode & _OTHERS_WRITE and not _without_modes(path.parent):
         mode = stat.S_IMODE(found.st_mode)
-        raise UserError(f"{path} can be written by others (mode {mode:04o}): nothing of it is run; {remedy}")
+        raise Untrusted(f"{path} can be written by others (mode {mode:04o}): nothing of it is run; {remedy}")
 
 
 def _without_modes(folder: Path) -> bool:

@@ -10,7 +10,7 @@ environment.json), `done`.
 import json
 from pathlib import Path
 
-from hpc import plan
+from hpc import plan, trust
 from hpc.rundir import RunDir
 
 _RANK = '''
@@ -60,8 +60,9 @@ def make(folder: Path, *acts: str, overrides: tuple[str, ...] = (), cluster: str
         f"launch: {{instance: cedia-a100-40gb, cluster: {cluster}, gpus: 0, cpus: 1, mem: 100MB, time: 10min}}\n"
     )
     run = plan.create_next(plan.make(file, list(overrides), folder / "runs"))
-    (run.code / "jobs" / "run.py").write_text(_RANK)
-    (run.code / "acts.json").write_text(json.dumps(list(acts)))
+    with trust.private():
+        (run.code / "jobs" / "run.py").write_text(_RANK)
+        (run.code / "acts.json").write_text(json.dumps(list(acts)))
     return run
 
 

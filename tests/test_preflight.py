@@ -12,6 +12,7 @@ import pytest
 from hpc import instances, payload, preflight, yamlfile
 from hpc.experiment import Experiment, validate
 from hpc.preempt import ExitCode
+from hpc.rundir import RunDir, write_text
 from tests import tiny_run
 from tests.fakeslurm import FakeSlurm, without_slurm
 from tests.slurm.cluster import Cluster
@@ -62,6 +63,34 @@ def test_all_that_fits_is_told_and_the_budget_of_a_preemption_too(fake: FakeSlur
     assert re.fullmatch(
         r"sbatch --test-only: accepted; it would start (at once|in about .*)", found.passed[3].strip(",")
     )
+
+
+def earlier(runs: Path, name: str, model: str, *took: float) -> None:
+    run = RunDir(runs / name)
+    write_text(run.experiment, f"name: x\nmodel: {{name: {model}}}\n")
+    for seconds in took:
+        run.event("checkpoint", "rank0", 1, step=1, seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("longest", "model", "told"), [(31.0, "resnet3d_tiny", True), (30.0, "resnet3d_tiny", False), (99.0, "vit", False)]
+)
+def test_a_notice_shorter_than_the_longest_save_of_this_model_is_told(
+    fake: FakeSlurm, tmp_path: Path, longest: float, model: str, told: bool
+) -> None:
+    fake.configure(partitions=[{}, {"PartitionName": "high", "PriorityTier": "2", "Default": "NO"}])
+    fake.configure(nodes=[{"Partitions": "gpu,high"}, {"NodeName": "node1", "Partitions": "gpu,high"}])
+    earlier(tmp_path, "slow-0000aaaa", model, 3.0, longest, 2.0)
+    earlier(tmp_path, "fast-0000aaaa", "resnet3d_tiny", 3.0)
+    (tmp_path / "torn-0000aaaa").mkdir()
+    (tmp_path / "torn-0000aaaa" / "experiment.yaml").write_text("model: [")
+    found = preflight.check(experiment(), CEDIA, "slurm", SCRIPT, tmp_path, payload=False)
+    words = [line for line in found.passed if "a save took" in line]
+    assert len(words) == told and found.warnings == []
+    if told:
+        assert words[0].startswith(
+            "partition gpu: a preempted job has 30 s, and a save took up to 31 s (slow-0000aaaa): what was done"
+        )
 
 
 def test_three_questions_to_scontrol_and_one_to_sbatch_for_any_number_of_rows(fake: FakeSlurm) -> None:

@@ -5,8 +5,10 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from hpc import ledger, resumption, sweep
+from hpc.commands.run import app
 from hpc.errors import UserError
 from hpc.rundir import RunDir, write_json, write_text
 from hpc.sweepdir import SweepDir
@@ -156,3 +158,54 @@ def _fault(call: object) -> str:
     with pytest.raises(UserError) as fault:
         list(call())  # type: ignore[operator]
     return str(fault.value)
+
+
+def saved(run: RunDir, *took: float) -> None:
+    for step, seconds in enumerate(took, 1):
+        run.event("checkpoint", "rank0", 1, step=step, seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("took", "option"),
+    [([], None), ([30.0] * 9, None), ([31.0] * 9, "USR2@123"), ([1.0] * 99 + [500.0], None), ([900.0], "USR2@300")],
+    ids=["no save", "90 + 30 s are enough", "93 + 30 s", "one slow save", "half of the time at most"],
+)
+def test_a_run_whose_saves_take_long_is_given_notice_enough(
+    runs: Path, run: RunDir, fake: FakeSlurm, took: list[float], option: str | None
+) -> None:
+    """The script's own is 120 s; the time limit is 10 min."""
+    saved(run, *took)
+    list(resumption.named([run.name], runs))
+    assert [word for word in sbatch(fake)[0].split() if word.startswith("--signal")] == (
+        [f"--signal={option}"] if option else []
+    )
+
+
+def test_a_sweep_is_given_the_notice_that_its_open_rows_need(runs: Path, fake: FakeSlurm) -> None:
+    folder = made(runs)
+    write_json(folder.rows()[0].result, {"finished": True})
+    saved(folder.rows()[0], 200.0)
+    list(resumption.named([folder.name], runs))
+    saved(folder.rows()[1], 40.0)
+    before = sbatch(fake)
+    for row in folder.rows():
+        ended(row, code=1)
+    list(resumption.named([folder.name], runs))
+    assert not any("--signal" in call for call in before)
+    assert all("--signal=USR2@150 " in call for call in sbatch(fake)[len(before) :])
+
+
+def test_changed_data_are_accepted_for_runs_that_are_named_and_by_an_event(
+    runs: Path, run: RunDir, fake: FakeSlurm
+) -> None:
+    list(resumption.named([run.name], runs))
+    assert "accept-data-change" not in [event["event"] for event in run.read_events()]
+    fake.job("101", "FAILED", comment=run.name)
+    list(resumption.named([run.name], runs, accept_data=True))
+    (word,) = [event for event in run.read_events() if event["event"] == "accept-data-change"]
+    assert word["generation"] == 0 and word["time"] > time.time() - 60
+    folder = made(runs)
+    list(resumption.named([folder.name], runs, accept_data=True))
+    assert all("accept-data-change" in [event["event"] for event in row.read_events()] for row in folder.rows())
+    everything = CliRunner().invoke(app, ["resume", "--all", "--accept-data-change", "--runs", str(runs)])
+    assert "is for runs that you name" in str(everything.exception)

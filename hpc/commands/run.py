@@ -91,6 +91,9 @@ def resume(
         bool, typer.Option("--all", help="All runs that were stopped or lost; not those that failed or were cancelled.")
     ] = False,
     after: After = None,
+    accept_data: Annotated[
+        bool, typer.Option("--accept-data-change", help="Go on although the data file is not the one it began with.")
+    ] = False,
     runs: Runs = None,
 ) -> None:
     """Submit stopped, failed or cancelled runs again; each goes on from its newest good checkpoint.
@@ -102,11 +105,12 @@ def resume(
 
     if bool(names) == everything:
         raise UserError("name the runs or sweeps to resume, or give --all; 'hpc ls' lists them")
+    if everything and accept_data:
+        raise UserError("--accept-data-change is for runs that you name: 'hpc resume RUN --accept-data-change'")
     folder = runs_folder(runs)
-    lines = (
-        resumption.stopped(folder, after or []) if everything else resumption.named(names or [], folder, after or [])
-    )
-    for line in lines:
+    follow = after or []
+    several = resumption.stopped(folder, follow) if everything else None
+    for line in several or resumption.named(names or [], folder, follow, accept_data):
         say(line)
 
 

@@ -16,7 +16,7 @@ from submitit.core.utils import DelayedSubmission, JobPaths
 from submitit.local.local import LocalJob
 from submitit.slurm.slurm import SlurmJob
 
-from hpc import slurm
+from hpc import slurm, trust
 from hpc.attempt import same_process
 from hpc.errors import UserError
 from hpc.functions import payload
@@ -90,7 +90,7 @@ class SlurmFunctionJob(SlurmJob[R]):
     def _get_outcome_and_result(self) -> tuple[str, Any]:
         # A result may take a while to be seen over a shared file system; a killed job has left none.
         state = self.watcher.get_state(self.job_id, mode="cache")
-        self._results_timeout_s = 15 if state in _LEFT_RESULT else 1
+        self._results_timeout_s = _check_result(self.paths, 15 if state in _LEFT_RESULT else 1)
         return super()._get_outcome_and_result()
 
     def cancel(self, check: bool = True) -> None:
@@ -104,8 +104,6 @@ class SlurmFunctionJob(SlurmJob[R]):
 
 class LocalFunctionJob(LocalJob[R]):
     """A function's job here, under hpc.functions.localmap, which writes a result for whatever leaves none."""
-
-    _results_timeout_s = 1
 
     def done(self, force_check: bool = False) -> bool:
         if self._sub_jobs:
@@ -125,6 +123,10 @@ class LocalFunctionJob(LocalJob[R]):
             return False
         controller = read_json(controller_file(self.paths.folder, self.job_id))
         return bool(controller) and same_process(controller["pid"], controller["process_start"])
+
+    def _get_outcome_and_result(self) -> tuple[str, Any]:
+        self._results_timeout_s = _check_result(self.paths, 1)
+        return super()._get_outcome_and_result()
 
     def get_info(self, mode: str = "force") -> dict[str, str]:
         if self.done():
@@ -161,6 +163,19 @@ def outcome(paths: JobPaths) -> str | None:
             return next((word for _, word, _ in pickletools.genops(file) if word in ("success", "error")), None)
     except (OSError, ValueError):
         return None
+
+
+def _check_result(paths: JobPaths, patience_s: float) -> int:
+    """Waits for the result, and raises UserError where others may have written it: to unpickle is to run.
+
+    Returns how long submitit is to wait for it then: not at all.
+    """
+    end = time.monotonic() + patience_s
+    while time.monotonic() < end and not paths.result_pickle.exists():
+        time.sleep(_LAST_WAIT_S / 4)
+        _refresh(paths.folder)
+    trust.check(paths.result_pickle)
+    return 0
 
 
 def _refresh(folder: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from submitit.core.utils import JobPaths
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
+from hpc import trust
 from hpc.functions.job import cancel_mark
 from hpc.functions.step import dump
 
@@ -135,6 +136,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--gpus", nargs="+", default=[""], help="CUDA_VISIBLE_DEVICES of each slot")
     options = parser.parse_args()
+    trust.check(options.script)
     single = [Task(options.job, None)]
     tasks = single if options.count is None else [Task(f"{options.job}_{i}", i) for i in range(options.count)]
     Controller(options.folder, options.script, tasks, options.ranks, options.gpus).run()

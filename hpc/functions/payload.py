@@ -2,7 +2,7 @@
 
 A single job's is submitit's JOB_submitted.pkl. An array's is ARRAY_tasks.pkl: the pickle of each task, that of the list
 of their offsets, and the offset of this list in the last eight bytes. A checkpoint writes ARRAY_TASK_submitted.pkl,
-which comes first from then on.
+which comes first from then on. A pickle runs what is in it: one that others may have written is not opened.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import cloudpickle  # type: ignore[import-untyped]  # submitit's pickler
 from submitit.core.utils import DelayedSubmission, JobPaths
+
+from hpc import trust
 
 _TAIL = struct.Struct("<Q")
 
@@ -40,15 +42,20 @@ def path_of(folder: Path, job: str, array: bool) -> Path:
 
 
 def load(paths: JobPaths) -> DelayedSubmission | None:
-    """What this job, or task of an array, is to call; None while it is not there."""
+    """What this job, or task of an array, is to call; None while it is not there. Raises UserError."""
     array, _, task = str(paths.job_id).partition("_")
     try:
-        return DelayedSubmission.load(paths.submitted_pickle)
+        with paths.submitted_pickle.open("rb") as file:
+            trust.check_open(file, paths.submitted_pickle)
+            own: DelayedSubmission = pickle.load(file)
+            return own
     except FileNotFoundError:
         if not task:
             return None
     try:
-        with path_of(paths.folder, array, True).open("rb") as file:
+        path = path_of(paths.folder, array, True)
+        with path.open("rb") as file:
+            trust.check_open(file, path)
             file.seek(-_TAIL.size, 2)
             file.seek(*_TAIL.unpack(file.read()))
             file.seek(pickle.load(file)[int(task)])

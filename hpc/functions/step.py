@@ -23,7 +23,7 @@ from submitit.core.utils import DelayedSubmission, JobPaths, UncompletedJobError
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE, LocalJobEnvironment
 from submitit.slurm.slurm import SlurmJobEnvironment
 
-from hpc import allocation, slurm
+from hpc import allocation, slurm, trust
 from hpc.functions import payload
 from hpc.preempt import NOTICE, ExitCode, ignore_stops
 
@@ -56,6 +56,8 @@ def call(paths: JobPaths, local: bool) -> int:
         submission = _load(paths)
         stops = Stops(submission, paths, local, start).install()
         outcome = ("success", submission.result())
+    except trust.Untrusted as fault:
+        outcome = ("error", str(fault))
     except Exception:
         outcome = ("error", traceback.format_exc())
         if stops and stops.told:  # a child that SLURM ended, say: no error of the function
@@ -85,7 +87,8 @@ def dump(value: Any, path: Path) -> None:
     """Pickle written aside and renamed: a kill in the middle leaves what was there before."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        cloudpickle_dump(value, aside)
+        with trust.private():
+            cloudpickle_dump(value, aside)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

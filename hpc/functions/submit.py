@@ -12,7 +12,7 @@ from typing import Any
 
 from submitit.core.utils import DelayedSubmission, FailedSubmissionError, JobPaths
 
-from hpc import allocation, slurm
+from hpc import allocation, slurm, trust
 from hpc.arrays import release, take_back
 from hpc.attempt import process_start
 from hpc.errors import UserError
@@ -46,7 +46,9 @@ class Files:
             self._made.append(place)
             place = place.parent
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            with trust.private():
+                self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be made ({error})") from None
         return self
@@ -71,11 +73,12 @@ class Files:
         self.scripts.append(script)
         self._array = array
         try:
-            script.write_text(text)
-            if array:
-                payload.write_array(pickled, submissions)
-            else:
-                submissions[0].dump(pickled)
+            with trust.private():
+                script.write_text(text)
+                if array:
+                    payload.write_array(pickled, submissions)
+                else:
+                    submissions[0].dump(pickled)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be written ({error})") from None
         except Exception as error:
