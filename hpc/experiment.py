@@ -48,7 +48,7 @@ class Section(BaseModel):
 
 
 class Model(BaseModel):
-    """`name` and `num_classes`; every other key goes to the model as an option."""
+    """`name`, `num_classes` and `weights`; every other key goes to the model as an option."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -56,6 +56,8 @@ class Model(BaseModel):
     """A name of `hpc models`, timm:NAME, torchvision:NAME, or file:PATH.py:CLASS."""
     num_classes: Annotated[int, Field(ge=1)] | None = None
     """None: as many as the data file has."""
+    weights: str | None = None
+    """A file to start from: .safetensors, or a .pt that holds tensors alone."""
 
     @property
     def source(self) -> tuple[Path, str] | None:
@@ -346,6 +348,8 @@ def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     data, model = values.get("data"), values.get("model")
     if isinstance(data, dict) and isinstance(data.get("file"), str):
         data["file"] = _absolute(folder, data["file"])
+    if isinstance(model, dict) and isinstance(model.get("weights"), str):
+        model["weights"] = _absolute(folder, model["weights"])
     if isinstance(model, dict) and isinstance(model.get("name"), str) and model["name"].startswith("file:"):
         file, _, attribute = model["name"].removeprefix("file:").rpartition(":")
         if not file or not attribute:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from datasets.augment import Augment
 from datasets.layout import VolumeFile
 from hpc.errors import UserError
 from hpc.experiment import Experiment
+from jobs import foreign_weights
 from jobs.check import open_data
 from jobs.tasks.classification import class_weights
 from models3d import create_model, takes
@@ -48,6 +51,14 @@ def prepare(experiment: Experiment) -> Parts:
     return Parts(volumes, classes, class_weights(experiment.train.loss, counts), options)
 
 
+def load_weights(experiment: Experiment, model: nn.Module) -> list[str]:
+    """Start from the file of model.weights, where there is one; a line each for what it gave. Raises UserError."""
+    if experiment.model.weights is None:
+        return []
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # a check loads into no memory
+        return foreign_weights.load(Path(experiment.model.weights), model)
+
+
 def check(experiment: Experiment) -> list[str]:
     """What was found to fit, a line each. Raises ValueError or UserError with one line for what does not."""
     parts = prepare(experiment)
@@ -63,9 +74,11 @@ def check(experiment: Experiment) -> list[str]:
             f"not ({parts.num_classes},): {experiment.task} needs one per class"
         )
     count = sum(p.numel() for p in model.parameters())
+    weights = load_weights(experiment, model)
     return [
         f"data: {sum(sizes.values())} samples of {shape} {volumes.dtype}, "
         + ", ".join(f"{number} {split}" for split, number in sizes.items())
         + f", {parts.num_classes} classes",
         f"model: {experiment.model.name}, {count:,} parameters",
+        *(f"weights: {line}" for line in weights),
     ]

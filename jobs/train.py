@@ -30,7 +30,7 @@ from jobs.passes import make_passes
 from jobs.record import Recorder
 from jobs.saving import Saver, estimated_bytes, room
 from jobs.schedule import Schedule
-from jobs.setup import Parts, prepare
+from jobs.setup import Parts, load_weights, prepare
 from jobs.tasks.classification import DIRECTION, Classification, Counts, Scores, total
 from jobs.update import Updater
 from jobs.watchdog import Watchdog
@@ -113,8 +113,11 @@ class Trainer:
         self.engine.barrier()
         if not self.engine.is_main:
             found = checkpoint.load_newest(folder, quarantine, keep_bad=True)
+        started_from = []
         if found is not None:
             self._restore(found)
+        else:
+            started_from = load_weights(self.experiment, self.model)
         if self.engine.is_main:
             steps = (self.step, self.total_steps, self.steps_per_epoch)
             names = self.parts.volumes.class_names
@@ -124,6 +127,8 @@ class Trainer:
                 self.recorder.data_changed(self._data_before, self.parts.volumes.fingerprint)
             where = f"goes on from {found.name}" if found else "starts"
             _LOG.info("%s %s at step %d of %d", self.run.name, where, self.step, self.total_steps)
+            for line in started_from:
+                _LOG.info(line)
 
     def _open_saver(self) -> None:
         """Raises StorageError where there is no room for checkpoints."""

@@ -145,6 +145,22 @@ def test_data_without_validation_are_refused(tmp_path: Path) -> None:
         check(load(run.experiment)[0])
 
 
+def start_from(folder: Path, data: Path) -> None:
+    """Weights of one run, one added to each, are where another begins; that they fit is seen in the check."""
+    first = tiny_run.make_trainer(tiny_run.make_run(folder / "first", data))
+    raised = {name: value + 1 for name, value in first.model.state_dict().items()}
+    torch.save(raised, folder / "raised.pt")
+    run = tiny_run.make_run(folder / "second", data, f"model.weights={folder / 'raised.pt'}")
+    assert "weights: raised.pt: " in check(load(run.experiment)[0])[2]
+    second = tiny_run.make_trainer(run)
+    second.resume()
+    assert all(torch.equal(value, raised[name]) for name, value in second.model.state_dict().items())
+
+
+def test_a_run_starts_from_weights_of_elsewhere(data: Path, tmp_path: Path) -> None:
+    assert in_child(start_from, tmp_path, data) == 0
+
+
 # The payload's exit codes, each with one line for the user.
 
 
