@@ -6,7 +6,7 @@ import re
 import shlex
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil
 from typing import Any
@@ -25,6 +25,7 @@ from hpc.slurm import JobInfo
 from hpc.states import ended_on_slurm
 from hpc.sweepdir import alone, sweep_of
 from hpc.units import slurm_time
+from hpc.verdict import FAILURES, row_before, tally
 
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|\[Errno (28|122)\]")
 _GPU_MEMORY = re.compile(r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED|HIP out of memory")
@@ -144,7 +145,20 @@ def saved(run: RunDir) -> str:
 
 def find(case: Case) -> Cause:
     """The best explanation of a run's end."""
-    return next(cause for look in _LOOKS for cause in look(case))
+    cause = next(cause for look in _LOOKS for cause in look(case))
+    return replace(cause, lines=[*cause.lines, *_given_up(case)])
+
+
+def _given_up(case: Case) -> Iterator[str]:
+    """How often it has failed in a row, where its budget is used up."""
+    kind = case.records.state.get("cause")
+    if case.records.phase != "ended" or kind not in FAILURES or not case.asked:
+        return
+    before = row_before(case.run.read_events(), case.records.generation)
+    kinds, allowed = [*before.kinds, kind], getattr(case.asked[0].launch.budgets, kind)
+    if len(kinds) > allowed:
+        failed = tally(kinds, before.step)
+        yield f"It is not started again by itself: {failed}, and launch.budgets.{kind} is {allowed} restarts in a row."
 
 
 def _never_followed(case: Case) -> Iterator[Cause]:
@@ -190,6 +204,29 @@ def _bad_node(case: Case) -> Iterator[Cause]:
         yield Cause(
             "bad node", [f"It met a bad node: {faults}.", str(case.status.detail)], ["hpc doctor", case.resume], []
         )
+
+
+def _hang(case: Case) -> Iterator[Cause]:
+    """What its watchdogs have left."""
+    hangs = [event for event in case.events if event["event"] == "hang"]
+    if not hangs and case.code != ExitCode.HANG:
+        return
+    first = hangs[0] if hangs else {}
+    behind = [f"rank {one.get('rank')} on {one.get('node')} ({one.get('why')})" for one in first.get("stuck", ())]
+    where = f" in {first['phase']} after step {first.get('step')}" if "phase" in first else ""
+    silent = f": nothing happened for {first['silent']:.0f} s" if "silent" in first else ""
+    lines = [f"It hung{where}{silent}{'; behind: ' + ' and '.join(behind) if behind else ''}."]
+    lines.append("Where every thread was is in its logs.")
+    yield Cause("hang", [*lines, case.saved], [f"hpc logs {case.name} --tail 200", case.resume], [])
+
+
+def _in_vain(case: Case) -> Iterator[Cause]:
+    """A rank that knew that the next attempt would fail alike."""
+    for event in case.events:
+        if event["event"] == "failed" and event.get("retry") is False:
+            reason = " ".join(str(event.get("reason", "")).split())
+            yield Cause(f"failed: {reason}", [f"It would fail again: {reason}", case.saved], [case.resume], [])
+            return
 
 
 def _memory(case: Case) -> Iterator[Cause]:
@@ -381,10 +418,12 @@ _LOOKS: tuple[Callable[[Case], Iterator[Cause]], ...] = (
     _no_turn,
     _not_launched,
     _bad_node,
+    _in_vain,
     _memory,
     _time_limit,
     _node_failure,
     _preempted,
+    _hang,
     _storage,
     _gpu_memory,
     _exception,

@@ -10,6 +10,7 @@ from typing import Any
 from hpc.attempt import same_process
 from hpc.records import Records
 from hpc.slurm import Accounted, JobInfo
+from hpc.verdict import FAILURES, MEMORY
 
 _WAITING = frozenset(["PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"])
 _MISPLACED = {"SUSPENDED": "suspended by SLURM", "STOPPED": "stopped by SLURM", "CONFIGURING": "its node boots"}
@@ -69,7 +70,9 @@ def _elsewhere(told: Records, place: Place) -> tuple[str, str] | None:
 
 def _live(told: Records, info: JobInfo) -> tuple[str, str]:
     if info.state in _WAITING:
-        return ("requeued" if told.generation else "pending"), info.reason
+        after_failure = told.phase == "stopped" and info.reason == "BeginTime" and told.state.get("cause") in FAILURES
+        waits = str(told.state.get("reason")) if after_failure else info.reason  # how often, and for how long
+        return ("requeued" if told.generation else "pending"), waits
     if info.state in _MISPLACED:
         return "running", _MISPLACED[info.state]
     if told.state.get("job") != info.job:
@@ -87,6 +90,8 @@ def _ended(told: Records, word: tuple[str, str] | None, reason: str) -> tuple[st
     if told.phase == "stopped":
         state, words = word or ("stopped", "")
         return ("stopped" if state == "lost" else state), "; ".join(filter(None, (words, reason)))
+    if word and told.phase == "ended" and told.state.get("cause") == MEMORY:
+        return word[0], reason  # the same word, and how often
     if word:
         where = "" if told.phase == "ended" else f" while {told.phase}"
         return word[0], f"{word[1]}{where}"

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hpc.experiment import Budgets
+if TYPE_CHECKING:
+    from hpc.experiment import Budgets
 
 FINISHED, TOLD, STOPPED, BAD_INPUT, IN_VAIN = "finished", "told", "stopped", "bad input", "in vain"
 CRASH, HANG, MEMORY, STORAGE, NODE = FAILURES = ("crash", "hang", "memory", "storage", "node")

@@ -15,6 +15,7 @@ from hpc.rundir import RunDir
 from hpc.slurm import JobInfo
 from hpc.sweepdir import SweepDir, spec
 from hpc.units import short_time
+from hpc.verdict import FAILURES
 
 _SILENT_S = 600
 """A run that trains writes each second, but for saves and evaluations: after so long without a word it may hang."""
@@ -124,12 +125,19 @@ def _live(seen: Seen, told: Records, scheduler: Scheduler) -> Answer:
         return Answer(status.run, status.state, status.detail, *_waits_here(status, told), attempts=attempts)
     lines = _waits(info, scheduler.queue() or {})
     if status.state == "requeued":
+        lines += _last_failure(told)
         lines.append(f"It has had {_times(status.attempts)}. {causes.saved(seen.run)}")
     commands = [f"hpc watch {status.run}", f"hpc cancel {status.run}"]
     if pending.hopeless(info.reason):
         commands = [f"hpc cancel {status.run}", f"hpc resume {status.run}"]
     cause = status.state if info.reason in ("", "None") else info.reason
     return Answer(status.run, status.state, cause, lines, commands, attempts=attempts)
+
+
+def _last_failure(told: Records) -> list[str]:
+    """Of a run that is started again after one."""
+    failed = told.phase == "stopped" and told.state.get("cause") in FAILURES
+    return [f"Its last attempt {told.state.get('reason')}."] if failed else []
 
 
 def _waits(info: JobInfo, jobs: Mapping[str, JobInfo]) -> list[str]:
@@ -160,7 +168,8 @@ def _dependency(text: str, jobs: Mapping[str, JobInfo]) -> str:
 
 def _waits_here(status: Status, told: Records) -> tuple[list[str], list[str]]:
     if status.state == "requeued":
-        return ["It stopped, and its script is starting it again."], [f"hpc logs {status.run} -f"]
+        last = _last_failure(told) or ["It stopped."]
+        return [*last, "Its script is starting it again."], [f"hpc logs {status.run} -f"]
     if "SLURM" in status.detail:
         return [f"{status.detail}: what its job waits for cannot be told now."], ["hpc doctor"]
     if told.sweep:
