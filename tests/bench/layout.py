@@ -1,6 +1,7 @@
 """`deterministic: layout` against DDP as `run` has it, on 2 ranks: `make bench-layout`. Prints ratios, asserts nothing.
 
 One thread a rank, a batch of noise, forward, backward, reduction and SGD; each way in turn, several rounds; medians.
+With 8 virtual ranks a part is one row, for which torch's convolutions of small volumes take a slower kernel on the CPU.
 """
 
 import argparse
