@@ -141,7 +141,7 @@ class Accounted:
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
     """All that is asked in this block has so long together; what is late is a SilentError."""
-    before = _until.set(time.monotonic() + seconds)
+    before = _until.set(min(_until.get(), time.monotonic() + seconds))
     try:
         yield
     finally:

@@ -72,6 +72,7 @@ done
     "scontrol": """
 fail
 case " $* " in
+  *" show node "*) grep "NodeName=${@: -1} " node || cat node;;
   *" show "*) cat "${@: -1}";;
   *" requeue "*) echo 'PENDING|BeginTime||' > "jobs/$2";;
 esac

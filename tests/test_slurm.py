@@ -266,10 +266,10 @@ def test_jobs_are_held_released_updated_and_cancelled(here: Cluster, script: Pat
 
 @pytest.mark.slurm
 def test_comments_of_any_kind_and_single_jobs_are_told(here: Cluster, script: Path) -> None:
-    broken = slurm.submit(script, "--hold", "--comment=a\nb|c\n\n9|RUNNING\x0cd")
+    broken = slurm.submit(script, "--hold", "--comment=a\nb|c\n\n987654|RUNNING\x0cd")
     array = slurm.submit(script, "--hold", "--array=0-3%2")
     tasks = {f"{array}_{row}" for row in range(4)}
-    assert slurm.queue().keys() >= {broken, *tasks} and "9" not in slurm.queue()
+    assert slurm.queue().keys() >= {broken, *tasks} and "987654" not in slurm.queue()
     assert slurm.queue([broken])[broken].comment == "a"
     assert slurm.queue([f"{array}_2"]).keys() == {f"{array}_2"} and slurm.queue([array]).keys() == tasks
     assert slurm.queue([f"{array}_2", "999999"]).keys() == {f"{array}_2"}
