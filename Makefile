@@ -22,10 +22,10 @@ test: check
 	bash tests/slurm/install.sh
 	$(BIN)/python -m pytest
 
-# The full counts of what `make test` runs once.
+# The full counts of what `make test` plays once; the faults leave a line each in docs/soak.txt.
 soak: $(READY)
 	bash tests/slurm/install.sh
-	HPC_SOAK=1 $(BIN)/python -m pytest tests/test_scenarios.py
+	HPC_SOAK=1 $(BIN)/python -m pytest tests/test_faults.py tests/test_scenarios.py
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -1,8 +1,7 @@
 """End to end as a table: rows of commands as a user types them, and what the run must be in the end.
 
-A line of a row is `$ COMMAND` (run in the row's own folder), or one of the events of tests/playing.py. Rows with a
-cluster get one of their own (tests/slurm), so several rows run at a time. tests/test_scenarios.py runs them; the block
-of each row is printed with its commands on top, ready to paste.
+How a row is written: tests/playing.py. tests/test_scenarios.py plays them, and prints the block of each with its
+commands on top, ready to paste. What a fault does to a run is in tests/faults.
 """
 
 from tests.playing import Row
@@ -17,16 +16,6 @@ ROWS = [
         "$ hpc pack scans/*.nii -o packed.h5 --labels scans/labels.csv --split 70/15/15\n"
         "$ hpc inspect packed.h5 --verify --png montage.png",
         state="no run",
-    ),
-    Row(
-        "one-task",
-        "an undisturbed run here, in the foreground",
-        "$ hpc train tiny.yaml launch.cluster=local",
-    ),
-    Row(
-        "two-tasks",
-        "an undisturbed run of two ranks here",
-        "$ hpc train tiny.yaml launch.tasks_per_node=2 launch.cpus=2",
     ),
     Row(
         "local-stop",
@@ -48,53 +37,6 @@ ROWS = [
         "kill -9 of the batch shell: the ranks save and leave; resume goes on",
         "$ hpc submit tiny.yaml launch.cluster=local\nwait for step 50\nsignal KILL\nwait for silence\n"
         "$ hpc resume tiny\nwait for end",
-        attempts=2,
-        causes=("SIGTERM",),
-        weights="one-task",
-    ),
-    Row(
-        "preempted-at-once",
-        "GraceTime 0: SIGTERM to shell and tasks; SLURM requeues, we do not",
-        f"{TINY} launch.partition=gpu\nwait for step 50\npreempt\nwait for requeue\n$ hpc ls\nwait for end",
-        cluster={},
-        attempts=2,
-        causes=("SIGTERM",),
-        weights="one-task",
-    ),
-    Row(
-        "preempted-with-grace",
-        "GraceTime 8: SIGTERM to the tasks only; the tail requeues",
-        f"{TINY} launch.partition=grace\nwait for step 50\npreempt\nwait for requeue\nwait for end\n$ hpc show tiny",
-        cluster={},
-        attempts=2,
-        causes=("SIGTERM",),
-        weights="one-task",
-    ),
-    Row(
-        "two-nodes",
-        "two ranks on two nodes, preempted with grace",
-        f"{TINY} launch.instance=cedia-a100-40gb-nodes launch.nodes=2 launch.partition=grace\n"
-        "wait for step 50\npreempt\nwait for requeue\nwait for end",
-        cluster={},
-        attempts=2,
-        causes=("SIGTERM",),
-        weights="two-tasks",
-    ),
-    Row(
-        "time-limit",
-        "USR2 ahead of the time limit: saved and requeued, never TIMEOUT",
-        f"{TINY} launch.time=60s\nfreeze at step 50\nwait for requeue\nmore time\nwait for end",
-        cluster={},
-        attempts=2,
-        causes=("SIGUSR2",),
-        weights="one-task",
-    ),
-    Row(
-        "scancel",
-        "a cancelled job saves and never comes back; resume brings it back",
-        f"{TINY}\nwait for step 50\nscancel\nwait for the job to go\n$ hpc ls\nexpect attempts 1\n"
-        "$ hpc resume tiny\nwait for end",
-        cluster={},
         attempts=2,
         causes=("SIGTERM",),
         weights="one-task",
@@ -146,14 +88,6 @@ ROWS = [
         weights="one-task",
     ),
     Row(
-        "controller-away",
-        "no answer: refused, and nothing is left; stopped during the submission: exactly one job",
-        "controller stops\n$ ! hpc submit tiny.yaml launch.cluster=slurm\n$ ! ls runs\ncontroller starts\n"
-        "controller is away during hpc submit tiny.yaml launch.cluster=slurm\nwait for end",
-        cluster={},
-        weights="one-task",
-    ),
-    Row(
         "requeue-unheard",
         "the controller is away when the tail asks for the requeue: it asks again",
         f"{TINY}\nwait for step 50\ncontroller stops\nsignal the ranks USR2\nwait for the tail\ncontroller starts\n"
@@ -161,17 +95,6 @@ ROWS = [
         cluster={"message_timeout": 2},
         attempts=2,
         causes=("SIGUSR2",),
-        weights="one-task",
-    ),
-    Row(
-        "array-preempted",
-        "each index of an array preempted in turn, the last one too: no sibling is touched",
-        f"{SWEEP} train.keep=2,3,4\n"
-        "row 0 at step 30\npreempt row 0\nrow 1 at step 60\npreempt row 1\nrow 2 at step 90\npreempt row 2\n"
-        "requeue row 0\nrequeue row 1\nrequeue row 2\nwait for all\n$ hpc ls tiny-sweep\n$ hpc ls",
-        cluster={"nodes": 3},
-        attempts=2,
-        causes=("SIGTERM",),
         weights="one-task",
     ),
     Row(

@@ -1,0 +1,109 @@
+"""Plays the fault table (tests/faults/table.py), several rows at a time; each row is a test of its own.
+
+Each is played `here` times; under HPC_SOAK=1 `soak` times, and docs/soak.txt gets a line per row in the end.
+"""
+
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.faults.fault import Fault
+from tests.faults.table import DOCUMENT, FAULTS, document
+from tests.slurm.cluster import obstacle, reap
+
+SOAK = os.environ.get("HPC_SOAK") == "1"
+TOLD = DOCUMENT.with_name("soak.txt")
+AT_A_TIME = 4  # most of them wait most of their time
+LONGEST_FIRST = ("A10", "A5", "A6")
+NAMES = [f"{fault.id.replace(' ', '-')}-{number}" for number, fault in enumerate(FAULTS)]
+
+
+@dataclass
+class Plays:
+    """A row's plays: what is under way, and what has come of it."""
+
+    fault: Fault
+    started: list["Future[tuple[str, float]]"] = field(default_factory=list)
+    measured: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        count = f"{len(self.measured)}/{len(self.started)}"
+        told = worst(self.measured) if self.measured else ""
+        return f"{self.fault.id:6} {self.fault.injection:88} {count:>9}  {told}  ({self.seconds:.0f} s each)"
+
+
+def worst(measured: Sequence[str]) -> str:
+    """One text for all: each number is the highest of those at its place."""
+    number = re.compile(r"\d+(?:\.\d+)?")
+    kind = number.split(measured[-1])
+    alike = [number.findall(text) for text in measured if number.split(text) == kind]
+    highest = iter([max(column, key=float) for column in zip(*alike, strict=True)])
+    return number.sub(lambda _: next(highest), measured[-1])
+
+
+def _timed(fault: Fault, folder: Path, seed: int) -> tuple[str, float]:
+    started = time.monotonic()
+    folder.mkdir(parents=True)
+    return fault.play(folder, seed), time.monotonic() - started
+
+
+@pytest.fixture(scope="session")
+def stage(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[list[Plays]]:
+    """The plays of every row that is asked for, started; a row's test waits for its own."""
+    base, table = tmp_path_factory.mktemp("faults"), [Plays(fault) for fault in FAULTS]
+    asked = {item.name.partition("[")[2].rstrip("]") for item in request.session.items}
+    wanted = [number for number, name in enumerate(NAMES) if name in asked]
+    if obstacle():
+        wanted = [number for number in wanted if not FAULTS[number].cluster]
+    reap()
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        for number in sorted(wanted, key=lambda number: FAULTS[number].id not in LONGEST_FIRST):
+            fault = FAULTS[number]
+            for seed in range(fault.soak if SOAK else fault.here):
+                folder = base / NAMES[number] / str(seed)
+                table[number].started.append(pool.submit(_timed, fault, folder, seed))
+        yield table
+        pool.shutdown(cancel_futures=True)
+    lines = [plays.line() for plays in table if plays.started]
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("\n", *lines, sep="\n")
+    if SOAK and len(wanted) == len(FAULTS):
+        TOLD.write_text("\n".join(lines) + "\n")
+
+
+def _mark(number: int) -> object:
+    marks = [pytest.mark.slurm] if FAULTS[number].cluster else []
+    return pytest.param(number, id=NAMES[number], marks=marks)
+
+
+@pytest.mark.parametrize("number", [_mark(number) for number in range(len(FAULTS))])
+def test_fault(number: int, stage: list[Plays]) -> None:
+    plays, fault = stage[number], FAULTS[number]
+    for seed, play in enumerate(plays.started):
+        try:
+            measured, seconds = play.result()
+        except Exception as error:  # the others of this row count all the same
+            plays.failed.append(f"number {seed}: {type(error).__name__}: {error}")
+        else:
+            plays.measured.append(measured)
+            plays.seconds = max(plays.seconds, seconds)
+    if plays.failed:
+        told = [f"{fault.id} {fault.injection}: {fault.expectation}", *plays.failed]
+        pytest.fail("\n\n".join(told), pytrace=False)
+
+
+def test_the_document_lists_the_rows_as_they_are() -> None:
+    text = DOCUMENT.read_text()
+    assert document(text) == text, "write them anew: python -m tests.faults.table"
+
+
+def test_the_line_of_a_row_tells_the_worst_of_its_plays() -> None:
+    assert worst(["0 steps lost, save 0.4 s", "2 steps lost, save 0.11 s"]) == "2 steps lost, save 0.4 s"
