@@ -185,6 +185,14 @@ EVERYWHERE = {
 CHAIN = ((2, 2), (4, 4), (1, STEPS))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(THREADS)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int, int], dict[str, Any]]:
     """The state of (name, world size, rank) at the end; "chain" with the last layout's world size."""
