@@ -187,7 +187,9 @@ def _with_sum(manifest: dict[str, Any]) -> bytes:
 
 
 def verify(path: Path) -> Checkpoint:
-    """Read every byte once and compare. Raises Damaged; UserError for one that others could have written."""
+    """Read every byte once and compare. Raises Damaged; UserError for one that others could have written; StorageError
+    where the storage does not answer, which says nothing about the checkpoint.
+    """
     manifest, files = _manifest(path)
     contents = {}
     for name, claimed in files.items():

@@ -24,7 +24,7 @@ from jobs.tasks.classification import Classification, Counts, Scores
 
 
 def find_checkpoint(run: RunDir, wanted: str) -> checkpoint.Checkpoint:
-    """best, last, or a folder's name; its sums compared. Raises UserError or checkpoint.Damaged."""
+    """best, last, or a folder's name; its sums compared. Raises as checkpoint.verify, and UserError."""
     names = [path.name for path in checkpoint.newest_first(run.checkpoints)]
     if not names:
         raise UserError(f"{run.name} has no checkpoint yet; see 'hpc show {run.name}'")
@@ -92,6 +92,9 @@ def main() -> int:
     except (UserError, ValueError, BadNode) as error:
         print(error, file=sys.stderr)
         return ExitCode.BAD_INPUT
+    except checkpoint.StorageError as error:
+        print(error, file=sys.stderr)
+        return ExitCode.STORAGE
     metrics, table = scores.metrics(), scores.per_class(names)
     if options.json:
         summary = {"checkpoint": name, "split": options.split, "majority": scores.majority, "metrics": metrics}

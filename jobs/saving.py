@@ -78,6 +78,7 @@ class Saver:
         self._protected: set[str] = set()
         self._failures = 0
         self._last: StorageError | None = None
+        self._deletes = True
         self._broken: BaseException | None = None
         self._closed = False
         self._seconds: deque[float] = deque(maxlen=100)
@@ -287,8 +288,12 @@ class Saver:
                 before_delete=self._fence,
                 cancelled=self._awaited,
             )
+            self._deletes = True
         except OSError as error:
-            _LOG.warning("%s", storage_error(f"older checkpoints in {self._folder} are not deleted for now", error))
+            if self._deletes:  # the first of a streak
+                where = f"older checkpoints in {self._folder} are not deleted for now"
+                _LOG.warning("%s", storage_error(where, error))
+            self._deletes = False
 
     def _awaited(self) -> bool:
         job = self._waiting

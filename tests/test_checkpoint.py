@@ -1,5 +1,6 @@
 """Checkpoints under every fault that a disk or an intruder makes: found, quarantined, never loaded, never lost."""
 
+import errno
 import math
 import os
 import random
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from hpc.errors import UserError
 from jobs import checkpoint, durable
-from jobs.checkpoint import Checkpoint, Damaged, Snapshot
+from jobs.checkpoint import Checkpoint, Damaged, Snapshot, StorageError
 from tests.tiny_run import in_child
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
@@ -291,6 +292,26 @@ def test_files_of_another_checkpoint_do_not_pass(folder: Path) -> None:
     shutil.copytree(older, newer, dirs_exist_ok=True)
     with pytest.raises(Damaged, match="belongs to g001-s00000004"):
         checkpoint.verify(newer)
+
+
+@pytest.mark.parametrize("call", ["open", "preadv"])
+def test_storage_that_does_not_answer_is_no_damage(folder: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    put(folder, 4)
+    put(folder, 8)
+    real = getattr(os, call)
+
+    def stale(place: Any, *rest: Any) -> Any:
+        path = str(place) if call == "open" else str(Path(f"/proc/self/fd/{place}").readlink())
+        if path.endswith(FILES[0]):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(place, *rest)
+
+    monkeypatch.setattr(os, call, stale)
+    with pytest.raises(StorageError, match=r"model\.safetensors cannot be read: Stale file handle \(ESTALE\)"):
+        loads(folder)
+    monkeypatch.undo()
+    found = loads(folder)
+    assert found and found.step == 8 and not (folder.parent / "quarantine").exists()
 
 
 def test_when_all_are_bad_nothing_is_deleted_and_nothing_starts_afresh(folder: Path) -> None:
