@@ -50,7 +50,7 @@ _POLL_S = 0.02
 _EVERY = "1s"
 _SPARE = 3
 """Crashes that the budget has room for, beside the kills."""
-_OURS = ("name", "train.epochs", "train.ledger", "launch.budgets.crash")
+_OURS = ("name", "train.epochs", "train.limit_steps", "train.ledger", "launch.budgets.crash")
 _COPIES = 2
 """Checkpoints beside those that are kept: the best, and the one that is being written."""
 _BYTES = {"adam": 12, "adamw": 12, "sgd": 8}
@@ -75,7 +75,6 @@ class Drill:
     """The command that starts the experiment for real."""
     again: str
     """This command, without --steps."""
-    notes: list[str]
 
 
 def make(file: Path, overrides: list[str], runs: Path, kills: int, steps: int, seed: int) -> Drill:
@@ -91,8 +90,8 @@ def make(file: Path, overrides: list[str], runs: Path, kills: int, steps: int, s
     findings = preflight.check(whole.experiment, whole.instance, cluster, whole.script, whole.run.runs)
     if findings.refusals:
         raise UserError("\n".join(findings.refusals))
-    length, notes = _length(whole, findings, steps)
-    own.append(length)
+    length = _length(whole, findings, steps)
+    own += length
     _check_space(whole, findings, runs)
     own_id = secrets.token_hex(4)
     folder = runs / f"drill-{whole.experiment.name}-{own_id}"
@@ -103,20 +102,15 @@ def make(file: Path, overrides: list[str], runs: Path, kills: int, steps: int, s
     again = f"hpc drill {words} --kills {kills} --seed {seed}"
     every_s = float(load(file, overrides)[0].train.checkpoint_every)
     rules = _rules(plans[_WAYS[0]], cluster, every_s)
-    return Drill(folder, plans, cluster, rules, findings, kills, seed, f"hpc submit {words}", again, notes)
+    return Drill(folder, plans, cluster, rules, findings, kills, seed, f"hpc submit {words}", again)
 
 
-def _length(whole: Plan, findings: Findings, steps: int) -> tuple[str, list[str]]:
-    """As many epochs as make about so many steps, one at least; and what there is to say of it."""
+def _length(whole: Plan, findings: Findings, steps: int) -> list[str]:
+    """About so many steps in two epochs or more: the end of an epoch is drilled, too."""
     batch, samples = whole.experiment.data.batch_size, _number(findings, r"^data: .* ([\d,]+) train")
-    if samples is None:
-        return "train.epochs=1", ["the data file cannot be read here: each run is one epoch of it, however long"]
-    epoch = samples // batch
-    epochs = max(1, -(-steps // epoch))
-    notes = []
-    if epoch > 2 * steps:
-        notes = [f"an epoch of this experiment has {epoch} steps, and each run does one; a smaller data.file is sooner"]
-    return f"train.epochs={epochs}", notes
+    limit = max(1, steps // 2)
+    epoch = limit if samples is None else min(limit, max(1, samples // batch))
+    return [f"train.epochs={-(-steps // epoch)}", f"train.limit_steps={limit}"]
 
 
 def _number(findings: Findings, pattern: str) -> int | None:
@@ -147,7 +141,7 @@ def _rules(planned: Plan, cluster: str, own_every_s: float) -> Rules:
     promised = train.deterministic in ("run", "layout") or (train.deterministic == "auto" and on_cpu)
     notice = float(template.notice_seconds(request))
     if cluster == "local":
-        budgets = {Road.NOTICE: notice, Road.TERM: localstep._GRACE_S}
+        budgets = {Road.NOTICE: notice, Road.TERM: localstep.GRACE_S}
     else:
         budgets = _budgets(planned, notice)
     return Rules(promised, budgets, float(train.checkpoint_every), own_every_s, cluster == "slurm")

@@ -36,7 +36,10 @@ class Section(BaseModel):
     @classmethod
     def _refuse_bool(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML reads yes, no, on and off as true and false, and pydantic takes true for 1."""
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        if value is False and "off" in get_args(annotation):
+            return "off"
+        if isinstance(value, bool) and annotation is not bool:
             raise ValueError("is no place for true or false, as which YAML reads yes, no, on and off")
         return value
 
@@ -137,6 +140,8 @@ class Loss(Section):
 
 class Train(Section):
     epochs: Positive = 10
+    limit_steps: Positive | None = None
+    """At most so many steps of each epoch, and batches of its validation: for a short try."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the forward pass; weights and optimizer stay fp32."""
     strategy: Literal["single", "ddp"] = "ddp"

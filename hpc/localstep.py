@@ -17,7 +17,7 @@ from types import FrameType
 from hpc.parent import end_with_parent
 from hpc.preempt import NOTICE, READY, STOP_SIGNALS, ignore_stops
 
-_GRACE_S = 30.0
+GRACE_S = 30.0
 _REPEAT_S = 1.0
 """A rank that was still starting has not heard the first signal; SLURM repeats its TERM, too."""
 _POLL_S = 0.05
@@ -76,7 +76,7 @@ class Step:
                 self.tell(NOTICE)
             codes = [rank.returncode for rank in self._ranks if rank.returncode]
             if codes and not failed:
-                failed, kill_at = codes[0], min(kill_at, now + _GRACE_S)
+                failed, kill_at = codes[0], min(kill_at, now + GRACE_S)
                 self.tell(signal.SIGTERM)
             if now >= kill_at:
                 self._kill()

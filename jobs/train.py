@@ -11,6 +11,7 @@ import logging
 import math
 import sys
 import time
+from itertools import islice
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ class Trainer:
         augment = data.augment or None
         self.loader = Loader(self.parts.volumes, split="train", augment=augment, verify=data.verify, **common)
         self.validation = Loader(self.parts.volumes, split="validation", **common)
-        self.steps_per_epoch = len(self.loader)
+        self.steps_per_epoch = min(len(self.loader), settings.limit_steps or len(self.loader))
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.rate = learning_rate(settings.scheduler, settings.optimizer.lr, self.total_steps, self.steps_per_epoch)
         classes = self.parts.num_classes
@@ -191,11 +192,12 @@ class Trainer:
     def _train_epoch(self) -> bool:
         """The rest of the epoch; False where the run has gone back to a checkpoint instead."""
         self.loader.seek(*divmod(self.step, self.steps_per_epoch))
-        for batch in self.loader:
+        for batch in islice(self.loader, self.steps_per_epoch - self.step % self.steps_per_epoch):
             if self._train_step(batch) is Verdict.ROLL_BACK:
                 self._roll_back()
                 return False
             self._boundary()
+        self.loader.close()
         return True
 
     def _begin_epoch(self) -> None:
@@ -349,7 +351,7 @@ class Trainer:
         counts = self.passes.counts()
         self.validation.seek(0, 0)
         with torch.inference_mode():
-            for batch in self.validation:
+            for batch in islice(self.validation, self.settings.limit_steps):
                 self.passes.forward(batch, counts)
                 self._boundary(saving=False)
         matrix, loss = self.engine.sum(counts.matrix).numpy(), total(self.engine.sum(counts.loss))

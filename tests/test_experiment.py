@@ -319,3 +319,9 @@ def test_no_sizes(written: object) -> None:
 @pytest.mark.parametrize("total", [1, 59, 60, 3599, 86399, 86400, 259201])
 def test_slurm_time_reads_back(total: int) -> None:
     assert units.seconds(units.slurm_time(total)) == total
+
+
+def test_off_may_be_written_without_quotes(tmp_path: Path) -> None:
+    text = "name: a\nmodel: {name: m}\ndata: {file: d.h5}\ntrain: {deterministic: off}\n"
+    (tmp_path / "e.yaml").write_text(text)
+    assert load(tmp_path / "e.yaml")[0].train.deterministic == "off"

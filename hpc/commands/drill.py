@@ -36,8 +36,6 @@ def drill(
 
     planned = drills.make(file, overrides or [], runs_folder(runs), kills, steps, seed)
     report(planned.findings)
-    for note in planned.notes:
-        print(f"note  {note}", file=sys.stderr)
     print(f"drill on {planned.cluster}: {planned.folder}", file=sys.stderr)
     reports, verdict = drills.run(planned)
     if as_json:
