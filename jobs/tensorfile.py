@@ -97,10 +97,6 @@ class Pages:
         self.files: dict[str, memoryview] = {}
         """The bytes of each file, as they were filled last."""
 
-    @property
-    def size(self) -> int:
-        return sum(len(content) for content in self.files.values())
-
     def fill(self, groups: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Copy each file's tensors to their places; when all are there, the caller may change them."""
         specs = {file: specs_of(tensors) for file, tensors in groups.items()}
@@ -120,7 +116,7 @@ class Pages:
         """Make the buffer for these files, unless it is there."""
         if specs == self._specs:
             return
-        self.files, self._views = {}, {}  # the old buffer goes before the new one comes
+        self.files, self._views, self._specs = {}, {}, {}  # the old buffer goes before the new one comes
         layouts = {file: Layout(kinds) for file, kinds in specs.items()}
         room = [-(-layout.size // _ALIGNMENT) * _ALIGNMENT for layout in layouts.values()]
         buffer = torch.zeros(sum(room), dtype=torch.uint8, pin_memory=self._pinned)
