@@ -16,9 +16,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, read_json
 from jobs import checkpoint
+from jobs.saving import room
 from tests.faults.storage_kills import goes_on, key, spoil
 from tests.faults.storage_states import STEPS, Place, Saving, forked
 from tests.stage import furnish
@@ -91,6 +94,8 @@ def file_limit(folder: Path, number: int) -> str:
 
     def limited(limit: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        with pytest.raises(checkpoint.StorageError, match="ulimit -f"):
+            room(place.checkpoints, limit + 1)
         with suppress(checkpoint.StorageError), Saving(place, 2) as saving:
             for step in range(2, STEPS):
                 saving.save(step, wait=False)
@@ -107,7 +112,7 @@ def file_limit(folder: Path, number: int) -> str:
 
 
 IN_MEMORY = """unshare -rm sh -c '
-mount -t tmpfs -o size=16m tmpfs runs || { echo no tmpfs; exit 99; }
+mount -t tmpfs -o size=16m tmpfs runs || exit 99
 hpc train tiny.yaml launch.cluster=local launch.budgets.storage=0 train.ledger=false; echo $? > first.txt
 read next
 hpc train tiny.yaml launch.cluster=local launch.budgets.storage=0 "model={name: resnet3d_tiny, width: 64}"
@@ -120,6 +125,9 @@ def full_disk(folder: Path, number: int) -> str:
     """A real file system of 16 MiB fills while a run saves, and has room again; a second run never has any."""
     furnish(folder, here=True)
     (folder / "runs").mkdir()
+    mount = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(folder / "runs")]
+    if shutil.which("unshare") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip(f"no file system of a process's own can be mounted here ({' '.join(mount[:-1])})")
     with typed(folder, IN_MEMORY) as command:
         command.wait(lambda: _inside(command) is not None, "the file system in memory")
         runs = _inside(command)
