@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 
 import torch
@@ -12,6 +13,7 @@ from datasets.loader import Batch
 from hpc import stepledger
 from hpc.rundir import RunDir
 
+_LOG = logging.getLogger(__name__)
 _WEIGHTS_EVERY = 10
 
 
@@ -22,6 +24,7 @@ class StepLedger:
         run.ledger.mkdir(exist_ok=True)
         self._file = stepledger.path(run, generation, rank).open("ab", buffering=0)
         self._model = model
+        self._refused = False
 
     def write(self, step: int, batch: Batch, loss: float, skipped: bool) -> None:
         """What this rank did at `step`; `loss` is its sum over the rank's samples."""
@@ -33,7 +36,12 @@ class StepLedger:
                 weights = _crc(value, weights)
         samples = list(zip(batch.samples.tolist(), sums, strict=True))
         line = stepledger.line(step, samples, loss, weights, skipped)
-        self._file.write(json.dumps(line).encode() + b"\n")
+        try:
+            self._file.write(json.dumps(line).encode() + b"\n")
+        except OSError as error:  # a full disk never stops training; the ledger's reader sees the gap
+            if not self._refused:
+                _LOG.warning("steps are missing in the step ledger: %s", error)
+            self._refused = True
 
 
 def _crc(tensor: Tensor, start: int = 0) -> int:

@@ -27,11 +27,13 @@ _LOG = logging.getLogger(__name__)
 _MOST_FAILURES = 5
 """Failed saves in a row; then the training ends with StorageError."""
 _TRIES = 2
-_GIB = 1 << 30
 
 
 @dataclass
 class _Job:
+    name: str
+    """Of the checkpoint; the snapshot's is that of the next save as soon as it is free again."""
+    step: int
     snapshot: Snapshot
     protect: set[str]
     urgent: bool
@@ -40,10 +42,6 @@ class _Job:
     stall: float
     done: bool = False
     error: StorageError | None = None
-
-    @property
-    def name(self) -> str:
-        return self.snapshot.name
 
 
 class Saver:
@@ -117,7 +115,7 @@ class Saver:
             except BaseException:
                 self._give_back(snapshot)
                 raise
-            job = _Job(snapshot, set(protect), wait, began, time.monotonic() - began)
+            job = _Job(name, step, snapshot, set(protect), wait, began, time.monotonic() - began)
             self._queue(job)
         if wait:
             self._await(job)
@@ -168,7 +166,7 @@ class Saver:
     def _drop_waiting(self, protect: set[str]) -> bool:
         """A newer save takes the place of one that was not begun, unless that one is to be kept."""
         job = self._waiting
-        if job is None or job.name in protect or self._keeps(job.snapshot.step):
+        if job is None or job.name in protect or self._keeps(job.step):
             return False
         self._waiting = None
         self._free.append(job.snapshot)
@@ -230,7 +228,7 @@ class Saver:
             except OSError as reason:
                 error = storage_error(f"checkpoint {job.name} not written to {self._folder}", reason)
                 again = "; it is tried again at once" if attempt < _TRIES - 1 else ""
-                self._report("save-failed", step=job.snapshot.step, reason=f"{error}{again}")
+                self._report("save-failed", step=job.step, reason=f"{error}{again}")
             else:
                 return None
         return error
@@ -239,7 +237,7 @@ class Saver:
         seconds, failures = time.monotonic() - job.began, self._failures
         if error is None:
             took = {"seconds": round(seconds, 3), "stall": round(job.stall, 4)}
-            self._report("checkpoint", step=job.snapshot.step, name=job.name, **took)
+            self._report("checkpoint", step=job.step, name=job.name, **took)
             if failures:
                 _LOG.warning("checkpoints are written again: %s", job.name)
         elif not failures:  # the first of a streak
@@ -305,7 +303,7 @@ class Saver:
             self._durable.discard(job.name)
             self.failed.add(job.name)
         _LOG.warning("%s", reason)
-        self._report("save-failed", step=job.snapshot.step, reason=reason)
+        self._report("save-failed", step=job.step, reason=reason)
 
 
 # Space, before the first save.
@@ -332,13 +330,21 @@ def room(folder: Path, *sizes: int) -> None:
     if free < needed:
         raise StorageError(
             errno.ENOSPC,
-            f"{there} has {free / _GIB:.2f} GiB free, and two checkpoints need {needed / _GIB:.2f} GiB: free some "
+            f"{there} has {_size(free)} free, and two checkpoints need {_size(needed)}: free some "
             f"space there, or move the runs to a larger file system",
         )
     limit, largest = resource.getrlimit(resource.RLIMIT_FSIZE)[0], max(sizes)
     if limit != resource.RLIM_INFINITY and limit < largest:
         raise StorageError(
             errno.EFBIG,
-            f"a file may have {limit / _GIB:.2f} GiB here (ulimit -f), and a checkpoint's largest needs "
-            f"{largest / _GIB:.2f} GiB: raise the limit in the profile of your shell, or ask your administrators",
+            f"a file may have {_size(limit)} here (ulimit -f), and a checkpoint's largest needs "
+            f"{_size(largest)}: raise the limit in the profile of your shell, or ask your administrators",
         )
+
+
+def _size(count: int) -> str:
+    """1.2 GB, 340 kB"""
+    for unit, word in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {word}"
+    return f"{count / 1e3:.0f} kB"

@@ -458,7 +458,7 @@ def test_no_room_for_two_is_one_line_before_the_first_save(tmp_path: Path, monke
     folder = tmp_path / "not" / "yet"
     saving.room(folder, 1000, 2000)
     with pytest.raises(
-        StorageError, match=r"has [\d.]+ GiB free, and two checkpoints need .* free some space"
+        StorageError, match=r"has [\d.]+ GB free, and two checkpoints need .* free some space"
     ) as raised:
         saving.room(folder, 1 << 50, 1 << 50)
     assert raised.value.errno == errno.ENOSPC and "\n" not in str(raised.value)
