@@ -40,22 +40,23 @@ def check(whole: Path, *parts: Path) -> None:
             found = path.stat()
         except FileNotFoundError:
             continue
-        _check(path, found, f"chmod -R go-w {whole}")
+        refuse(path, found, f"chmod -R go-w {whole}")
 
 
 def check_open(file: IO[bytes], path: Path) -> None:
     """The same of a file that is open already: nobody can put another one in its place. Raises Untrusted."""
-    _check(path, os.fstat(file.fileno()), f"chmod go-w {path}")
+    refuse(path, os.fstat(file.fileno()), f"chmod go-w {path}")
 
 
-def _check(path: Path, found: os.stat_result, remedy: str) -> None:
+def refuse(path: Path, found: os.stat_result, remedy: str, used: str = "run") -> None:
+    """Raises Untrusted where `found`, the state of `path`, is not ours alone to change; `remedy` is for its mode."""
     if found.st_uid not in (os.geteuid(), 0):
         raise Untrusted(
-            f"{path} belongs to {_name(found.st_uid)}: nothing of it is run; read it, and copy it to have your own"
+            f"{path} belongs to {_name(found.st_uid)}: nothing of it is {used}; read it, and copy it to have your own"
         )
     if found.st_mode & _OTHERS_WRITE and not _without_modes(path.parent):
         mode = stat.S_IMODE(found.st_mode)
-        raise Untrusted(f"{path} can be written by others (mode {mode:04o}): nothing of it is run; {remedy}")
+        raise Untrusted(f"{path} can be written by others (mode {mode:04o}): nothing of it is {used}; {remedy}")
 
 
 def _without_modes(folder: Path) -> bool:

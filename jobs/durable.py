@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import pwd
 import re
 import stat
 import threading
@@ -19,6 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from hpc import trust
 from hpc.errors import UserError
 from hpc.rundir import fsync_folder
 
@@ -175,18 +175,7 @@ def refuse_foreign(path: Path, status: os.stat_result) -> None:
     """Raises UserError for what somebody else owns or may write: sums protect from disks, not from people."""
     if stat.S_ISLNK(status.st_mode):
         raise UserError(f"{path} is a link, and a checkpoint is never loaded through one: copy the folder (cp -rL)")
-    mode = stat.S_IMODE(status.st_mode)
-    if status.st_uid not in (os.geteuid(), 0):
-        remedy = "if you trust its content, make a copy of your own (cp -r) in its place"
-    elif mode & 0o022:
-        remedy = f"if you trust its content: chmod -R go-w {path}"
-    else:
-        return
-    try:
-        owner = pwd.getpwuid(status.st_uid).pw_name
-    except KeyError:
-        owner = str(status.st_uid)
-    raise UserError(f"{path} is owned by {owner} with mode {mode:04o}: others can change it; {remedy}")
+    trust.refuse(path, status, f"if you trust its content: chmod -R go-w {path}", "loaded")
 
 
 def remove_all(folder: Path, pattern: re.Pattern[str]) -> None:
