@@ -236,7 +236,7 @@ def _spoil(play: Playing, steps: str) -> None:
     with VolumeWriter(path, dtype=before.dtype, **sizes) as writer:
         for number in range(len(before)):
             volume, label = before.read(number)
-            scale = before.scale[number] * (1e30 if number in spoilt else 1)
+            scale = before.scale[number] * (float("nan") if number in spoilt else 1)
             split = SPLITS[before.split[number]]
             given = {"id": before.ids[number], "split": split, "offset": before.offset[number]}
             writer.add(volume, label, scale=scale, **given)

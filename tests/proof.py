@@ -1,11 +1,10 @@
 """A row is played, and its runs are compared with what the row says and with the undisturbed run, step by step."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from hpc import stepledger
-from hpc.rundir import RunDir
+from hpc.rundir import RunDir, read_lines
 from tests.events import happen
 from tests.playing import Playing, Row, listed
 from tests.slurm.cluster import Cluster
@@ -45,9 +44,9 @@ def _check_run(playing: Playing, run: Path, expected: tuple[str, ...]) -> None:
     row = playing.row
     causes = tuple(event["cause"] for event in playing.events("signal", run))
     assert causes == expected, f"{run.name}: stopped by {causes}, not {expected}\n{playing.block()}"
-    metrics = run / "metrics.jsonl"
-    if row.state == "finished" and metrics.exists():
-        steps = [line["step"] for line in map(json.loads, metrics.read_text().splitlines())]
+    if row.state == "finished":
+        lines = RunDir(run).read_metrics() if row.lost is None else read_lines(run / "metrics.jsonl")
+        steps = [line["step"] for line in lines]
         assert steps == sorted(set(steps)), f"an epoch was evaluated twice: {steps}\n{playing.block()}"
     if row.weights and playing.undisturbed:
         _check_equal(playing, run, playing.undisturbed(row.weights))

@@ -27,14 +27,23 @@ train:
   scheduler: {name: cosine, warmup_epochs: 1}
 launch: {instance: cedia-a100-40gb, gpus: 1, cpus: 1, mem: 2GB, time: 30min}
 """
-TWO_TASKS = "$ hpc train tiny.yaml launch.tasks_per_node=2 launch.cpus=2"
+TWO_TASKS = "$ hpc train tiny.yaml launch.tasks_per_node=2 launch.cpus=2 model.pause=0"
 UNDISTURBED = {
-    "one-task": ("an undisturbed run here, in the foreground", "$ hpc train tiny.yaml launch.cluster=local"),
-    "two-tasks": ("an undisturbed run of two ranks here", TWO_TASKS),
-    "spoilt": (
-        "of two ranks, the second of which meets a loss that is no number: at step 65, and at 85 to 89",
-        f"spoil steps 65 85 86 87 88 89\n{TWO_TASKS}",
-    ),
+    row.name: row
+    for row in (
+        Row(
+            "one-task",
+            "an undisturbed run here, in the foreground",
+            "$ hpc train tiny.yaml launch.cluster=local model.pause=0",
+        ),
+        Row("two-tasks", "an undisturbed run of two ranks here", TWO_TASKS),
+        Row(
+            "spoilt",
+            "of two ranks, the second of which meets a loss that is no number: at step 65, and at 85 to 89",
+            f"spoil steps 65 85 86 87 88 89\n{TWO_TASKS}",
+            lost=None,
+        ),
+    )
 }
 _BASE = tempfile.TemporaryDirectory(prefix="hpc-stage-")
 _LOCKS = {name: Lock() for name in ("scans", *UNDISTURBED)}
@@ -81,9 +90,8 @@ def furnish(folder: Path, here: bool) -> Path:
 
 @cache
 def _undisturbed(name: str) -> Playing:
-    tells, script = UNDISTURBED[name]
     folder = furnish(Path(_BASE.name) / name, here=True)
-    return play(Row(name, tells, f"{script} model.pause=0"), folder, undisturbed)
+    return play(UNDISTURBED[name], folder, undisturbed)
 
 
 def undisturbed(name: str) -> Playing:

@@ -54,8 +54,6 @@ def _skipped_and_rolled_back(play: Playing) -> str:
     skipped = {step for step, ranks in steps.items() if any(entry.get("skipped") for entry in ranks.values())}
     alike = all(entry.get("skipped") for step in skipped for entry in steps[step].values())
     assert alike and {65, *back["passed_over"]} <= skipped, f"skipped {sorted(skipped)}"
-    sums = [{entry["weights"] for entry in ranks.values()} for step, ranks in steps.items() if step % 10 == 0]
-    assert all(len(each) == 1 for each in sums), "the ranks' weights differ"
     return f"{len(skipped)} of 160 steps passed over, by both ranks"
 
 
@@ -97,7 +95,8 @@ FAILURES = [
         "one label of the data changed between two attempts",
         "refused in one line that names the file; 'hpc resume --accept-data-change' goes on, and is logged",
         f"{HERE}\nwait for step 20..100\n$ hpc cancel tiny\nwait for silence\n{CHANGED}\n"
-        "$ hpc resume tiny\nwait for the tail of attempt 2\n$ hpc resume tiny --accept-data-change\nwait for end",
+        "$ hpc resume tiny\nwait for the tail of attempt 2\n$ hpc resume tiny --accept-data-change\n"
+        "wait for attempt 3\nwait for end",
         *(_change_is_logged, lost),
         soak=5,
         attempts=3,

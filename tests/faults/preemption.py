@@ -136,16 +136,22 @@ PREEMPTION = [
         causes=("SIGTERM",),
         weights="one-task",
     ),
-    scripted(
-        "A8",
-        "SIGTERM to rank 1 only, of two",
-        "the same stop step in both ledgers; no hang",
-        f"{HERE} launch.tasks_per_node=2 launch.cpus=2\nwait for step 20..100\nsignal rank 1 TERM\nwait for end",
-        *(_same_stop, lost),
-        attempts=2,
-        causes=("SIGTERM",),
-        weights="two-tasks",
-    ),
+    *[
+        scripted(
+            "A8",
+            f"SIGTERM to rank {rank} only, of two",
+            "the same stop step in both ledgers; no hang",
+            f"{HERE} launch.tasks_per_node=2 launch.cpus=2\n"
+            f"wait for step 20..100\nsignal rank {rank} TERM\nwait for end",
+            *(_same_stop, lost),
+            here=rank,
+            soak=20,
+            attempts=2,
+            causes=("SIGTERM",),
+            weights="two-tasks",
+        )
+        for rank in (0, 1)
+    ],
     *[
         scripted(
             "A8",
@@ -154,6 +160,7 @@ PREEMPTION = [
             f"{GRACE} launch.instance=cedia-a100-40gb-nodes launch.nodes=2 model.late={late}\n"
             f"wait for step 20..100\n{PREEMPTED}",
             *(_same_stop, _restarts_once, lost, saved, freed),
+            here=1 - rank,
             soak=5,
             cluster={},
             attempts=2,

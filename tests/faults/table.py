@@ -5,8 +5,10 @@ from pathlib import Path
 
 from tests.faults.failures import FAILURES
 from tests.faults.fault import Fault
+from tests.faults.layouts import LAYOUTS
 from tests.faults.preemption import PREEMPTION
 from tests.faults.starts import STARTS
+from tests.faults.storage import FAULTS as STORAGE
 
 
 def _place(fault: Fault) -> tuple[str, int]:
@@ -14,7 +16,7 @@ def _place(fault: Fault) -> tuple[str, int]:
     return fault.id[0], int(fault.id.split()[0][1:])
 
 
-FAULTS = sorted([*PREEMPTION, *FAILURES, *STARTS], key=_place)
+FAULTS = sorted([*PREEMPTION, *STORAGE, *LAYOUTS, *FAILURES, *STARTS], key=_place)
 DOCUMENT = Path(__file__).resolve().parent.parent.parent / "docs" / "reliability.md"
 _PLACE = re.compile(r"(?<=<!-- rows -->\n).*(?=<!-- end of rows -->)", re.DOTALL)
 
