@@ -75,8 +75,10 @@ class StopFlag:
 
         `max_over_ranks` is a collective, so every rank must call this at the same step boundary.
         """
-        self._signal = max_over_ranks(self._signal)
-        return self.cause
+        agreed = max_over_ranks(self._signal)
+        if agreed:  # a signal that came meanwhile is for the next time: the others have not heard of it
+            self._signal = agreed
+        return signal.Signals(agreed).name if agreed else None
 
 
 def ignore_stops() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from hpc import allocation, ending, exclusion, health, slurm, verdict
 from hpc.errors import UserError
 from hpc.preempt import ExitCode, ignore_stops
-from hpc.rundir import RunDir, read_json, write_json
+from hpc.rundir import RunDir, locked, read_json, write_json
 from hpc.sweepdir import alone
 from hpc.verdict import Ending, Verdict
 
@@ -84,7 +84,9 @@ def _record(run: RunDir, state: Mapping[str, Any], ended: Ending, decided: Verdi
     phase = "stopped" if stopped or decided.again else "ended"
     said = {"code": code, "cause": ended.kind, "reason": decided.reason}
     try:
-        write_json(run.state, {**state, "phase": phase, **said, "time": round(time.time(), 3)})
+        with locked(run.lease):
+            if run.last_generation() <= state["generation"]:  # SLURM may have begun another while it was asked
+                write_json(run.state, {**state, "phase": phase, **said, "time": round(time.time(), 3)})
         run.event("end", "shell", state["generation"], **said, told=told, again=decided.again)
     except OSError as error:  # a full disk takes the record, not the decision
         print(f"{run.name}: the end of this attempt is not recorded ({error})", file=sys.stderr)

@@ -112,6 +112,9 @@ def _is_event(line: dict[str, Any]) -> bool:
     return isinstance(when, int | float) and isinstance(kind, str) and isinstance(generation, int)
 
 
+ACCEPT_DATA_CHANGE, DATA_CHANGED = "accept-data-change", "data-changed"
+"""Events: a user agrees to go on with other data; an attempt has done so."""
+
 ROWS = "rows.txt"
 """In a sweep's folder, one line per row: the name of the row's run folder."""
 

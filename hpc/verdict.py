@@ -1,7 +1,8 @@
 """What follows the end of an attempt: a decision from what is known of this one and of those before it.
 
 Nothing is read and nobody is asked here. Preemptions and clean stops are free; the budget of a cause counts this run's
-failures in a row, of all causes, since its last new checkpoint or its last submission by hand.
+failures of that cause since its last new checkpoint or its last submission by hand; crashes, hangs and memory kills are
+counted together.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ CRASH, HANG, MEMORY, STORAGE, NODE = FAILURES = ("crash", "hang", "memory", "sto
 """What is tried again, until the budget of this name is used up."""
 _PLURALS = {CRASH: "crashes", HANG: "hangs", MEMORY: "out of memory", STORAGE: "storage faults", NODE: "bad nodes"}
 _SINGULARS = {CRASH: "crash", HANG: "hang", MEMORY: "out of memory", STORAGE: "storage fault", NODE: "bad node"}
+_GATE = {CRASH, HANG, MEMORY}
+"""What is counted together: the run's own failures, as which of them a fault shows is often chance."""
 BACKOFF_S = (0, 60, 300)
 """Before the restarts after failures in a row; the last one for all that follow."""
 
@@ -60,13 +63,15 @@ def judge(run: str, ending: Ending, row: Row, budgets: Budgets) -> Verdict:
     if ending.obstacle:
         return Verdict(False, f"{ending.words}; {ending.obstacle}")
     kinds, allowed = [*row.kinds, ending.kind], int(getattr(budgets, ending.kind))
-    if len(kinds) > allowed:
+    own = _GATE if ending.kind in _GATE else {ending.kind}
+    count = sum(kind in own for kind in kinds)
+    if count > allowed:
         limit = f"launch.budgets.{ending.kind} is {allowed}"
         return Verdict(False, f"{tally(kinds, row.step)} ({limit}): {ending.words}; {_next(run)}")
     wait_s = BACKOFF_S[min(len(kinds), len(BACKOFF_S)) - 1]
     since = f" {_since(row.step)}" if row.step else ""
     later = f", in {wait_s} s" if wait_s else ""
-    return Verdict(True, f"{ending.words}; restart {len(kinds)} of {allowed}{since}{later}", wait_s)
+    return Verdict(True, f"{ending.words}; restart {count} of {allowed}{since}{later}", wait_s)
 
 
 def tally(kinds: Sequence[str], step: int) -> str:

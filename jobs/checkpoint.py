@@ -9,9 +9,11 @@ what was verified is what is loaded. All storage calls are plain `os.` functions
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -51,6 +53,8 @@ _LARGEST_MANIFEST = 64 << 20
 _SUM_AT = b'{\n "sum": "'
 _NO_SUM = b"00000000"
 _REASON = "reason.txt"
+_TRIES, _PAUSE_S = 3, 1.0
+"""Of reading where the storage says EIO."""
 
 
 @dataclass(frozen=True)
@@ -277,14 +281,20 @@ def load_newest(folder: Path, quarantine: Path, keep_bad: bool = False) -> Check
     A bad one moves to `quarantine` with its reason (not with `keep_bad`, for readers beside a live job). When some
     exist but none is good, raises Damaged: a run never starts afresh in silence. UserError and StorageError: as verify.
     """
-    reasons = []
+    reasons, unread = [], None
     for path in newest_first(folder):
         try:
-            return verify(path)
+            return _patiently(path)
+        except StorageError as error:
+            if error.errno != errno.EIO:
+                raise
+            unread = error  # an older one may be read; this one may be well after all
         except Damaged as reason:
             reasons.append(str(reason))
             if not keep_bad:
                 set_aside(path, quarantine, str(reason))
+    if unread:
+        raise unread
     past = [path.name for path in newest_first(quarantine)]
     if reasons or past:
         raise Damaged(
@@ -292,6 +302,18 @@ def load_newest(folder: Path, quarantine: Path, keep_bad: bool = False) -> Check
             f"from a copy, or start a new run with 'hpc submit'"
         )
     return None
+
+
+def _patiently(path: Path) -> Checkpoint:
+    """An error of the storage often passes: it is asked again."""
+    for _ in range(_TRIES - 1):
+        try:
+            return verify(path)
+        except StorageError as error:
+            if error.errno != errno.EIO:
+                raise
+        time.sleep(_PAUSE_S)
+    return verify(path)
 
 
 def set_aside(path: Path, quarantine: Path, reason: str) -> None:

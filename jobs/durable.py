@@ -26,7 +26,7 @@ BLOCK = 4 << 20
 """Bytes under one sum."""
 _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _READERS = min(4, len(os.sched_getaffinity(0)))
-_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.EIO, errno.EUCLEAN)
+_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODATA, errno.EUCLEAN)
 _REMEDIES = {
     errno.ENOSPC: "free some space there",
     errno.EDQUOT: "your quota there is used up: delete what you no longer need, or ask for more",
@@ -167,7 +167,7 @@ def fill(target: memoryview, descriptor: int, offset: int) -> None:
     while len(target):
         count = os.preadv(descriptor, [target], offset)
         if not count:
-            raise OSError(errno.EIO, "it ends before its end")
+            raise OSError(errno.ENODATA, "it ends before its end")
         target, offset = target[count:], offset + count
 
 

@@ -110,6 +110,11 @@ class Engine:
         dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self._control)
         return [int(value) for value in tensor]
 
+    def same(self, values: Sequence[int]) -> bool:
+        """Whether all ranks have the same values."""
+        both = self.max([*values, *(-value for value in values)])
+        return both[: len(values)] == [-low for low in both[len(values) :]]
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the ranks, as a CPU tensor of the same shape and type."""
         total = tensor.detach().to("cpu", copy=True)

@@ -14,7 +14,7 @@ import numpy as np
 from hpc import usage
 from hpc.errors import UserError
 from hpc.experiment import Experiment
-from hpc.rundir import RunDir, read_json, write_bytes, write_json
+from hpc.rundir import DATA_CHANGED, RunDir, read_json, write_bytes, write_json
 from jobs.tasks.classification import DIRECTION, Scores
 from jobs.tracking import Tracker
 
@@ -40,6 +40,7 @@ class Recorder:
         self.sample_usage: Callable[[], None] = lambda: None
         """Brings what is known of this node's use up to date."""
         self._refused = False
+        self._mine = read_json(run.state)
 
     def event(self, kind: str, **fields: Any) -> None:
         self._quietly(partial(self._run.event, kind, "rank0", self._generation, **fields))
@@ -49,11 +50,14 @@ class Recorder:
         try:
             write()
         except OSError as error:
-            if not self._refused:
-                _LOG.warning("progress is not recorded for now: %s", error)
-            self._refused = True
+            self._tell_once(error)
         else:
             self._refused = False
+
+    def _tell_once(self, error: OSError) -> None:
+        if not self._refused:
+            _LOG.warning("progress is not recorded for now: %s", error)
+        self._refused = True
 
     def step(self, step: int, loss: float, accuracy: float, rate: float) -> None:
         """One optimizer step, over all ranks."""
@@ -66,7 +70,7 @@ class Recorder:
 
     def data_changed(self, before: str, now: str) -> None:
         """Other data than the checkpoint was trained on, as the user has agreed."""
-        self.event("data-changed", before=before, now=now)
+        self.event(DATA_CHANGED, before=before, now=now)
         _LOG.warning("goes on with other data (fingerprint %.12s, not %.12s), as was asked for", now, before)
 
     def spike(self, step: int, loss: float) -> None:
@@ -85,21 +89,31 @@ class Recorder:
         if not force and now - self._written_at < _STATE_EVERY_S:
             return
         self._written_at = now
-        held = self.hold()
+        try:
+            held = self.hold()
+        except OSError as error:  # a shared file system that does not answer for a moment
+            self._tell_once(error)
+            return
         progress = {"phase": phase, "step": step, "epoch": step // self._per_epoch, "steps": self._total}
         monitored = {"monitor": self._monitor, "best": _without_matrix(best or {})}
         state = {**held, **progress, **monitored, "time": round(time.time(), 3)}
         self._quietly(partial(write_json, self._run.state, state))
 
     def hold(self) -> dict[str, Any]:
-        """state.json, while this attempt holds the run. Raises UserError when the lease was lost."""
+        """state.json, while this attempt holds the run. Raises UserError when the lease was lost, OSError.
+
+        The highest generation decides, which was taken by creating a file: a shell that outlived its node may have
+        written an older state back.
+        """
+        newest = self._run.last_generation()
+        if newest > self._generation:
+            raise UserError(f"{self._run.name} is held by generation {newest}, not by this {self._generation}")
         held = read_json(self._run.state)
         if held.get("generation", self._generation) != self._generation:
-            raise UserError(
-                f"{self._run.name} is held by generation {held['generation']}, not by this {self._generation}"
-            )
+            return self._mine
         if held.get("phase") in ("ended", "stopped"):
             raise UserError(f"{self._run.name}: its batch script has ended this attempt; nothing more is written")
+        self._mine = held
         return held
 
     def evaluation(
@@ -128,8 +142,9 @@ class Recorder:
         self._tracker.flush()
 
     def stop(self, step: int, cause: str) -> None:
-        """The word that the batch script's tail decides by."""
+        """The word that the batch script's tail decides by. Raises UserError when the lease was lost."""
         self._tracker.close()
+        self.hold()
         write_json(self._run.stop, {"generation": self._generation, "step": step, "cause": cause})
         _LOG.info("stopped by %s: saved at step %d", cause, step)
 

@@ -22,6 +22,8 @@ class Schedule:
     def __init__(self, every_s: float, allocation: Allocation, slow_s: Callable[[], float | None]) -> None:
         self._every_s, self._slow_s = every_s, slow_s
         self._end, self._notice_s = allocation.end_time, allocation.notice_s
+        # A save that takes longer must not have each attempt stop as it begins.
+        self._most_margin_s = (self._end - time.time()) / 2 if self._end else 0.0
         self._saved_at = time.monotonic()
         self._asked_at = -float("inf")
         self._warned = False
@@ -51,7 +53,7 @@ class Schedule:
 
     def ending(self) -> bool:
         """Whether the time limit is so near that the run must save now, whether or not it has been told."""
-        margin = _MARGIN_S + 3 * (self._slow_s() or 0.0)
+        margin = min(_MARGIN_S + 3 * (self._slow_s() or 0.0), self._most_margin_s)
         if self._end is None or time.time() < self._end - margin:
             return False
         if time.monotonic() - self._asked_at > _ASK_EVERY_S:  # an administrator may have given it more time

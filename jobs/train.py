@@ -11,6 +11,7 @@ import logging
 import math
 import sys
 import time
+from collections.abc import Callable
 from itertools import islice
 from typing import Any
 
@@ -22,14 +23,14 @@ from hpc.errors import UserError
 from hpc.experiment import Experiment
 from hpc.preempt import StopFlag
 from hpc.rundir import RunDir
-from jobs import check, checkpoint, rollback
+from jobs import check, checkpoint, resuming
 from jobs.engine import Engine
 from jobs.guards import LossGuard, SpikeDetector, Verdict
 from jobs.ledger import StepLedger
 from jobs.optimize import build_optimizer, learning_rate
 from jobs.passes import make_passes
 from jobs.record import Recorder
-from jobs.saving import Saver, estimated_bytes, room
+from jobs.saving import Saver
 from jobs.schedule import Schedule
 from jobs.setup import Parts, load_weights, prepare
 from jobs.tasks.classification import DIRECTION, Classification, Counts, Scores, total
@@ -40,10 +41,6 @@ _LOG = logging.getLogger(__name__)
 _FLUSH_STEPS = 10
 _SAVE_LIMIT_S, _EVALUATION_LIMIT_S = 1800.0, 600.0
 """Silence that is no hang while saving, and between two batches of an evaluation."""
-
-
-ACCEPT_DATA_CHANGE = "accept-data-change"
-"""The event by which a user agrees to go on with other data."""
 
 
 class Stopped(Exception):
@@ -115,6 +112,8 @@ class Trainer:
         if not self.engine.is_main:
             found = checkpoint.load_newest(folder, quarantine, keep_bad=True)
         started_from = []
+        resuming.agree(self.engine, folder, found)
+        before = resuming.compare_data(self.run, self.experiment, self.parts.volumes, found)
         if found is not None:
             self._restore(found)
         else:
@@ -123,18 +122,17 @@ class Trainer:
             steps = (self.step, self.total_steps, self.steps_per_epoch)
             names = self.parts.volumes.class_names
             self.recorder = Recorder(self.run, self.experiment, names, self.generation, steps)
+            resuming.check_room(folder, self.model, self.optimizer, fresh=found is None)
             self._open_saver()
-            if found and self._data_before != self.parts.volumes.fingerprint:
-                self.recorder.data_changed(self._data_before, self.parts.volumes.fingerprint)
+            if before:
+                self.recorder.data_changed(before, self.parts.volumes.fingerprint)
             where = f"goes on from {found.name}" if found else "starts"
             _LOG.info("%s %s at step %d of %d", self.run.name, where, self.step, self.total_steps)
             for line in started_from:
                 _LOG.info(line)
 
     def _open_saver(self) -> None:
-        """Raises StorageError where there is no room for checkpoints."""
         assert self.recorder
-        room(self.run.checkpoints, *estimated_bytes(self.model, self.optimizer))
         epochs = self.settings.keep_every * self.steps_per_epoch
         self.saver = Saver(
             self.run.checkpoints,
@@ -150,25 +148,12 @@ class Trainer:
         return self.saver.slow_s if self.saver else None
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
-        before, now = found.manifest["data"], self.parts.volumes.fingerprint
-        if now != before and not self._data_change_accepted():
-            raise UserError(
-                f"{self.experiment.data.file} is not the data that {found.name} was trained on "
-                f"(fingerprint {now[:12]}, not {before[:12]}): restore the file, start a new run with 'hpc submit', "
-                f"or go on all the same with 'hpc resume {self.run.name} --accept-data-change'"
-            )
-        self._data_before = before
         self.model.load_state_dict(found.model())
         self.optimizer.load_state_dict(found.optimizer())
         self.step, self.state = found.step, found.state()
+        self._forget_best({path.name for path in checkpoint.newest_first(self.run.checkpoints)}.__contains__)
         self.guard = LossGuard.from_state(self.state["guard"])
         self.spikes = SpikeDetector.from_state(self.state["spikes"])
-
-    def _data_change_accepted(self) -> bool:
-        """Whether the user has agreed to other data since the last save: the next one has their fingerprint."""
-        events = [event["event"] for event in self.run.read_events()]
-        word = [event for event in events if event in ("checkpoint", ACCEPT_DATA_CHANGE)]
-        return word[-1:] == [ACCEPT_DATA_CHANGE]
 
     # The loop.
 
@@ -186,7 +171,10 @@ class Trainer:
         if self.state["best"] is None:
             raise Diverged(f"the validation loss was never finite in {self.settings.epochs} epochs")
         self._save(wait=True)
-        if self.recorder:
+        if self.recorder and (saver := self.saver):
+            with self.watchdog.phase("save", _SAVE_LIMIT_S):
+                saver.close()  # it asks for the run until the last deletion
+            self._forget_best(lambda name: name not in saver.failed)
             self.recorder.result(self.step, self.state["best"], self.state["last"])
 
     def _train_epoch(self) -> bool:
@@ -239,16 +227,21 @@ class Trainer:
     def _roll_back(self) -> None:
         """Load a checkpoint from before the bad steps, and pass over these from there. Raises Diverged without one."""
         self._flush()
+        with self.watchdog.phase("rollback", _SAVE_LIMIT_S):
+            self._go_back()
+
+    def _go_back(self) -> None:
         guard, left = self.guard, self.step
         if self.saver:
             self.saver.close()
         self.engine.barrier()  # the same checkpoints for all
-        found = rollback.choose(self.run.checkpoints, guard)
+        found = resuming.choose(self.run.checkpoints, guard)
+        resuming.agree(self.engine, self.run.checkpoints, found)
         if found is None:
             raise Diverged(f"{guard.reason()}; there is no checkpoint to go back to")
         self.engine.barrier()  # all have read what is about to be moved
         if self.engine.is_main:
-            rollback.take_back(self.run.checkpoints, self.run.quarantine, found.step)
+            resuming.take_back(self.run.checkpoints, self.run.quarantine, found.step)
         self._restore(found)
         self.guard, self._saved_step = guard, -1
         passed_over = guard.roll_back(found.step)
@@ -310,8 +303,9 @@ class Trainer:
 
     def close(self) -> None:
         """Leave the other ranks, and end what runs beside the training."""
-        if self.saver:
-            self.saver.close()
+        with self.watchdog.phase("save", _SAVE_LIMIT_S):
+            if self.saver:
+                self.saver.close()
         self.watchdog.close()
         self.engine.close()
 
@@ -375,14 +369,14 @@ class Trainer:
     def _save(self, wait: bool = False) -> None:
         """Every rank; rank 0 writes beside the training. With `wait`: until all is durable."""
         started = time.monotonic()
-        if self._saved_step != self.step:
-            self._flush()
-            if self.saver:
-                self._snapshot(self.saver)
-            self._saved_step = self.step
-            self.schedule.saved()
-        if wait and self.saver:
-            with self.watchdog.phase("save", _SAVE_LIMIT_S):
+        with self.watchdog.phase("save", _SAVE_LIMIT_S):
+            if self._saved_step != self.step:
+                self._flush()
+                if self.saver:
+                    self._snapshot(self.saver)
+                self._saved_step = self.step
+                self.schedule.saved()
+            if wait and self.saver:
                 self.saver.wait()
         self._aside += time.monotonic() - started
 
@@ -391,12 +385,17 @@ class Trainer:
             loss = self.counts.total_loss().hex()
             self.state["sums"] = {"matrix": self.counts.matrix.tolist(), "loss": loss}
         self.state |= {"guard": self.guard.state(), "spikes": self.spikes.state()}
+        self._forget_best(lambda name: name not in saver.failed)
         best = self.state["best"]
-        if best and best["checkpoint"] in saver.failed:
-            self.state["best"] = best = {**best, "checkpoint": None}
         protect = {best["checkpoint"]} if best and best["checkpoint"] else set()
         weights, moments = self.model.state_dict(), self.optimizer.state_dict()
         saver.save(self.step, weights, moments, self.state, self._facts(), protect)
+
+    def _forget_best(self, there: Callable[[str], bool]) -> None:
+        """A best checkpoint that never became durable, or was damaged, is not named; its metrics stay."""
+        best = self.state["best"]
+        if best and best["checkpoint"] and not there(best["checkpoint"]):
+            self.state["best"] = {**best, "checkpoint": None}
 
     def _facts(self) -> dict[str, Any]:
         return {

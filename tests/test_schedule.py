@@ -45,29 +45,46 @@ def test_saves_that_no_notice_is_long_enough_for_come_more_often(
     assert caplog.text.count("may lose") == told
 
 
-def test_a_run_stops_itself_when_its_time_is_nearly_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    end = time.time() + 100
-    monkeypatch.setattr(limits, "end_time", lambda: end)
-    assert not schedule().ending()
-    assert not schedule(end_time=end).ending()
-    assert not schedule(end_time=end, slow_s=20).ending()
-    assert schedule(end_time=end, slow_s=40).ending()
-    assert schedule(end_time=end - 90).ending() is False, "asked again, there is more time"
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds since 1970, and of the monotonic clock."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
 
 
-def test_more_time_is_asked_for_once_in_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, end = [], time.time() + 10
+def test_a_run_stops_itself_when_its_time_is_nearly_over(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "end_time", lambda: 2000.0)
+    none, fast, slow = schedule(), schedule(end_time=2000.0), schedule(end_time=2000.0, slow_s=40)
+    told = []
+    for clock[0] in (1800.0, 1849.0, 1851.0, 1969.0, 1971.0):
+        told.append((none.ending(), fast.ending(), slow.ending()))
+    assert told == [(False, False, False)] * 2 + [(False, False, True)] * 2 + [(False, True, True)]
 
-    def ask() -> float:
-        asked.append(end)
-        return end
 
-    monkeypatch.setattr(limits, "end_time", ask)
-    mine = schedule(end_time=end)
-    assert [mine.ending() for _ in range(5)] == [True] * 5
-    assert len(asked) == 1
-    monkeypatch.setattr(limits, "end_time", lambda: None)
-    assert not schedule(end_time=end).ending(), "the limit was lifted"
+def test_saves_as_long_as_the_job_leave_it_half_of_its_time(
+    clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "end_time", lambda: 2000.0)
+    mine = schedule(end_time=2000.0, slow_s=900)
+    clock[0] = 1499.0
+    assert not mine.ending()
+    clock[0] = 1501.0
+    assert mine.ending()
+
+
+def test_more_time_is_asked_for_once_in_a_while_only(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    ends = [2000.0]
+    monkeypatch.setattr(limits, "end_time", lambda: asked.append(clock[0]) or ends[0])
+    mine = schedule(end_time=2000.0)
+    for clock[0] in (1980.0, 1981.0, 2005.0):
+        assert mine.ending()
+    assert asked == [1980.0]
+    ends[0] = 3000.0
+    clock[0] = 2011.0
+    assert not mine.ending() and asked == [1980.0, 2011.0]
 
 
 def test_a_stop_by_the_clock_counts_as_the_notice() -> None:

@@ -40,11 +40,14 @@ def test_each_cause_has_its_budget_and_then_the_run_ends_with_a_reason(kind: str
     assert not judged(kind, **{**budgets, kind: 0}).again, "a budget of 0 allows none"
 
 
-def test_failures_of_other_kinds_count_too_against_the_budget_of_the_last() -> None:
-    assert judged("hang", "crash", "storage").again
-    ended = judged("hang", "crash", "storage", "crash")
-    assert not ended.again and ended.reason.startswith("2 crashes, 1 storage fault, 1 hang since step 120 (launch.b")
-    assert judged("hang", "crash", "storage", "crash", hang=4).wait_s == 300
+def test_crashes_hangs_and_memory_kills_are_counted_together_and_other_causes_for_themselves() -> None:
+    assert judged("hang", "crash", "memory").again
+    ended = judged("hang", "crash", "memory", "crash")
+    counted = ("2 crashes", "1 hang", "1 x out of memory", "since step 120", "launch.budgets.crash is 3")
+    assert not ended.again and all(words in ended.reason for words in counted)
+    assert judged("hang", "crash", "storage", "crash").again
+    assert judged("node", "storage", "node", "storage", "node", "crash").again
+    assert not judged("storage", "crash", "storage", "storage", "storage").again
 
 
 def test_an_obstacle_ends_the_run_before_its_budget_does() -> None:

@@ -1,0 +1,83 @@
+"""Where a run goes on: from which checkpoint, whether all ranks read the same, and whether the data are its own."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from pathlib import Path
+
+from torch import nn
+from torch.optim import Optimizer
+
+from datasets.layout import VolumeFile
+from hpc.errors import UserError
+from hpc.experiment import Experiment
+from hpc.rundir import ACCEPT_DATA_CHANGE, DATA_CHANGED, RunDir
+from jobs import checkpoint
+from jobs.checkpoint import Checkpoint, Damaged, StorageError
+from jobs.engine import Engine
+from jobs.guards import LossGuard
+from jobs.saving import estimated_bytes, room
+
+_LOG = logging.getLogger(__name__)
+
+
+def agree(engine: Engine, folder: Path, found: Checkpoint | None) -> None:
+    """Raises StorageError on all ranks where they have read different ones, as a node with an old listing does."""
+    position = [int(found.manifest["generation"]), found.step] if found else [-1, -1]
+    if not engine.same(position):
+        mine = found.name if found else "none"
+        where = f"rank {engine.rank} on {engine.allocation.node} reads {mine} in {folder}"
+        raise StorageError(errno.ESTALE, f"the ranks do not see the same checkpoint: {where}")
+
+
+def check_room(folder: Path, model: nn.Module, optimizer: Optimizer, fresh: bool) -> None:
+    """Raises StorageError where a new run has no room for checkpoints; one that has saved before goes on."""
+    try:
+        room(folder, *estimated_bytes(model, optimizer))
+    except StorageError as error:
+        if fresh:
+            raise
+        _LOG.warning("%s", error)
+
+
+def compare_data(run: RunDir, experiment: Experiment, volumes: VolumeFile, found: Checkpoint | None) -> str | None:
+    """The fingerprint that the checkpoint's data had, where they are others now and the user has agreed to that.
+
+    Raises UserError where nobody has.
+    """
+    if found is None or found.manifest["data"] == volumes.fingerprint:
+        return None
+    before, now = str(found.manifest["data"]), volumes.fingerprint
+    events = run.read_events()
+    agreed = sum(event["event"] == ACCEPT_DATA_CHANGE for event in events)
+    others = {event.get("now") for event in events if event["event"] == DATA_CHANGED} - {now}
+    if agreed > len(others):  # more often than it was made use of: no clock is asked
+        return before
+    raise UserError(
+        f"{experiment.data.file} is not the data that {found.name} was trained on "
+        f"(fingerprint {now[:12]}, not {before[:12]}): restore the file, start a new run with 'hpc submit', "
+        f"or go on all the same with 'hpc resume {run.name} --accept-data-change'"
+    )
+
+
+def choose(folder: Path, guard: LossGuard) -> Checkpoint | None:
+    """The newest one from before all that the guard will pass over; else the oldest from before the bad steps."""
+    chosen = None
+    for path in checkpoint.newest_first(folder):
+        try:
+            found = checkpoint.verify(path)
+        except Damaged:
+            continue
+        if found.step < guard.first_bad:
+            chosen = found
+        if found.step <= guard.rollback_target:
+            break
+    return chosen
+
+
+def take_back(folder: Path, quarantine: Path, step: int) -> None:
+    """Move the checkpoints after `step` to quarantine: a resumed run must not go on from them."""
+    newer = [path for path in checkpoint.newest_first(folder) if checkpoint.step_of(path.name) > step]
+    for path in newer:
+        checkpoint.set_aside(path, quarantine, f"the run went back to step {step}")
