@@ -43,7 +43,7 @@ def test_each_cause_has_its_budget_and_then_the_run_ends_with_a_reason(kind: str
 def test_crashes_hangs_and_memory_kills_are_counted_together_and_other_causes_for_themselves() -> None:
     assert judged("hang", "crash", "memory").again
     ended = judged("hang", "crash", "memory", "crash")
-    counted = ("2 crashes", "1 hang", "1 x out of memory", "since step 120", "launch.budgets.crash is 3")
+    counted = ("2 crashes", "1 hang", "1 x out of memory", "since step 120", "launch.budgets.hang is 3")
     assert not ended.again and all(words in ended.reason for words in counted)
     assert judged("hang", "crash", "storage", "crash").again
     assert judged("node", "storage", "node", "storage", "node", "crash").again
