@@ -6,17 +6,18 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc import instances, payload, template, trust, yamlfile
+from hpc import filling, instances, payload, template, trust, yamlfile
 from hpc.errors import UserError
 from hpc.experiment import Experiment, load
 from hpc.instances import Instance
-from hpc.rundir import RunDir, fsync_folder, next_run, write_text
+from hpc.records import read_delta
+from hpc.rundir import RunDir, fsync_folder, next_run, write_bytes, write_text
 
 _TRIES = 3
 
@@ -69,12 +70,16 @@ def create(plan: Plan) -> RunDir:
 
 def _fill(plan: Plan, aside: RunDir) -> None:
     payload.snapshot(aside.code)
-    experiment = Carrier(aside.code, plan.run.code).carry(plan.experiment)
-    write_text(aside.experiment, yamlfile.dump(experiment))
-    write_text(aside.delta, yamlfile.dump(plan.delta))
-    write_text(aside.script, plan.script)
+    _write(aside, Carrier(aside.code, plan.run.code).carry(plan.experiment), plan)
     aside.events.mkdir()
     aside.logs.mkdir()
+
+
+def _write(run: RunDir, experiment: dict[str, Any], plan: Plan) -> None:
+    """The files of a plan, the script last: what it asks for is in the experiment by then."""
+    write_text(run.delta, yamlfile.dump(plan.delta))
+    write_text(run.experiment, yamlfile.dump(experiment))
+    write_text(run.script, plan.script)
 
 
 def make_whole(final: Path, fill: Callable[[Path], None]) -> None:
@@ -162,3 +167,47 @@ def reopen(run: RunDir) -> tuple[Experiment, Instance]:
     """The experiment and instance of a run that exists. Raises UserError."""
     experiment, _ = load(run.experiment)
     return experiment, instances.find(experiment.launch.instance)
+
+
+def anew(run: RunDir, overrides: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
+    """A run that exists as these overrides would have it, and what they change, {dotted key: value}. Raises UserError.
+
+    Its delta names every key that was ever changed: its base is not known any more.
+    """
+    _refuse_other_template(run)
+    experiment, changes = load(run.experiment, overrides)
+    instance = instances.find(experiment.launch.instance)
+    delta = dict(sorted({**read_delta(run), **changes}.items()))
+    return Plan(experiment, delta, instance, run, template.render(experiment, instance, run, sys.executable)), changes
+
+
+def _refuse_other_template(run: RunDir) -> None:
+    """The text calls the run's own copy of the code: one of another version may call what is not there."""
+    own = run.code / filling.FOLDER.name / filling.JOB
+    if not own.is_file() or own.read_bytes() != (filling.FOLDER / filling.JOB).read_bytes():
+        raise UserError(
+            f"{run.name} was made by another version of hpc, whose batch script is another: use that one, "
+            f"'PYTHONPATH={run.code} hpc resume ...', or submit {run.experiment} anew"
+        )
+
+
+@contextmanager
+def replaced(plan: Plan, refusal: type[UserError]) -> Iterator[None]:
+    """The files of a run that exists are those of this plan from here on; as before where this ends with `refusal`.
+
+    The run keeps its age, and so its place in `hpc ls`. For the holder of its lease.
+    """
+    run = plan.run
+    made = run.experiment.stat()
+    before = {file: file.read_bytes() for file in (run.script, run.experiment, run.delta) if file.exists()}
+    with trust.private():
+        _write(run, plan.experiment.as_dict(), plan)
+        os.utime(run.experiment, ns=(made.st_atime_ns, made.st_mtime_ns))
+    try:
+        yield
+    except refusal:
+        with trust.private():
+            for file, content in before.items():
+                write_bytes(file, content)
+        os.utime(run.experiment, ns=(made.st_atime_ns, made.st_mtime_ns))
+        raise

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpc.commands.common import After, AsJson, ExperimentFile, Overrides, RunNames, Runs, app, print_json, report, say
+from hpc.commands.common import After, AsJson, ExperimentFile, Overrides, Runs, app, print_json, report, say
 from hpc.errors import UserError
 from hpc.preempt import ExitCode
 
@@ -86,7 +87,14 @@ def train(file: ExperimentFile, overrides: Overrides = None, runs: Runs = None) 
 
 @app.command(rich_help_panel="Run")
 def resume(
-    names: RunNames = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Runs or sweeps: name, id, or path. Of single runs another request: launch.nodes=2 ...",
+            metavar="RUN... [launch.KEY=VALUE...]",
+            show_default=False,
+        ),
+    ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="All runs that were stopped or lost; not those that failed or were cancelled.")
     ] = False,
@@ -98,11 +106,16 @@ def resume(
 ) -> None:
     """Submit stopped, failed or cancelled runs again; each goes on from its newest good checkpoint.
 
-    Of a sweep, the rows that are neither finished nor under way.
+    Of a sweep, the rows that are neither finished nor under way. A single run may ask for something else from now on:
+    nodes, gpus, tasks_per_node, mem, time, partition, instance, budgets, all that is under launch.
     """
     from hpc import resumption
     from hpc.rundir import runs_folder
 
+    overrides = [word for word in words or [] if re.match(r"[\w.]+=", word)]  # no name of a run has '='
+    names = [word for word in words or [] if word not in overrides]
+    if everything and overrides:
+        raise UserError(f"{overrides[0]} is for single runs that you name: 'hpc resume RUN {overrides[0]}'")
     if bool(names) == everything:
         raise UserError("name the runs or sweeps to resume, or give --all; 'hpc ls' lists them")
     if everything and accept_data:
@@ -110,7 +123,7 @@ def resume(
     folder = runs_folder(runs)
     follow = after or []
     several = resumption.stopped(folder, follow) if everything else None
-    for line in several or resumption.named(names or [], folder, follow, accept_data):
+    for line in several or resumption.named(names, folder, follow, accept_data, overrides, report):
         say(line)
 
 
