@@ -147,3 +147,21 @@ def test_an_attempt_that_its_script_has_ended_writes_no_progress(tmp_path: Path)
     with pytest.raises(UserError, match="ended this attempt"):
         recorder.state("training", 3, None, force=True)
     assert read_json(run.state)["code"] == 137
+
+
+def test_a_state_that_an_older_attempt_wrote_back_does_not_end_this_one(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    experiment = validate({"name": "a", "model": {"name": "m"}, "data": {"file": "f"}}, "test")
+    run.event("start", "shell", 2)
+    write_json(run.state, {"generation": 2, "job": "7"})
+    recorder = Recorder(run, experiment, ["a", "b"], 2, (0, 10, 5))
+    write_json(run.state, {"generation": 1, "phase": "ended", "job": "6"})
+    recorder.state("training", 3, None, force=True)
+    assert {key: read_json(run.state)[key] for key in ("generation", "job", "step")} == {
+        "generation": 2,
+        "job": "7",
+        "step": 3,
+    }
+    run.event("start", "shell", 3)
+    with pytest.raises(UserError, match="held by generation 3"):
+        recorder.hold()

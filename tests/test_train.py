@@ -236,6 +236,7 @@ def test_a_disk_too_full_for_events_trains_on(data: Path, tmp_path: Path, golden
 def test_a_lease_lost_to_a_later_attempt_ends_this_one(data: Path, tmp_path: Path) -> None:
     run = tiny_run.make_run(tmp_path / "run", data)
     run.state.write_text(json.dumps({"generation": 5}))
+    run.event("start", "shell", 5)
     assert in_child(run_payload, run.path, {"HPC_GENERATION": "4"}) == ExitCode.BAD_INPUT
     assert "held by generation 5" in last_line(run)
     assert read_json(run.state) == {"generation": 5}
