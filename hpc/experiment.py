@@ -172,6 +172,11 @@ class Train(Section):
     ledger: bool = False
     """Record what each step did (samples, pixels, loss, weights), to compare runs step by step: see hpc drill."""
 
+    @model_validator(mode="after")
+    def _check(self) -> Train:
+        self._refuse_idle(self.deterministic, {"virtual_ranks": {"layout"}})
+        return self
+
 
 class Budgets(Section):
     """Restarts after each kind of failure without a new checkpoint between; preemptions are free."""
@@ -247,7 +252,8 @@ class Experiment(Section):
         if size % virtual:
             return f"data.batch_size {size} does not divide by train.virtual_ranks {virtual}"
         if virtual % tasks:
-            return f"train.virtual_ranks {virtual} does not divide by {tasks} tasks; use a power of two of both"
+            sizes = ", ".join(str(1 << power) for power in range(virtual.bit_length()))
+            return f"train.virtual_ranks {virtual} does not divide by {tasks} tasks; use one of {sizes} tasks"
         return None
 
     def as_dict(self) -> dict[str, Any]:

@@ -31,6 +31,16 @@ def agree(engine: Engine, folder: Path, found: Checkpoint | None) -> None:
         raise StorageError(errno.ESTALE, f"the ranks do not see the same checkpoint: {where}")
 
 
+def refuse_fresh(run: RunDir, found: Checkpoint | None) -> None:
+    """Raises Damaged where a run has saved before and nothing is left of it, as after a purge of a scratch folder."""
+    saved = [event.get("step", 0) for event in run.read_events() if event["event"] == "checkpoint"]
+    if found is None and saved:
+        raise Damaged(
+            f"{run.name} has saved step {max(saved)}, and {run.checkpoints} is empty: restore a checkpoint from a "
+            f"copy, or start a new run with 'hpc submit'"
+        )
+
+
 def check_room(folder: Path, model: nn.Module, optimizer: Optimizer, fresh: bool) -> None:
     """Raises StorageError where a new run has no room for checkpoints; one that has saved before goes on."""
     try:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import sys
+import traceback
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -89,14 +91,15 @@ def _train(folder: RunDir, experiment: Experiment, allocation: Allocation, sampl
     from jobs.checkpoint import Damaged
     from jobs.engine import BadNode
     from jobs.rendezvous import RendezvousError
-    from jobs.train import Diverged, Stopped
 
     fail = partial(_fail, folder, allocation)
     try:
         trainer: Trainer = _build(folder, experiment, allocation)
         if trainer.recorder and sampler:
             trainer.recorder.sample_usage = sampler.update
-    except (Damaged, OSError) as error:
+    except Damaged as error:
+        return fail(error, ExitCode.STORAGE, retry=False)
+    except OSError as error:
         return fail(error, ExitCode.STORAGE)
     except (UserError, ValueError) as error:
         return fail(error, ExitCode.BAD_INPUT)
@@ -106,11 +109,22 @@ def _train(folder: RunDir, experiment: Experiment, allocation: Allocation, sampl
         if torch.version.cuda is None:  # so it would be on every node
             return fail(UserError(f"{error}: this torch was built without CUDA"), ExitCode.BAD_INPUT)
         return _leave_node(folder, allocation, str(error).removeprefix(f"{allocation.node}: "))
+    return _fit(folder, allocation, trainer)
+
+
+def _fit(folder: RunDir, allocation: Allocation, trainer: Trainer) -> ExitCode:
+    from jobs.checkpoint import StorageError
+    from jobs.train import Diverged, Stopped
+
+    fail = partial(_fail, folder, allocation)
     try:
         trainer.fit()
     except Stopped:
         return ExitCode.STOPPED
+    except StorageError as error:
+        return fail(error, ExitCode.STORAGE)
     except OSError as error:
+        traceback.print_exc()  # of the model's own code, it may be
         return fail(error, ExitCode.STORAGE)
     except Diverged as error:
         return fail(error, ExitCode.CRASH, retry=False)
@@ -154,7 +168,13 @@ def _fail(
 
 
 def main() -> None:
-    code = run(sys.argv[1])
+    faulthandler.enable()  # where in Python a crash of a library was
+    try:
+        code = run(sys.argv[1])
+    except SystemExit as end:  # of a model or a library, and whatever it says: the run is not finished
+        traceback.print_exc()
+        print(f"the training code left by sys.exit({end.code})", file=sys.stderr)
+        code = ExitCode.CRASH
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # no rank waits in an exit handler for one that has left

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from datasets.augment import Augment
 from datasets.layout import VolumeFile
@@ -35,7 +36,20 @@ class Parts:
         options = dict(self.model_options)
         if deterministic and "deterministic_pooling" in takes(name):
             options["deterministic_pooling"] = True
-        return create_model(name, in_channels=self.volumes.shape[0], num_classes=self.num_classes, **options)
+        model = create_model(name, in_channels=self.volumes.shape[0], num_classes=self.num_classes, **options)
+        _refuse_unsaved(name, model)
+        return model
+
+
+def _refuse_unsaved(name: str, model: nn.Module) -> None:
+    """Raises UserError for what a checkpoint could not bring back."""
+    if lazy := [key for key, value in model.named_parameters() if is_lazy(value)]:
+        raise UserError(f"model {name}: {lazy[0]} has no size before the first batch: write its layer with all sizes")
+    if other := [key for key, value in model.state_dict().items() if not isinstance(value, torch.Tensor)]:
+        raise UserError(
+            f"model {name}: {other[0]} is no tensor: state must be parameters and buffers (register_buffer), or a "
+            f"resumed run would go on without it"
+        )
 
 
 def prepare(experiment: Experiment) -> Parts:

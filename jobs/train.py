@@ -113,6 +113,7 @@ class Trainer:
             found = checkpoint.load_newest(folder, quarantine, keep_bad=True)
         started_from = []
         resuming.agree(self.engine, folder, found)
+        resuming.refuse_fresh(self.run, found)
         before = resuming.compare_data(self.run, self.experiment, self.parts.volumes, found)
         if found is not None:
             self._restore(found)

@@ -32,6 +32,8 @@ _LEASE_S = 10.0
 _WINDOW = 512
 """Step times that the 99th percentile is taken of."""
 _TIMES_P99 = 10
+_FIRST_STEP_S = 1800.0
+"""Compilation and the choice of kernels are part of it."""
 _AWAY_S = 2.0
 """A watchdog that was away for longer was stopped with its process (SIGSTOP), or kept from running."""
 _LAST_RESORT = 5
@@ -140,12 +142,12 @@ class Watchdog:
         while not self._closed.wait(period):
             task()
 
-    def _limit(self) -> tuple[str, float | None]:
-        """The phase, and how long it may be silent; None before the first step has ended."""
+    def _limit(self) -> tuple[str, float]:
+        """The phase, and how long it may be silent."""
         with suppress(IndexError):  # it ends meanwhile
             return self._phases[-1]
         if not self._armed:
-            return "starting", None
+            return "first step", _FIRST_STEP_S
         return "training", max(self._hang_after, _TIMES_P99 * percentile_99(list(self._times)))
 
     def _watch(self) -> None:
@@ -156,12 +158,12 @@ class Watchdog:
         self._arm_last_resort()
         phase, limit = self._limit()
         silent = now - self._heard
-        if limit is not None and silent > limit and not (self._peers and self._peers.busy(self._patience)):
+        if silent > limit and not (self._peers and self._peers.busy(self._patience)):
             self._fire(phase, limit, silent)
 
     def _arm_last_resort(self) -> None:
         _, limit = self._limit()
-        if limit is None or self._closed.is_set():
+        if self._closed.is_set():
             faulthandler.cancel_dump_traceback_later()
         else:
             faulthandler.dump_traceback_later(_LAST_RESORT * limit, exit=True, file=_STDERR)

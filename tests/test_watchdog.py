@@ -270,16 +270,16 @@ def test_a_rank_that_waits_for_its_data_is_named_by_place(stage: Stage) -> None:
 
 def test_it_is_armed_by_the_end_of_the_first_step_or_by_a_phase(run: RunDir) -> None:
     dog = Watchdog(run, Allocation(), 60)
-    assert dog._limit() == ("starting", None)
+    assert dog._limit() == ("first step", 1800)
     dog.beat(7)
-    assert dog._limit() == ("starting", None), "resumed at step 7: none has been done here yet"
+    assert dog._limit() == ("first step", 1800), "resumed at step 7: none has been done here yet"
     with dog.phase("compile", 600):
         assert dog._limit() == ("compile", 600)
         with dog.phase("save", 120):
             assert dog._limit() == ("save", 120)
         assert dog._limit() == ("compile", 600)
     dog.beat(7)
-    assert dog._limit() == ("starting", None)
+    assert dog._limit() == ("first step", 1800)
     dog.beat(8)
     assert dog._limit() == ("training", 60)
     dog.beat(3)
