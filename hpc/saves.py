@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import ceil
 from pathlib import Path
 
@@ -12,11 +12,22 @@ from hpc.instances import Request
 from hpc.preempt import NOTICE
 from hpc.rundir import RunDir, all_runs
 from hpc.template import notice_seconds
+from hpc.units import percentile
 
 _FACTOR, _MARGIN_S = 3, 30
-"""Notice for a save: so many times what it mostly takes at most (p95), and so much for the way to the next step."""
 _LATEST = 30
 """So many runs are looked at, the newest."""
+
+
+def slow(took: Sequence[float]) -> float:
+    """The seconds that a save mostly takes at most: their 95th percentile."""
+    return percentile(took, 0.95)
+
+
+def notice_for(slow_s: float) -> float:
+    """The seconds ahead of its end at which a job must hear of it, for saves that are so slow, and the way to the next
+    step."""
+    return _FACTOR * slow_s + _MARGIN_S
 
 
 def seconds(run: RunDir) -> list[float]:
@@ -44,9 +55,8 @@ def _model(run: RunDir) -> str:
 
 def signal_option(runs: Iterable[RunDir], request: Request) -> list[str]:
     """sbatch's --signal where the script's notice of the time limit is too short for the saves that these runs took."""
-    took = sorted(time for run in runs for time in seconds(run))
+    took = [time for run in runs for time in seconds(run)]
     if not took:
         return []
-    p95 = took[ceil(0.95 * len(took)) - 1]
-    needed = min(ceil(_FACTOR * p95 + _MARGIN_S), request.time_s // 2)
+    needed = min(ceil(notice_for(slow(took))), request.time_s // 2)
     return [f"--signal={NOTICE.name.removeprefix('SIG')}@{needed}"] if needed > notice_seconds(request) else []

@@ -1,13 +1,19 @@
-"""Durations and sizes as people write them: 8h, 5min, 1-12:00:00, 60GB; kept as seconds and decimal GB."""
+"""Durations and sizes as people write them: 8h, 5min, 1-12:00:00, 60GB; kept as seconds and decimal GB; percentiles."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 _SECONDS = {"s": 1, "sec": 1, "m": 60, "min": 60, "h": 3600, "hour": 3600, "hours": 3600, "d": 86400, "days": 86400}
 _GIGABYTES = {"": 1.0, "GB": 1.0, "G": 1.0, "MB": 1e-3, "M": 1e-3, "TB": 1e3, "T": 1e3, "GIB": 1.073741824}
 _LEAST_GB = 1e-3  # SLURM counts in MB, and --mem=0 means the whole node
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest of the values that a share of 0 to 1 of them do not exceed; 0 for none."""
+    return sorted(values)[math.ceil(share * len(values)) - 1] if values else 0.0
 
 
 def seconds(value: object) -> int:

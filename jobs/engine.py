@@ -56,7 +56,8 @@ class Engine:
     def __init__(
         self, allocation: Allocation, device: torch.device, deterministic: bool, token: str, threads: int = 0
     ) -> None:
-        """`token` names the run and its attempt: ranks of others are not let in. `threads`: of torch, 0 for its cores.
+        """`token` names the run and its attempt: ranks of another that come by accident are not let in.
+        `threads`: of torch, 0 for its cores.
 
         Raises RendezvousError where the ranks do not find each other.
         """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import os
 import resource
 import threading
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hpc import saves
 from jobs import checkpoint
 from jobs.checkpoint import Snapshot
 from jobs.durable import StorageError, storage_error
@@ -146,8 +146,7 @@ class Saver:
     def slow_s(self) -> float | None:
         """95th percentile of the seconds from the call to the durable checkpoint; None before the first."""
         with self._changed:
-            seconds = sorted(self._seconds)
-        return seconds[math.ceil(0.95 * len(seconds)) - 1] if seconds else None
+            return saves.slow(self._seconds) if self._seconds else None
 
     def _raise(self) -> None:
         if self._broken is not None:

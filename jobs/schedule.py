@@ -6,11 +6,10 @@ import logging
 import time
 from collections.abc import Callable
 
-from hpc import limits
+from hpc import limits, saves
 from hpc.allocation import Allocation
 
 _LOG = logging.getLogger(__name__)
-_MARGIN_S = 30.0
 _ASK_EVERY_S = 30.0
 _SHARE = 4
 """An interval of so many saves, where saves must be frequent: a quarter of the time the disk is at rest."""
@@ -53,7 +52,7 @@ class Schedule:
 
     def ending(self) -> bool:
         """Whether the time limit is so near that the run must save now, whether or not it has been told."""
-        margin = min(_MARGIN_S + 3 * (self._slow_s() or 0.0), self._most_margin_s)
+        margin = min(saves.notice_for(self._slow_s() or 0.0), self._most_margin_s)
         if self._end is None or time.time() < self._end - margin:
             return False
         if time.monotonic() - self._asked_at > _ASK_EVERY_S:  # an administrator may have given it more time

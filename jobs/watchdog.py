@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import json
-import math
 import os
 import sys
 import threading
@@ -22,6 +21,7 @@ from hpc.allocation import Allocation
 from hpc.errors import UserError
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, read_json
+from hpc.units import percentile
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # its stub leaves it out
@@ -148,7 +148,7 @@ class Watchdog:
             return self._phases[-1]
         if not self._armed:
             return "first step", _FIRST_STEP_S
-        return "training", max(self._hang_after, _TIMES_P99 * percentile_99(list(self._times)))
+        return "training", max(self._hang_after, _TIMES_P99 * percentile(list(self._times), 0.99))
 
     def _watch(self) -> None:
         now = time.monotonic()
@@ -175,9 +175,8 @@ class Watchdog:
         phase, limit = self._limit()
         silent = time.monotonic() - self._heard
         beat: Beat = {"node": self._allocation.node, "step": self._step, "phase": phase, "tick": self._ticks}
-        suspicious = limit is not None and silent > limit / 2
-        if limit is not None:
-            beat["left"] = round(limit - silent, 3)
+        beat["left"] = round(limit - silent, 3)
+        suspicious = silent > limit / 2
         if suspicious:
             beat["at"], beat["waits"] = place(sys._current_frames().get(self._main))
         if self._leaves:
@@ -342,8 +341,3 @@ def place(frame: FrameType | None) -> tuple[str, bool]:
         waits = waits or any(part in code.co_filename for part in _IN_TORCH)
         frame = frame.f_back
     return ", ".join(dict.fromkeys(filter(None, [ours, innermost]))), waits
-
-
-def percentile_99(times: list[float]) -> float:
-    """The smallest of the times that 99 % of them do not exceed; 0 for none."""
-    return sorted(times)[math.ceil(0.99 * len(times)) - 1] if times else 0.0

@@ -23,8 +23,9 @@ import torch.distributed as dist
 from hpc.allocation import Allocation
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, read_json, write_json
+from hpc.units import percentile
 from jobs import watchdog
-from jobs.watchdog import Heard, Peers, Watchdog, behind, percentile_99
+from jobs.watchdog import Heard, Peers, Watchdog, behind
 from tests.tiny_run import CHILD_LIMIT_S, CONTEXT
 
 HANG_S = 3.0
@@ -303,8 +304,8 @@ def test_the_limit_follows_the_step_times_but_not_what_lay_between(
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, 0), (1, 1), (99, 99), (100, 99), (101, 100), (500, 495)])
-def test_percentile_99(count: int, expected: float) -> None:
-    assert percentile_99([float(n) for n in range(count, 0, -1)]) == expected
+def test_the_99th_percentile(count: int, expected: float) -> None:
+    assert percentile([float(n) for n in range(count, 0, -1)], 0.99) == expected
 
 
 def heard(since: float = 10, **beat: Any) -> Heard:
