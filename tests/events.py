@@ -143,9 +143,10 @@ def _signal_during(play: Playing, name: str, phase: str) -> None:
     """The signal reaches rank 0 of the next attempt while it is there, seen from outside: in /proc and the folder."""
     answered = play.events("signal")
     been = max((event["generation"] for event in answered), default=0)
+    found: list[Rank] = []
 
     def there() -> bool:
-        found = [rank for rank in ranks(play) if rank.generation > been]
+        found[:] = found or [rank for rank in ranks(play) if rank.generation > been]
         if not found or not _PHASES[phase](play, found[0]):
             return False
         found[0].send(name)
@@ -281,6 +282,21 @@ def _submit_meanwhile(play: Playing, command: str) -> None:
     assert submitting.returncode == 0, play.block()
 
 
+def _submit_to_the_deaf(play: Playing, command: str) -> None:
+    """The controller hangs as the command calls sbatch, until sbatch has given up; what it was asked it does then."""
+    programs, cluster = play.folder / "programs", _cluster(play)
+    does = f'touch "{programs}/now"\nwhile [ ! -e "{programs}/go" ]; do sleep 0.05; done\n/usr/bin/sbatch "$@"\n'
+    environ = _own_sbatch(play, does + f'code=$?\necho $code >"{programs}/gave-up"\nexit $code')
+    submitting = subprocess.Popen(command, shell=True, cwd=play.folder, env=environ, stdout=subprocess.PIPE, text=True)
+    play.wait((programs / "now").exists, "sbatch is called")
+    cluster.pause_controller()
+    (programs / "go").touch()
+    play.wait((programs / "gave-up").exists, "sbatch has given up")
+    assert (programs / "gave-up").read_text() != "0\n", f"sbatch was heard\n{play.block()}"
+    cluster.resume_controller()
+    play.log += [f"$ {command}", submitting.communicate(timeout=60)[0], f"exit code {submitting.returncode}"]
+
+
 def _own_sbatch(play: Playing, does: str) -> dict[str, str]:
     """An environment whose sbatch does this; `--test-only` is asked of the real one."""
     programs = play.folder / "programs"
@@ -344,6 +360,7 @@ _EVENTS: dict[str, Callable[..., Any]] = {
     r"controller stops": lambda play: _cluster(play).stop_controller(),
     r"controller starts": lambda play: _cluster(play).start_controller(),
     r"controller is away during (hpc submit .*)": _submit_meanwhile,
+    r"controller hangs during (hpc submit .*)": _submit_to_the_deaf,
     r"kill after sbatch: (hpc submit .*)": _killed_after_sbatch,
     r"the node's slurmd is killed": _slurmd_dies,
     r"preempt": _preempt,

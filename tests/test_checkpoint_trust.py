@@ -130,7 +130,9 @@ def test_what_others_may_write_is_refused_in_one_line_with_a_remedy(folder: Path
         assert place.stat().st_mode & 0o777 == was
         for mode in (was | 0o020, was | 0o002):
             place.chmod(mode)
-            with pytest.raises(UserError, match=rf"{place.name} can be written by others .mode 0{mode:o}.*chmod -R go-w"):
+            with pytest.raises(
+                UserError, match=rf"{place.name} can be written by others .mode 0{mode:o}.*chmod -R go-w"
+            ):
                 loads(folder)
         place.chmod(was)
     assert loads(folder) and not (folder.parent / "quarantine").exists()

@@ -63,6 +63,12 @@ def _change_is_logged(play: Playing) -> str:
     return "refused, then accepted"
 
 
+def _named_as_memory(play: Playing) -> str:
+    [ended] = [event for event in play.events("end") if event["generation"] == 1]
+    assert (ended["cause"], ended["again"]) == ("memory", True), f"{ended}"
+    return "named as out of memory"
+
+
 FAILURES = [
     scripted(
         "A11",
@@ -117,7 +123,7 @@ FAILURES = [
         "rank 1 of two killed by the kernel for its memory",
         "named as out of memory, started again; at most one save interval lost",
         f"{NODES} launch.mem=1GB model.hog_at=60\nwait for requeue\nwait for end",
-        at_most_an_interval,
+        *(_named_as_memory, at_most_an_interval),
         soak=5,
         cluster={"memory_limit": "kernel"},
         attempts=2,
@@ -150,9 +156,10 @@ FAILURES = [
     ),
     scripted(
         "D4",
-        "SIGSTOP of rank 1 of two for 3 s; train.hang_after 60 s",
+        "SIGSTOP of rank 1 of two for 5 s; train.hang_after 15 s",
         "nothing happens",
-        f"{TWO_HERE}\nwait for step 20..100\nsignal rank 1 STOP\nwait 3 s\nsignal rank 1 CONT\nwait for end",
+        f"{TWO_HERE} train.hang_after=15s\nwait for step 20..100\nsignal rank 1 STOP\nwait 5 s\n"
+        "signal rank 1 CONT\nwait for end",
         lost,
         weights="two-tasks",
     ),

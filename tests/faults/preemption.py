@@ -144,7 +144,6 @@ PREEMPTION = [
             f"{HERE} launch.tasks_per_node=2 launch.cpus=2\n"
             f"wait for step 20..100\nsignal rank {rank} TERM\nwait for end",
             *(_same_stop, lost),
-            here=rank,
             soak=20,
             attempts=2,
             causes=("SIGTERM",),

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from hpc import stepledger
 from hpc.rundir import RunDir
 from tests.faults.fault import Fault
@@ -24,14 +26,17 @@ def scripted(
     *checks: Measure,
     here: int = 1,
     soak: int = 20,
+    root: bool = False,
     **row: Any,
 ) -> Fault:
-    """A fault that is a script. `20..60` in it is a number between, another each time; `row` are fields of Row.
+    """A fault that is a script. `20..60` in it is a number between, another each time.
 
-    The checks raise AssertionError, and give what they measured.
+    `row` are fields of Row; `root`: only root can play it. The checks raise AssertionError, and give what they measured.
     """
 
     def play(folder: Path, number: int) -> str:
+        if root and os.geteuid():
+            pytest.skip("files can be given to another user by root alone")
         draw = random.Random(number)
         drawn = re.sub(r"\b(\d+)\.\.(\d+)\b", lambda pair: str(draw.randint(int(pair[1]), int(pair[2]))), script)
         playing = played(Row(id, injection, drawn, **row), folder)

@@ -68,6 +68,15 @@ STARTS = [
         weights="one-task",
     ),
     scripted(
+        "E1",
+        "the controller hangs while 'hpc submit' calls sbatch, which gives up; then it does what it was asked",
+        "exactly one job, whose record is there after the next command",
+        f"controller hangs during hpc submit tiny.yaml launch.cluster=slurm\n$ hpc ls\n{ONE_JOB}\nwait for end",
+        lost,
+        cluster={"message_timeout": 2},
+        weights="one-task",
+    ),
+    scripted(
         "E3",
         "SIGKILL of 'hpc submit' between sbatch and its record",
         "the next command adopts the job: exactly one",
@@ -112,6 +121,7 @@ STARTS = [
         "$ chown -R root runs/*/checkpoints/g*\n$ hpc resume tiny\n"
         "wait for attempt 3\nwait for end",
         lost,
+        root=True,
         attempts=3,
         causes=("SIGTERM",),
         weights="one-task",
