@@ -4,6 +4,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -217,6 +218,55 @@ def test_only_damaged_checkpoints_are_a_storage_fault(data: Path, tmp_path: Path
         assert in_child(run_payload, run.path, {"HPC_GENERATION": generation}) == ExitCode.STORAGE
         assert "no good checkpoint" in last_line(run)
     assert not run.metrics.exists(), "it started afresh"
+
+
+def test_checkpoints_that_are_gone_are_never_a_fresh_start(data: Path, tmp_path: Path) -> None:
+    run = tiny_run.make_run(tmp_path / "run", data)
+    assert in_child(attempt, run.path, 1, 5, signal.SIGTERM, False) == ExitCode.STOPPED
+    shutil.rmtree(run.checkpoints)
+    assert in_child(run_payload, run.path, {"HPC_GENERATION": "2"}) == ExitCode.STORAGE
+    assert "has saved step 4" in last_line(run) and "hpc submit" in last_line(run)
+    [told] = [event for event in run.read_events() if event["event"] == "failed"]
+    assert told["retry"] is False and not run.metrics.exists()
+
+
+LEAVES = """
+import sys
+from torch import nn
+
+class Leaves(nn.Linear):
+    def __init__(self, in_channels, num_classes):
+        super().__init__(in_channels, num_classes)
+
+    def forward(self, x):
+        sys.exit(0)
+
+class Remembers(nn.Linear):
+    def __init__(self, in_channels, num_classes):
+        super().__init__(in_channels, num_classes)
+
+    def get_extra_state(self):
+        return {"seen": 1}
+
+class Lazy(nn.LazyLinear):
+    def __init__(self, in_channels, num_classes):
+        super().__init__(num_classes)
+"""
+
+
+def test_a_model_that_leaves_the_process_is_a_crash(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(LEAVES)
+    run = tiny_run.make_run(tmp_path / "run", data, f"model.name=file:{tmp_path}/net.py:Leaves")
+    assert in_child(run_payload, run.path, {}) == ExitCode.CRASH
+    assert "sys.exit(0)" in last_line(run)
+
+
+@pytest.mark.parametrize(("name", "word"), [("Remembers", "_extra_state"), ("Lazy", "all sizes")])
+def test_state_that_no_checkpoint_could_bring_back_is_refused(name: str, word: str, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(LEAVES)
+    run = tiny_run.make_run(tmp_path / "run", data, f"model.name=file:{tmp_path}/net.py:{name}")
+    with pytest.raises(UserError, match=word):
+        check(load(run.experiment)[0])
 
 
 def test_a_disk_too_full_for_a_checkpoint_is_a_storage_fault(data: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def scripted(
 ) -> Fault:
     """A fault that is a script. `20..60` in it is a number between, another each time.
 
-    `row` are fields of Row; `root`: only root can play it. The checks raise AssertionError, and give what they measured.
+    `row` are fields of Row; `root`: only root can play it. Checks raise AssertionError, and give what they measured.
     """
 
     def play(folder: Path, number: int) -> str:
