@@ -61,6 +61,20 @@ def code_of(events: Events, code: int) -> int:
     return own[0] if own else code
 
 
+def exit_code(kind: str, events: Events, code: int, stopped: bool) -> int:
+    """What the batch script leaves with: 0 only where the run is finished, whatever code the ranks have left with.
+
+    `stopped`: stop.json is of this attempt.
+    """
+    if kind == FINISHED:
+        return int(ExitCode.DONE)
+    if kind == BAD_INPUT:
+        return int(ExitCode.BAD_INPUT)
+    if stopped:
+        return int(ExitCode.STOPPED)
+    return int(code_of(events, code)) or int(ExitCode.CRASH)
+
+
 def _failure(run: RunDir, events: Events, code: int) -> Ending:
     bad = [event for event in events if event["event"] == "bad-node"]
     if bad:
@@ -88,6 +102,8 @@ def _failure(run: RunDir, events: Events, code: int) -> Ending:
 
 
 def _how(code: int) -> str:
+    if code == 0:
+        return "left with exit code 0 and without a result"
     if code <= 128:
         return f"failed with exit code {code}"
     try:

@@ -64,6 +64,11 @@ _PARTS = {
     ),
     r"\bwait\b": ("wait", "bash hears TERM only while it waits for a step in the background", "the wait block"),
     r"-m hpc\.requeue\b": ("hpc.requeue", "a stopped or preempted run would not come back", "the tail block"),
+    r"#end\b": (
+        "hpc.requeue's answer",
+        "where ranks leave with 0 and without a result, SLURM would start what follows the run",
+        "the tail block",
+    ),
     r"\bexit \"?\$\{?\w": ("exit with the step's code", "SLURM would call a failed run COMPLETED", 'exit "$code"'),
     r"\bHPC_GPUS=": ("HPC_GPUS", "the ranks would not know what they were given", "the environment block"),
     r"\bPYTHONPATH=": ("PYTHONPATH", "the run would not use its own copy of the code", "the environment block"),

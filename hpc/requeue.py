@@ -2,7 +2,8 @@
 
 What has ended it says hpc/ending.py, what follows from that hpc/verdict.py; here it is recorded, and SLURM is asked for
 another attempt. A shell that was told (TERM) leaves it to SLURM, which has requeued the job already (preemption without
-grace) or cancelled it: a cancelled job must never come back. Prints `again SECONDS` for a local restart, else `end`.
+grace) or cancelled it: a cancelled job must never come back. Prints `again SECONDS` for a local restart, else `end CODE`
+with the exit code for the script to leave with.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ def finish(run: RunDir, generation: int, code: int, told: bool) -> str:
     """Record the end of the attempt, requeue where that is right, and say what the batch script does next."""
     state = read_json(run.state)
     if state.get("generation") != generation:
-        return "end"  # a later attempt holds the run; its records are not ours to touch
+        left = ExitCode.DONE if run.result.exists() else code or ExitCode.CRASH
+        return f"end {left:d}"  # a later attempt holds the run; its records are not ours to touch
     job, events = allocation.job_id(), run.read_events()
     own = [event for event in events if event["generation"] == generation]
     ended, out = _judge_nodes(run, generation, events, ending.of(run, generation, own, code, told))
     row = verdict.row_before(events, generation)
     decided = verdict.judge(run.name, ended, row, ending.budgets_of(run))
-    code = ExitCode.BAD_INPUT if ended.kind == verdict.BAD_INPUT else ending.code_of(own, code)
+    stopped = read_json(run.stop).get("generation") == generation
+    code = ending.exit_code(ended.kind, own, code, stopped)
     _record(run, state, ended, decided, code, told)
-    if not decided.again:
-        return "end"
-    if job is None:
+    if decided.again and job is None:
         return f"again {decided.wait_s}"
-    if _requeue(run, generation, job, out, decided.wait_s):
+    if decided.again and job and _requeue(run, generation, job, out, decided.wait_s):
         with suppress(OSError):  # a full disk takes the record, not the decision
             run.event("requeue", "shell", generation, job=job, **({"out": out} if out else {}))
-    return "end"
+    return f"end {code}"
 
 
 def _judge_nodes(run: RunDir, generation: int, events: ending.Events, ended: Ending) -> tuple[Ending, list[str]]:

@@ -38,7 +38,7 @@ STUB = """#!/bin/sh
 printf '%s\\0' "$@" >> "$RECORD"
 printf '\\001' >> "$RECORD"
 [ "$2" != hpc.attempt ] || echo "export HPC_GENERATION=7 HPC_MASTER_ADDR=h HPC_MASTER_PORT=1"
-[ "$2" != hpc.requeue ] || echo end
+[ "$2" != hpc.requeue ] || echo "end $5"
 """
 
 

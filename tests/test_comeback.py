@@ -86,6 +86,26 @@ def test_a_crash_loop_ends_after_its_budget(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("acts", "code"), [("code 0", 1), ("vain x, code 0", 1), ("hang n", 76), ("code 2", 2), ("done, code 143", 0)]
+)
+def test_the_script_leaves_with_0_where_there_is_a_result_and_only_there(tmp_path: Path, acts: str, code: int) -> None:
+    """Whatever the ranks have left with: what waits for the run would start."""
+    run = here(tmp_path, acts)
+    run.experiment.write_text(run.experiment.read_text().replace("crash: 3", "crash: 0").replace("hang: 3", "hang: 0"))
+    shell = start(run)
+    said, _ = shell.communicate(timeout=60)
+    assert shell.returncode == read_json(run.state)["code"] == code, said
+
+
+def test_a_tail_that_does_not_know_what_follows_leaves_with_no_0(tmp_path: Path) -> None:
+    run = here(tmp_path, "code 0")
+    (run.code / "hpc" / "requeue.py").write_text("raise OSError")
+    shell = start(run)
+    shell.communicate(timeout=60)
+    assert shell.returncode == 1
+
+
 # On the real cluster.
 
 
@@ -115,6 +135,17 @@ def test_a_requeued_job_comes_back_as_soon_as_it_may_and_keeps_off_a_node_where_
     assert badnodes.current(run.runs).keys() == {"node0"}
     told = read_json(run.path / "environment.json")
     assert abs(float(told["HPC_END_TIME"]) - attempts[0]["time"] - 600) < 60 and told["HPC_NOTICE_S"] == "5"
+
+
+@pytest.mark.slurm
+def test_what_follows_a_run_whose_ranks_left_with_0_and_without_a_result_does_not_start(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    run = on_slurm(tmp_path, "code 0")
+    run.experiment.write_text(run.experiment.read_text().replace("crash: 3", "crash: 0"))
+    job = slurm.submit(run.script)
+    cluster.wait_state(job, "FAILED")
+    assert read_json(run.state)["code"] == 1
 
 
 def test_an_attempt_is_not_kept_by_a_silent_controller(tmp_path: Path, fake: Any) -> None:

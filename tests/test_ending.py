@@ -22,7 +22,7 @@ TABLE = [
     (2, 75, False, False, "crash", "failed with exit code 75"),
     (2, 143, True, False, "told", TOLD),
     (None, 1, False, False, "crash", "failed with exit code 1"),
-    (None, 0, False, False, "crash", "failed with exit code 0"),
+    (None, 0, False, False, "crash", "left with exit code 0 and without a result"),
     (None, 2, False, False, "bad input", "bad input: it would fail again"),
     (None, 74, False, False, "storage", "storage fault"),
     (None, 76, False, False, "hang", "hung"),

@@ -25,7 +25,7 @@ def test_a_bad_node_is_left_out_by_the_job_and_remembered_for_others(
     badnodes.remember(run.runs, "fake", "another", {"node9": "no scratch space"})
     bad(run)
     bad(run, rank=1)
-    assert requeue.finish(run, 3, code, False) == "end"
+    assert requeue.finish(run, 3, code, False) == "end 77"
     assert changes(fake) == ["scontrol requeue 55", "scontrol update JobId=55 StartTime=now+5 ExcNodeList=node0,node9"]
     assert badnodes.current(run.runs) == {"node9": "no scratch space", "node0": "GPU 0 is lost"}
     state = read_json(run.state)
@@ -70,7 +70,7 @@ def test_where_requeue_is_refused_the_new_job_leaves_the_node_out(
 def test_here_a_bad_machine_ends_the_run_and_is_not_remembered(run: RunDir) -> None:
     hold(run)
     bad(run, node="laptop")
-    assert requeue.finish(run, 3, 77, False) == "end"
+    assert requeue.finish(run, 3, 77, False) == "end 77"
     reason = read_json(run.state)["reason"]
     assert reason == "bad node laptop: GPU 0 is lost; once that is mended, 'hpc resume exp-0000aaaa' goes on"
     assert not badnodes.file(run.runs).exists()
@@ -174,7 +174,7 @@ def test_a_scratch_folder_that_no_node_has_is_no_nodes_fault(
     badnodes.remember(run.runs, "fake", run.name, {"node7": before, "lost": "GPU 0 is lost"})
     bad(run, 2, "node7", before)
     bad(run, 3, "node0", now)
-    assert requeue.finish(run, 3, 77, False) == "end"
+    assert requeue.finish(run, 3, 77, False) == ("end 2" if wrong else "end 77")
     state, known = read_json(run.state), set(badnodes.known(run.runs, "fake"))
     if wrong:
         words = f"bad input: {now}, on two nodes in a row: it is named wrongly; correct the instance's 'scratch'"

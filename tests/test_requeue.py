@@ -30,7 +30,7 @@ def test_here_the_tail_starts_again_by_itself(stopped: RunDir) -> None:
 def test_an_attempt_that_lost_the_run_touches_nothing(stopped: RunDir) -> None:
     hold(stopped, generation=4)
     before = stopped.state.read_text()
-    assert requeue.finish(stopped, 3, 75, False) == "end"
+    assert requeue.finish(stopped, 3, 75, False) == "end 75"
     assert stopped.state.read_text() == before and not stopped.events.exists()
 
 
@@ -38,7 +38,7 @@ def test_on_slurm_the_tail_asks_scontrol_for_the_task_alone(
     stopped: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_job(monkeypatch, fake, "55_2")
-    assert requeue.finish(stopped, 3, 143, False) == "end"
+    assert requeue.finish(stopped, 3, 143, False) == "end 75"
     assert changes(fake) == ["scontrol requeue 55_2", "scontrol update JobId=55_2 StartTime=now+5"]
     assert [event["event"] for event in stopped.read_events()] == ["end", "requeue"]
 
@@ -47,7 +47,7 @@ def test_a_shell_that_was_told_asks_for_nothing(
     stopped: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_job(monkeypatch, fake)
-    assert requeue.finish(stopped, 3, 143, True) == "end"
+    assert requeue.finish(stopped, 3, 143, True) == "end 75"
     assert not fake.calls() and read_json(stopped.state)["phase"] == "stopped"
 
 
@@ -114,7 +114,7 @@ def test_a_requeue_that_was_never_heard_is_not_recorded_as_one(
     in_job(monkeypatch, fake)
     fake.fails("scontrol", "Unexpected message received for job 55")
     monkeypatch.setattr(requeue, "_PATIENCE_S", -1.0)
-    assert requeue.finish(stopped, 3, 75, False) == "end"
+    assert requeue.finish(stopped, 3, 75, False) == "end 75"
     assert [event["event"] for event in stopped.read_events()][-1] == "end"
 
 
@@ -135,7 +135,7 @@ def test_another_refusal_of_scontrol_submits_nothing(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "55")
     fake.fails("scontrol", words)
-    assert requeue.finish(stopped, 3, 75, False) == "end"
+    assert requeue.finish(stopped, 3, 75, False) == "end 75"
     assert fake.jobs() == {} and words in capsys.readouterr().err
 
 
@@ -145,7 +145,7 @@ def test_when_nothing_can_be_submitted_the_way_on_is_named(
     monkeypatch.setenv("SLURM_JOB_ID", "55")
     fake.fails("scontrol", DISABLED)
     fake.fails("sbatch", "sbatch: error: invalid account")
-    assert requeue.finish(stopped, 3, 75, False) == "end"
+    assert requeue.finish(stopped, 3, 75, False) == "end 75"
     said = capsys.readouterr().err
     assert "invalid account" in said and "'hpc resume exp-0000aaaa' goes on from there" in said
 
@@ -176,7 +176,7 @@ def test_a_crash_comes_back_later_and_later(
     in_job(monkeypatch, fake)
     hold(run, job="55")
     failed(run, *before)
-    assert requeue.finish(run, 3, 1, False) == "end"
+    assert requeue.finish(run, 3, 1, False) == "end 1"
     assert changes(fake) == ["scontrol requeue 55", f"scontrol update JobId=55 StartTime=now+{wait}"]
     state = read_json(run.state)
     assert (state["phase"], state["cause"], state["code"]) == ("stopped", "crash", 1)
@@ -191,7 +191,7 @@ def test_a_used_up_budget_ends_the_run_with_its_reason(
     write_text(run.experiment, EXPERIMENT)
     run.event("checkpoint", "rank0", 1, step=120)
     failed(run, 1, 2)
-    assert requeue.finish(run, 3, 139, False) == "end" and changes(fake) == []
+    assert requeue.finish(run, 3, 139, False) == "end 139" and changes(fake) == []
     state, said = read_json(run.state), capsys.readouterr().err
     assert state["phase"] == "ended" and state["reason"] in said and said.endswith("; not started again\n")
     assert state["reason"].startswith(
@@ -204,7 +204,7 @@ def test_here_the_script_is_told_how_long_to_wait(run: RunDir) -> None:
     assert requeue.finish(run, 3, 1, False) == "again 0"
     hold(run, generation=4)
     assert requeue.finish(run, 4, 1, False) == "again 60"
-    assert requeue.finish(run, 4, 1, True) == "end"  # cancelled meanwhile
+    assert requeue.finish(run, 4, 1, True) == "end 1"  # cancelled meanwhile
     state = read_json(run.state)
     assert state["phase"] == "ended" and state["reason"].startswith("cancelled or interrupted")
 

@@ -34,6 +34,7 @@ ODD = [
     "!history",
     "~",
 ]
+TAIL = '[ "$2" != hpc.requeue ] || echo end 0\n'
 
 
 def test_what_slurm_reads() -> None:
@@ -156,7 +157,7 @@ def test_sbatch_itself_reads_every_value_as_it_is(slurm_cluster: Cluster, tmp_pa
 def test_each_node_has_its_own_scratch_folder(slurm_cluster: Cluster, tmp_path: Path) -> None:
     run, python = RunDir(tmp_path / "x-1"), tmp_path / "python"
     run.logs.mkdir(parents=True)
-    python.write_text('#!/bin/sh\n[ "$2" != jobs.run ] && [ "$3" != jobs.run ] || echo "$HPC_SCRATCH"\n')
+    python.write_text(f'#!/bin/sh\n[ "$2" != jobs.run ] && [ "$3" != jobs.run ] || echo "$HPC_SCRATCH"\n{TAIL}')
     python.chmod(0o755)
     given = experiment(cpus=1, mem="100MB", time="5min", gpus=0, nodes=2)
     script = tmp_path / "job.sbatch"
@@ -171,7 +172,7 @@ def test_each_node_has_its_own_scratch_folder(slurm_cluster: Cluster, tmp_path: 
 def test_the_ranks_start_where_sbatch_exports_nothing(slurm_cluster: Cluster, tmp_path: Path) -> None:
     run, python = RunDir(tmp_path / "x-1"), tmp_path / "python"
     run.logs.mkdir(parents=True)
-    python.write_text('#!/bin/sh\n[ "$3" != jobs.run ] || echo "$HPC_GPUS $ODD"\n')
+    python.write_text(f'#!/bin/sh\n[ "$3" != jobs.run ] || echo "$HPC_GPUS $ODD"\n{TAIL}')
     python.chmod(0o755)
     nothing = CEDIA.model_copy(update={"sbatch": {"export": "NONE"}, "environment": {"ODD": "1"}})
     given = experiment(cpus=1, mem="100MB", time="5min", gpus=0)
@@ -285,6 +286,17 @@ def at_the_site(site: Path, given: Instance) -> subprocess.CompletedProcess[str]
     environ = {"PATH": os.environ["PATH"], "MODULESHOME": str(site / "modules"), "SITE": str(site)}
     environ["RECORD"] = str(site / "record")
     return subprocess.run(["bash", "job.sbatch"], cwd=site, env=environ, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", ["USR2", "TERM", "INT"])
+def test_a_signal_while_the_tail_works_is_sent_to_nobody(tmp_path: Path, name: str) -> None:
+    """The step is gone: its number may be another process's by now."""
+    python = tmp_path / "python"
+    answer = 'echo "end $5"'
+    python.write_text(STUB.replace(answer, f"{{ kill -{name} $PPID; {answer}; }}"))
+    python.chmod(0o755)
+    calls = played(render(experiment(), tmp_path / "x-1", str(python)), tmp_path)  # says nothing on stderr
+    assert [call[1] for call in calls] == ["hpc.attempt", "hpc.localstep", "hpc.requeue"]
 
 
 def test_a_sites_sections_come_in_order_and_the_tail_runs_whatever_they_do(site: Path) -> None:
