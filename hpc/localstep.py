@@ -1,7 +1,8 @@
 """srun's stand-in where there is no SLURM: `python -m hpc.localstep --tasks N --time S --notice S -- COMMAND...`.
 
 Starts N ranks on this machine, passes USR2, TERM and INT on to them, sends USR2 `--notice` seconds before the time
-limit and KILL at it, and ends all when one fails (srun's --kill-on-bad-exit). Leaves with the first code that is not 0.
+limit and KILL at it, and ends all when one fails (srun's --kill-on-bad-exit). KILL follows TERM and INT after 30 s, a
+second INT (Ctrl-C again) at once. Leaves with the first code that is not 0.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ GRACE_S = 30.0
 _REPEAT_S = 1.0
 """A rank that was still starting has not heard the first signal; SLURM repeats its TERM, too."""
 _POLL_S = 0.05
+_TWICE_S = 1.0
+"""An INT so long after the first is a second one, no copy: a terminal and its shell may both send the same Ctrl-C."""
 
 
 def _prepare_rank() -> None:
@@ -35,7 +38,8 @@ class Step:
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._pending: list[int] = []
         self._told, self._told_at = 0, 0.0
-        self._end = time.monotonic() + limit_s
+        self._kill_at = self._end = time.monotonic() + limit_s
+        self._interrupted = float("inf")
         end = {"HPC_END_TIME": f"{time.time() + limit_s:.0f}"} if limit_s < float("inf") else {}
         for number in STOP_SIGNALS:
             signal.signal(number, self._hear)
@@ -48,6 +52,18 @@ class Step:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self._pending.append(number)
+
+    def _pass_on(self, now: float) -> None:
+        """What was heard, to the ranks; who asks for the end gets it, whether they answer or not."""
+        while self._pending:
+            number = self._pending.pop(0)
+            self.tell(number)
+            if number != NOTICE:
+                self._kill_at = min(self._kill_at, now + GRACE_S)
+            if number == signal.SIGINT:
+                self._interrupted = min(self._interrupted, now)
+                if now >= self._interrupted + _TWICE_S:
+                    self._kill_at = now
 
     def tell(self, number: int) -> None:
         """Send a stop signal to every rank that is still there, and again each second."""
@@ -64,11 +80,10 @@ class Step:
 
     def wait(self, notice_s: float) -> int:
         """Wait for all ranks; the first exit code that is not 0, as a shell counts (128 + signal)."""
-        noticed, kill_at, failed = False, self._end, 0
+        noticed, failed = False, 0
         while None in [rank.poll() for rank in self._ranks]:  # each of them is asked: a live first one hides no failure
             now = time.monotonic()
-            while self._pending:
-                self.tell(self._pending.pop(0))
+            self._pass_on(now)
             if self._told and now >= self._told_at + _REPEAT_S:
                 self.tell(self._told)
             if not noticed and now >= self._end - notice_s:
@@ -76,9 +91,9 @@ class Step:
                 self.tell(NOTICE)
             codes = [rank.returncode for rank in self._ranks if rank.returncode]
             if codes and not failed:
-                failed, kill_at = codes[0], min(kill_at, now + GRACE_S)
+                failed, self._kill_at = codes[0], min(self._kill_at, now + GRACE_S)
                 self.tell(signal.SIGTERM)
-            if now >= kill_at:
+            if now >= self._kill_at:
                 self._kill()
             time.sleep(_POLL_S)
         code = failed or next((rank.returncode for rank in self._ranks if rank.returncode), 0)

@@ -44,7 +44,8 @@ def state_of(told: Records, place: Place, accounted: Accounted | None, silent: b
         return _live(told, place.info)
     reason = str(told.state.get("reason", ""))
     if told.cancelled:
-        return "cancelled", reason
+        ends = place.cluster == "local" and told.phase not in ("stopped", "ended") and _held_here(told.state)
+        return ("running", "being cancelled") if ends else ("cancelled", reason)
     if place.cluster == "slurm":
         if silent and told.phase not in ("stopped", "ended"):
             return ("running" if told.state else "pending"), f"{_heard(told.state)}SLURM does not answer"
@@ -110,8 +111,7 @@ def _age(state: dict[str, Any]) -> float:
 
 def _here(state: dict[str, Any], phase: str, reason: str) -> tuple[str, str]:
     """Of a run outside SLURM, by the process that holds it."""
-    here = state.get("host") == os.uname().nodename
-    alive = here and same_process(state["pid"], state.get("process_start"))
+    here, alive = state.get("host") == os.uname().nodename, _held_here(state)
     if phase == "stopped":
         return ("requeued" if alive else "stopped"), reason
     if phase == "ended":
@@ -119,6 +119,12 @@ def _here(state: dict[str, Any], phase: str, reason: str) -> tuple[str, str]:
     if here and not alive:
         return "lost", f"the job ended without a word while {phase}"
     return "running", phase if here else _heard(state).removesuffix("; ")
+
+
+def _held_here(state: dict[str, Any]) -> bool:
+    """Whether the process that holds the run is one of this machine, and alive."""
+    here = state.get("host") == os.uname().nodename
+    return here and same_process(state["pid"], state.get("process_start"))
 
 
 def _unstarted_here(told: Records) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hpc import attempt, badnodes, slurm
+from hpc import attempt, badnodes, ledger, slurm
 from hpc.rundir import RunDir, read_json
 from tests import scripted
 from tests.fakeslurm import without_slurm
@@ -84,6 +84,22 @@ def test_a_crash_loop_ends_after_its_budget(tmp_path: Path) -> None:
     assert state["reason"].startswith(
         "2 crashes with nothing saved (launch.budgets.crash is 1): failed with exit code 1"
     )
+
+
+def test_a_cancelled_run_whose_ranks_do_not_answer_is_running_until_it_is_gone(tmp_path: Path) -> None:
+    """These are deaf; a second Ctrl-C kills them."""
+    run = here(tmp_path, "environment, sleep 60")
+    shell = start(run)
+    attempt.record_submission(run, "local", str(shell.pid))
+    wait_for((run.path / "environment.json").exists)
+    ledger.cancel_all([run])
+    assert ledger.status(run).state == "running" and ledger.status(run).detail == "being cancelled"
+    shell.send_signal(signal.SIGINT)
+    time.sleep(1.3)
+    assert shell.poll() is None and ledger.status(run).live
+    shell.send_signal(signal.SIGINT)
+    said, _ = shell.communicate(timeout=20)
+    assert (shell.returncode, ledger.status(run).state) == (137, "cancelled"), said
 
 
 @pytest.mark.parametrize(

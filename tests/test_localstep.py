@@ -99,6 +99,54 @@ def test_at_the_time_limit_ranks_and_what_they_started_are_killed(tmp_path: Path
     assert not process_alive(int((tmp_path / "pid").read_text()))
 
 
+# Ranks that answer to nothing.
+
+DEAF = ["bash", "-c", "trap '' TERM INT USR2; echo ready; while :; do sleep 0.1; done"]
+
+
+def deaf(grace_s: float) -> subprocess.Popen[str]:
+    """A step of two of them, under way."""
+    text = f"from hpc import localstep; localstep.GRACE_S = {grace_s}; raise SystemExit(localstep.main())"
+    command = [sys.executable, "-c", text, "--tasks=2", "--time=300", "--", *DEAF]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert lines(process, 2) == ["ready", "ready"]
+    return process
+
+
+def lives(process: subprocess.Popen[str], seconds: float) -> bool:
+    time.sleep(seconds)
+    return process.poll() is None
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_ranks_that_do_not_answer_are_killed_after_a_grace(name: str) -> None:
+    process = deaf(grace_s=1.5)
+    process.send_signal(signal.Signals[name])
+    assert lives(process, 0.7), "they may be saving"
+    assert end(process)[0] == 137
+
+
+def test_a_second_ctrl_c_kills_at_once_and_no_copy_of_the_first_does() -> None:
+    process = deaf(grace_s=120)
+    for _ in range(3):  # the terminal's and the shell's
+        process.send_signal(signal.SIGINT)
+        assert lives(process, 0.1)
+    process.send_signal(signal.SIGTERM)
+    assert lives(process, 1.1), "TERM comes again and again, and the launcher repeats what it was told"
+    process.send_signal(signal.SIGTERM)
+    assert lives(process, 0.3)
+    process.send_signal(signal.SIGINT)
+    assert end(process)[0] == 137
+
+
+def test_the_notice_of_the_time_limit_alone_sets_no_deadline() -> None:
+    process = deaf(grace_s=0.2)
+    process.send_signal(signal.SIGUSR2)
+    assert lives(process, 1.0)
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 137
+
+
 # The flag. Each case is a process of its own: handlers and fork hooks stay for good.
 
 HEADER = """

@@ -96,7 +96,7 @@ CHANGES = [
     ("-m hpc.requeue", "-m true", "no hpc.requeue: a stopped or preempted run"),
     ('"$code" "$told")', '"$code")', "hpc.requeue decides by all four"),
     ("code=${next#end }", "true", "no hpc.requeue's answer: where ranks leave with 0"),
-    ("trap tell TERM INT", "", "no trap for TERM: a cancelled job"),
+    ("trap 'tell TERM' TERM", "", "no trap for TERM: a cancelled job"),
     ('  wait "$child"\n  code', "  code", None),
     ('exit "$code"', "exit 0", "no exit with the step's code: SLURM would call"),
     ("told=0 noticed", "set -euo pipefail\ntold=0 noticed", "line 13: set -euo pipefail: set -e ends the script"),
