@@ -98,7 +98,7 @@ class Playing:
 
     @property
     def job(self) -> str:
-        return self.by_hand or str(self.read("submit.json")["job"])
+        return self.by_hand or str((self.read("submit.json") or self.read("state.json"))["job"])
 
     def environment(self) -> dict[str, str]:
         own = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}

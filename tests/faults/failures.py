@@ -1,4 +1,4 @@
-"""A11, A12, C4, C5, D1, D3 and D4: crashes, lost nodes, other data, killed ranks, losses that are no numbers, hangs."""
+"""A11, A12, C4, C5, D1 and D3: crashes, lost nodes, other data, memory, losses that are no numbers, hangs."""
 
 from hpc import stepledger
 from hpc.rundir import RunDir
@@ -30,7 +30,8 @@ def _fenced(play: Playing) -> str:
     began = next(event["time"] for event in play.events("start") if event["generation"] == 2)
     late = [event for event in RunDir(play.run).read_events() if event["generation"] == 1 and event["time"] > began]
     assert not [event for event in late if event["event"] in ("checkpoint", "signal")], f"{late}"
-    assert "is held by generation 2" in play.outputs(), "the old rank never noticed"
+    told = play.outputs()  # the old batch script has ended it, or the new attempt has begun
+    assert "nothing more is written" in told or "is held by generation 2" in told, "the old rank never noticed"
     return f"lost node requeued after {began - play.when['lost']:.0f} s"
 
 
@@ -110,16 +111,6 @@ FAILURES = [
     ),
     scripted(
         "C5",
-        "SIGKILL of rank 1 of two",
-        "the step fails without a hang, the tail starts it again; at most one save interval lost",
-        f"{TWO_HERE}\nwait for step 60..100\nsignal rank 1 KILL\nwait for end",
-        at_most_an_interval,
-        attempts=2,
-        weights="two-tasks",
-        lost=None,
-    ),
-    scripted(
-        "C5",
         "rank 1 of two killed by the kernel for its memory",
         "named as out of memory, started again; at most one save interval lost",
         f"{NODES} launch.mem=1GB model.hog_at=60\nwait for requeue\nwait for end",
@@ -153,14 +144,5 @@ FAILURES = [
         attempts=2,
         weights="two-tasks",
         lost=None,
-    ),
-    scripted(
-        "D4",
-        "SIGSTOP of rank 1 of two for 5 s; train.hang_after 15 s",
-        "nothing happens",
-        f"{TWO_HERE} train.hang_after=15s\nwait for step 20..100\nsignal rank 1 STOP\nwait 5 s\n"
-        "signal rank 1 CONT\nwait for end",
-        lost,
-        weights="two-tasks",
     ),
 ]

@@ -1,4 +1,4 @@
-"""A1 to A14: preempted, at the limit of its time, cancelled, in each phase and many times in a row."""
+"""A1 to A14, E1, E3: preempted, at the time limit, cancelled, in each phase, many times; submissions cut off."""
 
 from tests.faults.rows import at_most_an_interval, freed, lost, saved, saves, scripted
 from tests.playing import Playing
@@ -6,6 +6,7 @@ from tests.playing import Playing
 TINY = "$ hpc submit tiny.yaml launch.cluster=slurm"
 HERE = "$ hpc submit tiny.yaml launch.cluster=local"
 GRACE = f"{TINY} launch.partition=grace"
+ONE_JOB = "$ test $(squeue --noheader --states=all --format=%k | grep -c ^tiny-) = 1"
 PREEMPTED = "preempt\nwait for the node\nwait for requeue\nwait for end"
 BY_HAND = (
     f"partition grace DOWN\n{GRACE}\n$ hpc cancel tiny\nwait for the job to go\npartition grace UP\n"
@@ -31,18 +32,23 @@ def _never_timed_out(play: Playing) -> str:
 
 
 def _latencies(play: Playing) -> str:
-    phases = ("import", "build", "first step", "validation", "save", "figure")
+    phases = ("import", "build", "first step", "validation", "save", "figure", "four at once")
     return ", ".join(f"{phase} {took:.1f} s" for phase, took in zip(phases, saves(play), strict=True))
 
 
 def _one_save(play: Playing) -> str:
-    [told] = play.events("signal")
-    after = [event for event in play.events("checkpoint") if event["generation"] == 1 and event["step"] > told["step"]]
-    at = [event for event in play.events("checkpoint") if event["generation"] == 1 and event["step"] == told["step"]]
-    assert len(at) == 1 and not after, f"{len(at)} checkpoints at step {told['step']}, {len(after)} after it"
-    code = next(event["code"] for event in play.events("end") if event["generation"] == 1)
+    told = play.events("signal")[-1]
+    saves = [event["step"] for event in play.events("checkpoint") if event["generation"] == told["generation"]]
+    count, later = saves.count(told["step"]), max(saves) > told["step"]
+    assert count == 1 and not later, f"{count} checkpoints at step {told['step']}, of {saves}"
+    code = next(event["code"] for event in play.events("end") if event["generation"] == told["generation"])
     assert code == 75, f"left with {code}"
     return "1 checkpoint, exit code 75"
+
+
+def _no_hang(play: Playing) -> str:
+    assert not play.events("hang"), "a watchdog took 3 s for a hang"
+    return ""
 
 
 def _same_stop(play: Playing) -> str:
@@ -59,25 +65,35 @@ def _twice_in_one_epoch(play: Playing) -> str:
     return f"{len(steps)} stops, {most} in one epoch"
 
 
-TEN = [(4, 8), (14, 18), (24, 28), (44, 48), (54, 58), (64, 68), (84, 88), (94, 98), (124, 128), (134, 138)]
+NINE = [(14, 18), (24, 28), (44, 48), (54, 58), (64, 68), (84, 88), (94, 98), (124, 128), (134, 138)]
+
+SECOND_SHELL = "$ sbatch runs/*/job.sbatch\nwait for the words is held by job"
+AWAY = (
+    "controller stops\n$ ! hpc submit tiny.yaml launch.cluster=slurm\n$ ! ls runs\ncontroller starts\n"
+    "controller is away during hpc submit tiny.yaml launch.cluster=slurm launch.time=60s"
+)
 
 PREEMPTION = [
     scripted(
-        "A1 A3",
-        "preempted, GraceTime 8; two reading threads",
-        "saved at the step's end, the tail requeues; 0 steps lost, no error of the readers",
-        f"{GRACE} data.threads=2\nwait for step 20..100\n{PREEMPTED}",
-        *(_restarts_once, _quiet_readers, lost, saved, freed),
+        "A1 A3 A10",
+        "preempted ten times in a row, GraceTime 8, three times inside one epoch; two reading threads",
+        "saved at the step's end, the tail requeues; each step once, in order; no error of the readers",
+        f"{GRACE} data.threads=2\nwait for step 4..8\npreempt\nwait for the node\nwait for requeue\n"
+        + "".join(f"wait for step {first}..{last}\npreempt\nwait for requeue\n" for first, last in NINE)
+        + "wait for end",
+        *(_restarts_once, _quiet_readers, _twice_in_one_epoch, lost, saved, freed),
+        soak=5,
         cluster={},
-        attempts=2,
-        causes=("SIGTERM",),
+        attempts=11,
+        causes=("SIGTERM",) * 10,
         weights="one-task",
     ),
     scripted(
-        "A2",
-        "preempted, GraceTime 0, KillWait 5",
-        "saved before SIGKILL; SLURM requeues, we do not; at most one save interval lost",
-        f"{TINY} launch.partition=gpu\nwait for step 40..100\n{PREEMPTED}",
+        "A2 E3",
+        "'hpc submit' killed between sbatch and its record; then preempted, GraceTime 0, KillWait 5",
+        "the next command adopts the job: exactly one; saved before SIGKILL, SLURM requeues, we do not",
+        "kill after sbatch: hpc submit tiny.yaml launch.cluster=slurm launch.partition=gpu model.pause=0.1\n"
+        f"$ hpc ls\n$ hpc resume tiny || true\n{ONE_JOB}\nwait for step 30..80\n{PREEMPTED}",
         *(_restarts_once, at_most_an_interval, saved, freed),
         cluster={},
         attempts=2,
@@ -102,48 +118,39 @@ PREEMPTION = [
         for user, batch, cause in ((False, True, "SIGTERM"), (True, False, "SIGUSR2"), (True, True, "SIGUSR2"))
     ],
     scripted(
-        "A5",
-        "a time limit, USR2@N",
-        "saved and requeued ahead of it, never TIMEOUT; 0 steps lost",
-        f"{TINY} launch.time=60s\nfreeze at step 20..100\nwait for requeue\nmore time\nwait for end",
+        "A5 E1",
+        "the controller is stopped while 'hpc submit' calls sbatch, and is back before sbatch gives up; a time limit",
+        "exactly one job; saved and requeued ahead of its limit, never TIMEOUT; 0 steps lost",
+        f"{AWAY}\n{ONE_JOB}\nfreeze at step 20..100\nwait for requeue\nmore time\nwait for end",
         *(_never_timed_out, lost, saved),
-        soak=5,
         cluster={},
         attempts=2,
         causes=("SIGUSR2",),
         weights="one-task",
     ),
     scripted(
-        "A6",
-        "a signal in each phase: importing torch, building, first step, validation, while saving, while drawing",
-        "heard in each; 0 steps lost; the time to the save is printed",
+        "A6 A7",
+        "a signal while torch is imported, in the build, first step, validation, a save, a figure; four in 50 ms",
+        "heard in each, 0 steps lost, the time to the save is printed; of the four one checkpoint, exit code 75",
         f"{HERE} model.linger=0.5\n"
         "signal TERM during the import of torch\nsignal USR2 during the build\nsignal TERM during the first step\n"
-        "signal USR2 during validation\nsignal TERM during a save\nsignal USR2 during a figure\nwait for end",
-        *(lost, _latencies),
-        soak=5,
-        attempts=7,
-        causes=("SIGTERM", "SIGUSR2") * 3,
-        weights="one-task",
-    ),
-    scripted(
-        "A7",
-        "SIGTERM three times and USR2 within 50 ms",
-        "exactly one new checkpoint, exit code 75",
-        f"{HERE}\nwait for step 20..100\nsignal the ranks TERM TERM TERM USR2\nwait for end",
-        *(_one_save, lost, saved),
-        attempts=2,
-        causes=("SIGTERM",),
+        "signal USR2 during validation\nsignal TERM during a save\nsignal USR2 during a figure\n"
+        "wait for step 124..140\nsignal the ranks TERM TERM TERM USR2\nwait for end",
+        *(_one_save, lost, _latencies),
+        soak=20,
+        attempts=8,
+        causes=("SIGTERM", "SIGUSR2") * 3 + ("SIGTERM",),
         weights="one-task",
     ),
     *[
         scripted(
-            "A8",
-            f"SIGTERM to rank {rank} only, of two",
-            "the same stop step in both ledgers; no hang",
-            f"{HERE} launch.tasks_per_node=2 launch.cpus=2\n"
-            f"wait for step 20..100\nsignal rank {rank} TERM\nwait for end",
-            *(_same_stop, lost),
+            "A8 D4",
+            f"of two ranks the second stopped (SIGSTOP) for 3 s; then SIGTERM to rank {rank} only",
+            "nothing happens; then the same stop step in both ledgers, and no hang",
+            f"{HERE} launch.tasks_per_node=2 launch.cpus=2\nwait for step 10..40\nsignal rank 1 STOP\nwait 3 s\n"
+            f"signal rank 1 CONT\nwait for step 50..120\nsignal rank {rank} TERM\nwait for end",
+            *(_no_hang, _same_stop, lost),
+            here=rank,
             soak=20,
             attempts=2,
             causes=("SIGTERM",),
@@ -169,29 +176,15 @@ PREEMPTION = [
         for rank, late in enumerate(("[2,0]", "[0,2]"))
     ],
     scripted(
-        "A9",
-        "scancel",
-        "saved, CANCELLED, not started again; hpc resume brings it back with 0 steps lost",
-        f"{TINY}\nwait for step 20..100\nscancel\nwait for the job to go\nexpect attempts 1\n"
-        "$ hpc ls\n$ hpc resume tiny\nwait for end",
+        "A9 E4",
+        "sbatch of the run's script while the run goes on; then scancel of the run",
+        "the second job ends at once and names the first; saved, CANCELLED, not started again until hpc resume",
+        f"{TINY} model.pause=0.1\nwait for step 10..30\n{SECOND_SHELL}\nscancel\n"
+        "wait for the job to go\nexpect attempts 1\n$ hpc ls\n$ hpc resume tiny\nwait for end",
         *(lost, saved),
         cluster={},
         attempts=2,
         causes=("SIGTERM",),
-        weights="one-task",
-    ),
-    scripted(
-        "A10",
-        "preempted ten times in a row, three times inside one epoch",
-        "each step once, in the order of the undisturbed run; 0 steps lost",
-        f"{GRACE}\n"
-        + "".join(f"wait for step {first}..{last}\npreempt\nwait for requeue\n" for first, last in TEN)
-        + "wait for end",
-        *(lost, _twice_in_one_epoch, saved),
-        soak=5,
-        cluster={},
-        attempts=11,
-        causes=("SIGTERM",) * 10,
         weights="one-task",
     ),
     scripted(
