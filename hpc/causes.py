@@ -25,7 +25,7 @@ from hpc.slurm import JobInfo
 from hpc.states import ended_on_slurm
 from hpc.sweepdir import alone, sweep_of
 from hpc.units import slurm_time
-from hpc.verdict import FAILURES, row_before, tally
+from hpc.verdict import FAILURES, NO_STEP, TOLD, row_before, tally, without_advice
 
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|\[Errno (28|122)\]")
 _GPU_MEMORY = re.compile(r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED|HIP out of memory")
@@ -36,6 +36,8 @@ _LAST = 5
 """Lines of a log that are shown."""
 _NEAR = 0.9
 """A kill with so much of the memory in use was for memory."""
+_LEAST_S = 600
+"""Of a time limit that is to be longer than a start."""
 _MORE = 1.5
 """So much more is asked for than was not enough."""
 
@@ -116,6 +118,11 @@ class Case:
         return bool(told.state) and (told.state.get("job") == self.status.job or told.began >= told.submitted)
 
     @property
+    def kind(self) -> str:
+        """What its last attempt ended by, as hpc.requeue has judged it; empty where that was not asked."""
+        return str(self.records.state.get("cause", ""))
+
+    @property
     def resume(self) -> str:
         return f"hpc resume {self.name}"
 
@@ -151,7 +158,7 @@ def find(case: Case) -> Cause:
 
 def _given_up(case: Case) -> Iterator[str]:
     """How often it has failed in a row, where its budget is used up."""
-    kind = case.records.state.get("cause")
+    kind = case.kind
     if case.records.phase != "ended" or kind not in FAILURES or not case.asked:
         return
     before = row_before(case.run.read_events(), case.records.generation)
@@ -249,6 +256,23 @@ def _memory(case: Case) -> Iterator[Cause]:
     yield Cause("out of memory", [*lines, case.saved], commands, [line] if line else [])
 
 
+def _interrupted(case: Case) -> Iterator[Cause]:
+    if case.status.cluster == "local" and case.kind == TOLD:
+        words = f"It was told to end (Ctrl-C, or a signal to its script) at step {case.status.step}."
+        yield Cause("cancelled or interrupted", [words, case.saved], [case.resume], [])
+
+
+def _no_step(case: Case) -> Iterator[Cause]:
+    if case.kind == NO_STEP and case.records.phase == "ended":
+        limit = case.asked[1].time_s if case.asked else 0
+        lines = [f"{without_advice(str(case.records.state.get('reason')), case.name)}.", case.saved]
+        lines.insert(
+            1, "The time to load and build comes before the first step, and the notice is taken off at the end."
+        )
+        more = f"launch.time={max(_LEAST_S, 2 * limit) // 60}min"
+        yield Cause("time limit too short", lines, [f"hpc resume {case.name} {more}"], [])
+
+
 def _time_limit(case: Case) -> Iterator[Cause]:
     noticed = any(event["event"] == "signal" and event.get("cause") == NOTICE.name for event in case.events)
     if not ("time limit" in case.word or "time limit" in case.evidence.daemons or noticed):
@@ -301,7 +325,7 @@ def _gpu_memory(case: Case) -> Iterator[Cause]:
 
 
 def _exception(case: Case) -> Iterator[Cause]:
-    if not case.evidence.tracebacks:
+    if not case.evidence.tracebacks or case.evidence.tracebacks[0].secondary:
         return
     first, *others = case.evidence.tracebacks
     rank = f"Rank {first.rank}" if first.rank is not None else "The batch script"
@@ -318,10 +342,12 @@ def _source(case: Case, found: evidence.Traceback) -> str:
 def _bad_input(case: Case) -> Iterator[Cause]:
     if case.code == ExitCode.BAD_INPUT:
         words = "The job refused its input: it would fail again, so it was not started again."
+        if case.run.newest_checkpoint():
+            lines, commands = [words, f"Mend that first. {case.saved}"], [case.resume, f"hpc logs {case.name}"]
+        else:
+            lines, commands = [words], [f"hpc plan {shlex.quote(str(case.run.experiment))}", f"hpc logs {case.name}"]
         name = f"bad input: {case.evidence.last[-1]}" if case.evidence.last else "bad input"
-        yield Cause(
-            name, [words], [f"hpc plan {shlex.quote(str(case.run.experiment))}", f"hpc logs {case.name}"], **case.said
-        )
+        yield Cause(name, lines, commands, **case.said)
 
 
 def _no_turn(case: Case) -> Iterator[Cause]:
@@ -394,6 +420,17 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+def _lost_peer(case: Case) -> Iterator[Cause]:
+    """Of ranks that only lost one that has left no word."""
+    for found in case.evidence.tracebacks[:1]:
+        lines = [
+            f"A rank left without a word, and rank {found.rank} lost it: {found.error}",
+            "Mostly something called exit there, or the kernel or somebody killed it.",
+        ]
+        commands = [f"hpc logs {case.name} --tail 50", case.resume]
+        yield Cause("a rank left without a word", [*lines, case.saved], commands, found.lines, _source(case, found))
+
+
 def _stopped(case: Case) -> Iterator[Cause]:
     if case.status.state == "stopped":
         words = case.status.detail or "It stopped cleanly"
@@ -406,10 +443,11 @@ def _stopped(case: Case) -> Iterator[Cause]:
 
 
 def _unknown(case: Case) -> Iterator[Cause]:
-    lines = [f"{case.status.detail[:1].upper()}{case.status.detail[1:]}."]
+    detail = without_advice(case.status.detail, case.name)
+    lines = [f"{detail[:1].upper()}{detail[1:]}."]
     if case.status.state == "lost":
         lines.append(f"Neither its files nor SLURM say why: a kill -9, or {case.node} went down or was restarted.")
-    yield Cause(case.status.detail, [*lines, case.saved], [f"hpc logs {case.name} --tail 50", case.resume], **case.said)
+    yield Cause(detail, [*lines, case.saved], [f"hpc logs {case.name} --tail 50", case.resume], **case.said)
 
 
 _LOOKS: tuple[Callable[[Case], Iterator[Cause]], ...] = (
@@ -420,6 +458,8 @@ _LOOKS: tuple[Callable[[Case], Iterator[Cause]], ...] = (
     _bad_node,
     _in_vain,
     _memory,
+    _interrupted,
+    _no_step,
     _time_limit,
     _node_failure,
     _preempted,
@@ -430,6 +470,7 @@ _LOOKS: tuple[Callable[[Case], Iterator[Cause]], ...] = (
     _bad_input,
     _never_began,
     _signalled,
+    _lost_peer,
     _stopped,
     _unknown,
 )

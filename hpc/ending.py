@@ -7,13 +7,14 @@ return 143 for a clean stop, and the code of a hang or of a full disk may be tha
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hpc import allocation, evidence, instances, usage
 from hpc.errors import UserError
 from hpc.experiment import Budgets, Experiment, load
-from hpc.preempt import ExitCode
+from hpc.preempt import NOTICE, ExitCode
 from hpc.rundir import RunDir, read_json
 from hpc.verdict import (
     BAD_INPUT,
@@ -22,17 +23,21 @@ from hpc.verdict import (
     HANG,
     IN_VAIN,
     MEMORY,
+    NO_STEP,
     NODE,
     STOPPED,
     STORAGE,
     TOLD,
     Ending,
+    last_step,
 )
 
 Events = Sequence[Mapping[str, Any]]
 _KILLED = 128 + signal.SIGKILL
 _NEAR = 0.9
 """A kill with so much of the memory in use was for memory."""
+_EARLY_S = 240.0
+"""With more time left, and more than is over, the notice came from a preemption (preempt_send_user_signal)."""
 _LONGEST = 200
 """Characters of an exception that are told."""
 
@@ -49,6 +54,17 @@ def of(run: RunDir, generation: int, events: Events, code: int, told: bool) -> E
     if stop.get("generation") == generation:
         return Ending(STOPPED, f"stopped by {stop['cause']} at step {stop['step']}")
     return _failure(run, events, code)
+
+
+def at_the_limit(run: RunDir, generation: int, events: Events, ended: Ending) -> Ending:
+    """The same, or that this clean stop was at the time limit and before the first step. `events`: of all attempts."""
+    stop = read_json(run.stop)
+    if ended.kind != STOPPED or stop["cause"] != NOTICE.name or stop["step"] != last_step(events, generation):
+        return ended
+    end, now = allocation.Allocation.current().end_time, time.time()
+    over = now - float(read_json(run.state).get("started", 0))
+    early = end is not None and end - now > max(_EARLY_S, over)
+    return ended if early else Ending(NO_STEP, ended.words)
 
 
 def code_of(events: Events, code: int) -> int:
@@ -97,7 +113,10 @@ def _failure(run: RunDir, events: Events, code: int) -> Ending:
         return Ending(MEMORY, f"out of memory{told}")
     if code == ExitCode.STORAGE:
         return Ending(STORAGE, f"storage fault{told}")
-    error = found.tracebacks[0].error if found.tracebacks else ""
+    first = found.tracebacks[0] if found.tracebacks else None
+    error = first.error if first else ""
+    if first and first.secondary:
+        error = f"a rank left without a word, and rank {first.rank} lost it: {error}"
     return Ending(CRASH, f"{_how(code)}{told or (f': {error[:_LONGEST]}' if error else '')}")
 
 

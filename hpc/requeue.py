@@ -2,8 +2,8 @@
 
 What has ended it says hpc/ending.py, what follows from that hpc/verdict.py; here it is recorded, and SLURM is asked for
 another attempt. A shell that was told (TERM) leaves it to SLURM, which has requeued the job already (preemption without
-grace) or cancelled it: a cancelled job must never come back. Prints `again SECONDS` for a local restart, else `end CODE`
-with the exit code for the script to leave with.
+grace) or cancelled it: a cancelled job must never come back. Prints `again SECONDS` for a local restart, else `end
+CODE`, the exit code for the script.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def finish(run: RunDir, generation: int, code: int, told: bool) -> str:
         return f"end {left:d}"  # a later attempt holds the run; its records are not ours to touch
     job, events = allocation.job_id(), run.read_events()
     own = [event for event in events if event["generation"] == generation]
-    ended, out = _judge_nodes(run, generation, events, ending.of(run, generation, own, code, told))
+    ended = ending.at_the_limit(run, generation, events, ending.of(run, generation, own, code, told))
+    ended, out = _judge_nodes(run, generation, events, ended)
     row = verdict.row_before(events, generation)
     decided = verdict.judge(run.name, ended, row, ending.budgets_of(run))
     stopped = read_json(run.stop).get("generation") == generation
@@ -82,7 +83,8 @@ def _judge_nodes(run: RunDir, generation: int, events: ending.Events, ended: End
 
 def _record(run: RunDir, state: Mapping[str, Any], ended: Ending, decided: Verdict, code: int, told: bool) -> None:
     stopped = read_json(run.stop).get("generation") == state["generation"]
-    phase = "stopped" if stopped or decided.again else "ended"
+    final = not decided.again and (ended.kind == verdict.NO_STEP or not stopped)
+    phase = "ended" if final else "stopped"
     said = {"code": code, "cause": ended.kind, "reason": decided.reason}
     try:
         with locked(run.lease):

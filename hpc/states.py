@@ -10,7 +10,7 @@ from typing import Any
 from hpc.attempt import same_process
 from hpc.records import Records
 from hpc.slurm import Accounted, JobInfo
-from hpc.verdict import FAILURES, MEMORY
+from hpc.verdict import FAILURES, MEMORY, NO_STEP
 
 _WAITING = frozenset(["PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "RESV_DEL_HOLD", "SPECIAL_EXIT"])
 _MISPLACED = {"SUSPENDED": "suspended by SLURM", "STOPPED": "stopped by SLURM", "CONFIGURING": "its node boots"}
@@ -71,8 +71,10 @@ def _elsewhere(told: Records, place: Place) -> tuple[str, str] | None:
 
 def _live(told: Records, info: JobInfo) -> tuple[str, str]:
     if info.state in _WAITING:
-        after_failure = told.phase == "stopped" and info.reason == "BeginTime" and told.state.get("cause") in FAILURES
-        waits = str(told.state.get("reason")) if after_failure else info.reason  # how often, and for how long
+        counted = told.phase == "stopped" and told.state.get("cause") in (*FAILURES, NO_STEP)
+        waits = info.reason
+        if counted and info.reason == "BeginTime":
+            waits = str(told.state.get("reason"))  # how often, and for how long
         return ("requeued" if told.generation else "pending"), waits
     if info.state in _MISPLACED:
         return "running", _MISPLACED[info.state]

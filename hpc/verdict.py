@@ -1,8 +1,8 @@
 """What follows the end of an attempt: a decision from what is known of this one and of those before it.
 
-Nothing is read and nobody is asked here. Preemptions and clean stops are free; the budget of a cause counts this run's
-failures of that cause since its last new checkpoint or its last submission by hand; crashes, hangs and memory kills are
-counted together.
+Nothing is read and nobody is asked here. Preemptions and clean stops are free, but for three in a row at the time limit
+without a step: their limit is shorter than their start. The budget of a cause counts this run's failures of that cause
+since its last new checkpoint or its last submission by hand; crashes, hangs and memory kills are counted together.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from hpc.experiment import Budgets
 
 FINISHED, TOLD, STOPPED, BAD_INPUT, IN_VAIN = "finished", "told", "stopped", "bad input", "in vain"
+NO_STEP = "no step"
+"""A clean stop by the notice of the time limit, at the step where the attempt before had ended."""
 CRASH, HANG, MEMORY, STORAGE, NODE = FAILURES = ("crash", "hang", "memory", "storage", "node")
 """What is tried again, until the budget of this name is used up."""
 _PLURALS = {CRASH: "crashes", HANG: "hangs", MEMORY: "out of memory", STORAGE: "storage faults", NODE: "bad nodes"}
 _SINGULARS = {CRASH: "crash", HANG: "hang", MEMORY: "out of memory", STORAGE: "storage fault", NODE: "bad node"}
 _GATE = {CRASH, HANG, MEMORY}
 """What is counted together: the run's own failures, as which of them a fault shows is often chance."""
+_NO_STEPS = 3
 BACKOFF_S = (0, 60, 300)
 """Before the restarts after failures in a row; the last one for all that follow."""
 
@@ -46,6 +49,8 @@ class Row:
     """The first one first."""
     step: int = 0
     """Of the last new checkpoint, 0 for none."""
+    no_step: int = 0
+    """Attempts that ended at the time limit without a step."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,8 @@ class Verdict:
 
 def judge(run: str, ending: Ending, row: Row, budgets: Budgets) -> Verdict:
     """Whether the attempt is to be followed by another that we ask for, when, and why. `run`: its name."""
+    if ending.kind == NO_STEP:
+        return _without_step(run, ending, row)
     if ending.kind not in FAILURES:
         return Verdict(ending.kind == STOPPED, ending.words)
     if ending.obstacle:
@@ -72,6 +79,14 @@ def judge(run: str, ending: Ending, row: Row, budgets: Budgets) -> Verdict:
     since = f" {_since(row.step)}" if row.step else ""
     later = f", in {wait_s} s" if wait_s else ""
     return Verdict(True, f"{ending.words}; restart {count} of {allowed}{since}{later}", wait_s)
+
+
+def _without_step(run: str, ending: Ending, row: Row) -> Verdict:
+    count = row.no_step + 1
+    if count < _NO_STEPS:
+        return Verdict(True, f"{ending.words}, where it began: {count} of {_NO_STEPS} attempts without a step")
+    words = f"{count} attempts in a row ended at the time limit without a step: launch.time is too short for its start"
+    return Verdict(False, f"{words}; 'hpc resume {run} launch.time=...' goes on with more")
 
 
 def tally(kinds: Sequence[str], step: int) -> str:
@@ -91,6 +106,11 @@ def _since(step: int) -> str:
 
 def _next(run: str) -> str:
     return f"'hpc why {run}' tells more, 'hpc resume {run}' goes on"
+
+
+def without_advice(reason: str, run: str) -> str:
+    """The reason without the commands that `hpc why` lists anyway."""
+    return reason.removesuffix(f"; {_next(run)}").partition(f"; 'hpc resume {run}")[0]
 
 
 def row_before(events: Iterable[Mapping[str, Any]], generation: int) -> Row:
@@ -113,14 +133,25 @@ def row_before(events: Iterable[Mapping[str, Any]], generation: int) -> Row:
         elif what == "submit" and number:  # by the end of an attempt, where SLURM refuses to requeue
             ours.add(event.get("job"))
     row: list[str] = []
-    step = 0
+    step = no_step = 0
     for number in sorted(starts.keys() | kinds.keys() | saved.keys()):
         if number > generation:
             break
         if (begun := starts.get(number)) and not begun.get("restart") and begun.get("job") not in ours - {None}:
-            row = []
+            row, no_step = [], 0
         if saved.get(number, 0) > step:
-            row, step = [], saved[number]
+            row, step, no_step = [], saved[number], 0
         if number < generation and kinds.get(number) in FAILURES:
             row.append(kinds[number])
-    return Row(tuple(row), step)
+        no_step += number < generation and kinds.get(number) == NO_STEP
+    return Row(tuple(row), step, no_step)
+
+
+def last_step(events: Iterable[Mapping[str, Any]], generation: int) -> int:
+    """Where the attempts before this one have left the run, by what the last of them that saved or stopped says."""
+    steps: dict[int, int] = {}
+    for event in events:
+        number, step = int(event["generation"]), event.get("step", 0)
+        if event["event"] in ("checkpoint", "signal") and number < generation and isinstance(step, int):
+            steps[number] = max(step, steps.get(number, 0))
+    return steps[max(steps)] if steps else 0

@@ -15,7 +15,7 @@ from hpc.rundir import RunDir
 from hpc.slurm import JobInfo
 from hpc.sweepdir import SweepDir, spec
 from hpc.units import short_time
-from hpc.verdict import FAILURES
+from hpc.verdict import FAILURES, NO_STEP
 
 _SILENT_S = 600
 """A run that trains writes each second, but for saves and evaluations: after so long without a word it may hang."""
@@ -136,8 +136,8 @@ def _live(seen: Seen, told: Records, scheduler: Scheduler) -> Answer:
 
 def _last_failure(told: Records) -> list[str]:
     """Of a run that is started again after one."""
-    failed = told.phase == "stopped" and told.state.get("cause") in FAILURES
-    return [f"Its last attempt {told.state.get('reason')}."] if failed else []
+    failed = told.phase == "stopped" and told.state.get("cause") in (*FAILURES, NO_STEP)
+    return [f"Of its last attempt: {told.state.get('reason')}."] if failed else []
 
 
 def _waits(info: JobInfo, jobs: Mapping[str, JobInfo]) -> list[str]:

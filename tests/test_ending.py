@@ -8,6 +8,7 @@ import pytest
 
 from hpc import ending
 from hpc.rundir import RunDir, write_json, write_text
+from hpc.verdict import Ending
 from tests.fakeslurm import FakeSlurm
 
 TOLD = "the batch shell was told to end"
@@ -150,6 +151,38 @@ def test_the_exception_of_a_crash_is_told(run: RunDir) -> None:
     hold(run, job=None)
     write_text(run.output("99", "0", "err"), HEAD + "ValueError: sample 7 is empty\n")
     assert of(run, 1) == ("crash", "failed with exit code 1: ValueError: sample 7 is empty")
+
+
+def test_a_rank_that_only_lost_another_is_not_to_blame(run: RunDir) -> None:
+    hold(run, job=None)
+    write_text(run.output("99", "0", "err"), HEAD + "RuntimeError: Connection reset by peer\n")
+    kind, words = of(run, 1)
+    assert (kind, words.partition(": ")[2][:53]) == ("crash", "a rank left without a word, and rank 0 lost it: Runti")
+
+
+@pytest.mark.parametrize(
+    ("cause", "step", "left_s", "kind"),
+    [
+        ("SIGUSR2", 40, None, "no step"),
+        ("SIGUSR2", 40, 100, "no step"),
+        ("SIGUSR2", 40, 9000, "stopped"),
+        ("SIGUSR2", 41, None, "stopped"),
+        ("SIGUSR2", 30, None, "stopped"),
+        ("SIGTERM", 40, None, "stopped"),
+    ],
+)
+def test_a_stop_at_the_time_limit_without_a_step_is_told_from_preemptions_and_from_progress(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, cause: str, step: int, left_s: float | None, kind: str
+) -> None:
+    """With much time left the notice came from a preemption (preempt_send_user_signal)."""
+    hold(run)
+    monkeypatch.setenv("HPC_END_TIME", str(time.time() + left_s) if left_s else "")
+    run.event("checkpoint", "rank0", 1, step=50)
+    run.event("checkpoint", "rank0", 2, step=40)  # went on from an older one, as that was damaged
+    write_json(run.stop, {"generation": 3, "cause": cause, "step": step})
+    events = run.read_events()
+    ended = ending.at_the_limit(run, 3, events, ending.of(run, 3, [], 75, False))
+    assert ended == Ending(kind, f"stopped by {cause} at step {step}")
 
 
 def test_the_budgets_are_the_experiments_and_the_defaults_where_that_is_unreadable(run: RunDir) -> None:

@@ -209,6 +209,20 @@ def test_here_the_script_is_told_how_long_to_wait(run: RunDir) -> None:
     assert state["phase"] == "ended" and state["reason"].startswith("cancelled or interrupted")
 
 
+def test_a_time_limit_that_is_shorter_than_the_start_ends_the_run(run: RunDir) -> None:
+    answers = []
+    for generation in (1, 2, 3):
+        hold(run, generation=generation)
+        run.event("start", "shell", generation, job=None, restart=generation - 1)
+        run.event("signal", "rank0", generation, cause="SIGUSR2", step=0)
+        write_json(run.stop, {"generation": generation, "cause": "SIGUSR2", "step": 0})
+        answers.append(requeue.finish(run, generation, 75, False))
+    assert answers == ["again 0", "again 0", "end 75"]
+    state = read_json(run.state)
+    assert (state["phase"], state["cause"]) == ("ended", "no step")
+    assert "launch.time is too short for its start; 'hpc resume exp-0000aaaa launch.time=" in state["reason"]
+
+
 def test_where_requeue_is_refused_a_crash_waits_all_the_same(
     run: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

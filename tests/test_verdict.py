@@ -50,6 +50,19 @@ def test_crashes_hangs_and_memory_kills_are_counted_together_and_other_causes_fo
     assert not judged("storage", "crash", "storage", "storage", "storage").again
 
 
+def test_the_third_time_limit_without_a_step_ends_the_run_with_the_remedy() -> None:
+    attempts = ["no-step"] * 2 + ["crash", "no-step", "stopped", "told", "now"]
+    assert row_before(history("no-step", "5 no-step", "no-step", "now"), 4).no_step == 2, "a checkpoint is progress"
+    assert row_before(history("no-step", "new no-step", "no-step", "now"), 4).no_step == 2, "a new submission"
+    assert row_before(history(*attempts), len(attempts)) == Row(("crash",), 0, 3), "preemptions count neither way"
+    stopped = Ending("no step", "stopped by SIGUSR2 at step 0")
+    again, last = (judge(RUN, stopped, Row(no_step=number), Budgets()) for number in (1, 2))
+    assert again.again and again.reason.endswith("at step 0, where it began: 2 of 3 attempts without a step")
+    assert not last.again and last.reason.startswith(
+        "3 attempts in a row ended at the time limit without a step: launch.time is too short for its start; 'hpc "
+    )
+
+
 def test_an_obstacle_ends_the_run_before_its_budget_does() -> None:
     assert judged("node", obstacle="no nodes are left").reason == "words; no nodes are left"
     assert not judged("node", obstacle="no nodes are left").again
@@ -69,7 +82,7 @@ def history(*attempts: str) -> list[dict[str, Any]]:
         events.append({"event": "start", "generation": number, "job": "55", "restart": 0 if first else number})
         events += [{"event": "checkpoint", "generation": number, "step": int(w)} for w in parts if w.isdigit()]
         kinds = [word for word in parts if not word.isdigit() and word != "new"]
-        events += [{"event": "end", "generation": number, "cause": kind} for kind in kinds]
+        events += [{"event": "end", "generation": number, "cause": kind.replace("-", " ")} for kind in kinds]
     return events
 
 

@@ -63,7 +63,7 @@ def test_a_run_that_waits_after_a_crash_tells_of_it_and_of_its_restarts(run: Run
     assert ledger.status(run).detail == reason
     answer = why.explain(run)
     assert answer.state == "requeued" and answer.cause == "BeginTime"
-    assert answer.lines[-2] == f"Its last attempt {reason}."
+    assert answer.lines[-2] == f"Of its last attempt: {reason}."
     ended(run, phase="stopped", cause="stopped", reason="stopped by SIGTERM at step 40")
     assert ledger.status(run).detail == "BeginTime"
     assert not any("last attempt" in line for line in why.explain(run).lines)
@@ -76,7 +76,7 @@ def test_a_run_that_waits_here_after_a_crash_tells_of_it(run: RunDir) -> None:
     ended(run, job=None, phase="stopped", cause="crash", reason=reason, **own)
     answer = why.explain(run)
     assert answer.state == "requeued"
-    assert answer.lines == [f"Its last attempt {reason}.", "Its script is starting it again."]
+    assert answer.lines == [f"Of its last attempt: {reason}.", "Its script is starting it again."]
 
 
 def test_memory_that_ran_out_again_and_again_is_counted(run: RunDir, fake: FakeSlurm) -> None:
@@ -84,3 +84,61 @@ def test_memory_that_ran_out_again_and_again_is_counted(run: RunDir, fake: FakeS
     fake.accounted(LINE.format(state="OUT_OF_MEMORY", code="0:125", rss=""))
     assert ledger.status(run).detail.startswith("4 x out of memory since step 30")
     assert why.explain(run).cause == "out of memory"
+
+
+def here(run: RunDir, **state: object) -> None:
+    write_json(run.submit, {"cluster": "local", "job": "1", "time": 1.0})
+    ended(run, job=None, **state)  # type: ignore[arg-type]
+
+
+def test_a_time_limit_that_is_shorter_than_the_start_is_told_with_a_longer_one(run: RunDir) -> None:
+    reason = "3 attempts in a row ended at the time limit without a step: launch.time is too short for its start"
+    here(run, code=75, cause="no step", reason=f"{reason}; 'hpc resume exp-0000aaaa launch.time=...' goes on with more")
+    run.event("signal", "rank0", 1, cause="SIGUSR2", step=0)
+    write_text(run.experiment, EXPERIMENT.replace("cedia-a100-40gb", "laptop, time: 10s"))
+    answer = why.explain(run)
+    assert answer.state == "failed" and answer.lines[0] == f"{reason}."
+    assert answer.commands == ["hpc resume exp-0000aaaa launch.time=10min"]
+
+
+def test_an_interrupted_run_is_no_time_limit_although_its_notice_had_come(run: RunDir) -> None:
+    here(
+        run,
+        code=75,
+        phase="stopped",
+        cause="told",
+        reason="cancelled or interrupted; 'hpc resume exp-0000aaaa' goes on",
+    )
+    run.event("signal", "rank0", 1, cause="SIGUSR2", step=40)
+    answer = why.explain(run)
+    assert answer.cause == "cancelled or interrupted" and "time limit" not in words(answer)
+
+
+def test_why_does_not_say_that_why_tells_more(run: RunDir) -> None:
+    reason = "1 crash with nothing saved (launch.budgets.crash is 0): left with exit code 0 and without a result"
+    advice = "'hpc why exp-0000aaaa' tells more, 'hpc resume exp-0000aaaa' goes on"
+    here(run, cause="crash", reason=f"{reason}; {advice}")
+    answer = why.explain(run)
+    assert answer.cause == reason and "hpc why" not in words(answer)
+
+
+def test_what_was_refused_after_a_checkpoint_is_mended_and_resumed(run: RunDir) -> None:
+    here(run, code=2, cause="bad input", reason="bad input: x.h5: no such file")
+    assert why.explain(run).commands[0].startswith("hpc plan ")
+    (run.checkpoints / "g001-s00000030").mkdir(parents=True)
+    answer = why.explain(run)
+    assert answer.commands[0] == "hpc resume exp-0000aaaa"
+    assert answer.lines[-1] == "Mend that first. It goes on from checkpoint g001-s00000030."
+
+
+GLOO = "RuntimeError: [../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection reset by peer [127.0.0.1]:3\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "cause"), [(1, "a rank left without a word"), (2, "bad input: no such data"), (137, "ended by SIGKILL")]
+)
+def test_a_rank_that_lost_its_peer_is_a_consequence(run: RunDir, code: int, cause: str) -> None:
+    here(run, code=code, cause="crash", reason="x")
+    log(run, HEAD + GLOO + "no such data\n" * (code == 2), job="1")
+    answer = why.explain(run)
+    assert answer.cause == cause and "Rank 0 failed" not in words(answer)
