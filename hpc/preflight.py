@@ -20,13 +20,19 @@ from hpc.sweepdir import spec
 from hpc.units import short_time
 
 _SOON_S = 60
+_SHORT_S = 180
+"""A start (imports, data, model) and the notice of the time limit may need nearly as much."""
 
 
 @dataclass
 class Findings(fit.Answer):
-    """What the cluster answers, and what else was found; `unchecked` names what was not looked at, and why."""
+    """What the cluster answers, and what else was found.
+
+    `unchecked` names what was not looked at, and why; `cautions` what is allowed and may not be what was meant.
+    """
 
     unchecked: list[str] = field(default_factory=list)
+    cautions: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,11 @@ def _check_request(group: _Group, instance: Instance, cluster: str, findings: Fi
     if cluster == "local" and instance.local_obstacle:
         refusals.append(f"launch.cluster: {instance.local_obstacle}")
     findings.refusals += [group.label + line for line in refusals]
+    if request.time_s < _SHORT_S:
+        findings.cautions.append(
+            f"{group.label}launch.time: {request.time_s:.0f} s is little: it must hold the start (imports, data, "
+            f"model), steps, and the notice in which a run saves; three attempts without a step end the run"
+        )
     if not refusals:
         findings.passed.append(
             f"{group.label}fits {instance.name}: {request.nodes} x ({request.cpus} cores, {request.mem_gb:g} GB, "

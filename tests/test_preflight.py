@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hpc import instances, payload, preflight, yamlfile
+from hpc.commands.common import report
 from hpc.experiment import Experiment, validate
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, write_text
@@ -52,6 +53,16 @@ def rows(*changed: dict[str, Any]) -> list[Experiment]:
 
 def check(*experiments: Experiment, cluster: str = "slurm", payload: bool = False) -> preflight.Findings:
     return preflight.check_many(experiments, CEDIA, cluster, SCRIPT, Path("runs"), payload=payload)
+
+
+@pytest.mark.parametrize(("time", "few"), [("10s", True), ("2min", True), ("3min", False)])
+def test_a_time_limit_that_is_hardly_longer_than_a_start_is_allowed_with_a_warning(
+    fake: FakeSlurm, time: str, few: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = check(experiment(), experiment(launch__time=time))
+    assert not found.refusals and len(found.cautions) == few
+    report(found)
+    assert ("take care  row 1: launch.time: " in capsys.readouterr().err) == few
 
 
 def test_all_that_fits_is_told_and_the_budget_of_a_preemption_too(fake: FakeSlurm) -> None:

@@ -77,6 +77,7 @@ def report(findings: Findings) -> None:
     for color, word, lines in (
         ("green", "ok", findings.passed),
         ("yellow", "waits", findings.warnings),
+        ("yellow", "take care", findings.cautions),
         ("yellow", "not checked", findings.unchecked),
         ("red", "refused", findings.refusals),
     ):
