@@ -15,7 +15,7 @@ from typing import Any
 from hpc import stepledger
 from hpc.rundir import RunDir
 from tests.playing import Playing, listed
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, ClusterError
 
 
 def happen(play: Playing, line: str) -> None:
@@ -258,8 +258,11 @@ def _node_free(play: Playing) -> None:
 
 def _release(play: Playing, job: str | None = None) -> None:
     """SLURM holds a requeued job back for two minutes."""
-    play.wait(lambda: _queue(play, "PENDING", job), "the job is pending again", run=None if job else play.run)
-    _cluster(play).release(job or play.job)
+    play.wait(lambda: _queue(play, "PENDING", job), "the job is pending again", 0.05, None if job else play.run)
+    try:
+        _cluster(play).release(job or play.job)
+    except ClusterError:  # after a failure the tail has said when itself, and that is soon
+        assert _queue(play, "RUNNING", job), play.block()
 
 
 def _by_hand(play: Playing) -> None:
