@@ -71,6 +71,7 @@ STARTS = [
         "the lease is elsewhere's, 61 s old\n$ bash runs/*/job.sbatch 2>&1 | grep nobody\n"
         "$ chown -R root runs/*/checkpoints/g*\n$ bash runs/*/job.sbatch",
         *(_in_time, at_most_an_interval),
+        root=True,
         attempts=3,
         weights="one-task",
         lost=None,
