@@ -236,7 +236,8 @@ def locked(path: Path, wait: bool = True, without: bool = True) -> Iterator[bool
 
     `without`: what is said where the file system has no locks; stderr tells that, too.
     """
-    with path.open("w") as file:
+    # In a folder that others may write to, a link of this name could be planted.
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:

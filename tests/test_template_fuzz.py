@@ -37,6 +37,7 @@ STUB = """#!/bin/sh
 printf '%s\\0' "$@" "$ODD" "$HPC_SCRATCH" >> "$RECORD"
 printf '\\001' >> "$RECORD"
 [ "$2" != hpc.attempt ] || echo "export HPC_GENERATION=7"
+[ "$2" != hpc.requeue ] || echo "end $5"
 """
 MODULE = """() { printf '%s\\0' "$@" . . >> "$RECORD"; printf '\\001' >> "$RECORD"; }"""
 

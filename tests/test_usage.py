@@ -342,7 +342,8 @@ def test_a_run_on_the_cpu_asks_for_no_gpu_and_bad_settings_are_no_bad_node(tmp_p
     run = make_run(tmp_path / "tiny", make_data(tmp_path), "train.device=cpu")
     smi.with_name("nvidia-smi.ecc").write_text("7")
     done = payload(run, HPC_GPUS="1", CUDA_VISIBLE_DEVICES="0", HPC_SCRATCH="$NOWHERE_AT_ALL")
-    assert done.returncode == 2 and "a variable of it is not set here" in done.stderr and not run.events.exists()
+    assert done.returncode == 2 and "a variable of it is not set here" in done.stderr
+    assert [event["event"] for event in run.read_events()] == ["failed"], "and no node is named"
 
 
 def test_the_cost_of_a_sample_sets_the_time_to_the_next() -> None:
