@@ -20,7 +20,7 @@ from jobs.tracking import Tracker
 
 _LOG = logging.getLogger(__name__)
 _STATE_EVERY_S = 1.0
-_FEW = 20
+FEW = 20
 """Names of samples in one record."""
 
 
@@ -41,6 +41,7 @@ class Recorder:
         """Brings what is known of this node's use up to date."""
         self._refused = False
         self._mine = read_json(run.state)
+        self._shown: tuple[int, dict[str, float]] = (0, {})
 
     def event(self, kind: str, **fields: Any) -> None:
         self._quietly(partial(self._run.event, kind, "rank0", self._generation, **fields))
@@ -61,11 +62,23 @@ class Recorder:
 
     def step(self, step: int, loss: float, accuracy: float, rate: float) -> None:
         """One optimizer step, over all ranks."""
-        self._tracker.scalars(step, {"step/loss": loss, "step/accuracy": accuracy, "step/learning_rate": rate})
+        values = {"step/loss": loss, "step/accuracy": accuracy, "step/learning_rate": rate}
+        self._shown = (step, values)
+        self._tracker.scalars(step, values)
+
+    def shown(self, step: int) -> dict[str, float]:
+        """The step's own events: none where it was skipped."""
+        return self._shown[1] if self._shown[0] == step else {}
+
+    def evaluates_again(self, step: int, shown: dict[str, float]) -> None:
+        """The evaluation after `step` comes again: all events of that step are taken back, but its own are kept."""
+        self._tracker.go_back(step - 1)
+        self._shown = (step, shown)
+        self._tracker.scalars(step, shown)
 
     def skipped(self, step: int, samples: Sequence[str]) -> None:
         """A step whose loss or gradient was not finite on some rank: the weights are as before it."""
-        self.event("skipped", step=step, samples=list(samples)[:_FEW])
+        self.event("skipped", step=step, samples=list(samples)[:FEW])
         _LOG.warning("step %d is skipped: its loss or gradient is not finite", step)
 
     def data_changed(self, before: str, now: str) -> None:
@@ -159,7 +172,7 @@ class Recorder:
         figure = figures.confusion_matrix(scores.matrix, self._names, f"{title} (majority {scores.majority:.3f})")
         write_bytes(self._run.figure("confusion_matrix"), figures.png(figure))
         write_bytes(self._run.figure("curves"), figures.png(figures.curves(lines, best["epoch"], scores.majority)))
-        self.state("ended", step, best, force=True)
+        self.state("ending", step, best, force=True)
         self.sample_usage()
         used = usage.summary(self._run, finished=True)
         write_json(self._run.result, {**self._summary(step, best, last, lines, scores), "usage": used})

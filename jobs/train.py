@@ -12,6 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -29,7 +30,7 @@ from jobs.guards import LossGuard, SpikeDetector, Verdict
 from jobs.ledger import StepLedger
 from jobs.optimize import build_optimizer, learning_rate
 from jobs.passes import make_passes
-from jobs.record import Recorder
+from jobs.record import FEW, Recorder
 from jobs.saving import Saver
 from jobs.schedule import Schedule
 from jobs.setup import Parts, load_weights, prepare
@@ -65,7 +66,7 @@ class Trainer:
         self.deterministic = wants_determinism(experiment, engine.device)
         self._build()
         self.step = 0
-        self.state: dict[str, Any] = {"evaluated_step": 0, "best": None, "sums": None, "last": None}
+        self.state: dict[str, Any] = {"evaluated_step": 0, "best": None, "sums": None, "shown": {}, "last": None}
         self.guard, self.spikes = LossGuard(), SpikeDetector()
         self.recorder: Recorder | None = None
         self.saver: Saver | None = None
@@ -123,6 +124,8 @@ class Trainer:
             steps = (self.step, self.total_steps, self.steps_per_epoch)
             names = self.parts.volumes.class_names
             self.recorder = Recorder(self.run, self.experiment, names, self.generation, steps)
+            if self._evaluation_due():
+                self.recorder.evaluates_again(self.step, self.state["shown"])
             resuming.check_room(folder, self.model, self.optimizer, fresh=found is None)
             self._open_saver()
             if before:
@@ -164,7 +167,6 @@ class Trainer:
         self._boundary()
         if self._evaluation_due():  # a stop came before or during it
             self._finish_epoch()
-            self._save()  # or a kill would have the events show this evaluation twice
         while self.step < self.total_steps:
             self._begin_epoch()
             if self._train_epoch():
@@ -208,19 +210,30 @@ class Trainer:
             counts, bad = self.update.gradients(batch, self.step)
             verdict = self.guard.verdict(step, bool(self.engine.max([bad])[0]))
             self.update.apply() if verdict is Verdict.OK else self.update.drop()
-            if self.recorder and verdict is not Verdict.OK:
-                self.recorder.skipped(step, self._ids(batch))
+            if verdict is not Verdict.OK:
+                own = [] if math.isfinite(counts.total_loss()) else self._ids(batch)
+                self._tell_skipped(step, own)
+        loss = counts.total_loss()
         if self.ledger:
-            self.ledger.write(step, batch, counts.total_loss(), skipped=verdict is not Verdict.OK)
+            self.ledger.write(step, batch, loss, skipped=verdict is not Verdict.OK)
         if verdict is not Verdict.OK:
             counts = self.passes.counts()
         if verdict is Verdict.STOP:
-            raise Diverged(self.guard.reason(self._ids(batch)))
+            raise Diverged(self.guard.reason([] if math.isfinite(loss) else self._ids(batch)))
         self.step = step
         self.pending.append((step, counts))
         if len(self.pending) >= _FLUSH_STEPS:
             self._flush()
         return verdict
+
+    def _tell_skipped(self, step: int, samples: list[str]) -> None:
+        """`samples`: those of this rank, where its own loss is not finite; rank 0 tells the step in any case."""
+        if self.recorder:
+            self.recorder.skipped(step, samples)
+        elif samples:
+            with suppress(OSError):
+                writer = f"rank{self.engine.rank}"
+                self.run.event("skipped", writer, self.generation, step=step, samples=samples[:FEW])
 
     def _ids(self, batch: Batch) -> list[str]:
         return [str(self.parts.volumes.ids[sample]) for sample in batch.samples.tolist()]
@@ -248,6 +261,8 @@ class Trainer:
         passed_over = guard.roll_back(found.step)
         if self.recorder:
             self.recorder.roll_back(left, found.step, passed_over)
+            if self._evaluation_due():
+                self.recorder.evaluates_again(self.step, self.state["shown"])
             self._open_saver()
 
     def _flush(self) -> None:
@@ -335,7 +350,7 @@ class Trainer:
             trained_on = max(int(self.counts.matrix.sum()), 1)
             seen = Scores(self.counts.matrix.cpu().numpy(), self.counts.total_loss() / trained_on)
             self.recorder.evaluation(self.step, scores, seen.metrics(), speed, waiting)
-        self.state.update(evaluated_step=self.step, sums=None)
+        self.state.update(evaluated_step=self.step, sums=None, shown={})
         if self.state["best"] and self.state["best"]["step"] == self.step:
             self._save()
 
@@ -385,6 +400,8 @@ class Trainer:
         if self.step % self.steps_per_epoch or self._evaluation_due():
             loss = self.counts.total_loss().hex()
             self.state["sums"] = {"matrix": self.counts.matrix.tolist(), "loss": loss}
+        if self._evaluation_due() and self.recorder:
+            self.state["shown"] = self.recorder.shown(self.step)
         self.state |= {"guard": self.guard.state(), "spikes": self.spikes.state()}
         self._forget_best(lambda name: name not in saver.failed)
         best = self.state["best"]

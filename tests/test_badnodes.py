@@ -118,7 +118,11 @@ class Site:
         return all_runs(self.folder / "runs")
 
     def wait(self, runs: list[RunDir]) -> None:
-        self.cluster.wait_for(lambda: all(run.result.exists() for run in runs), 120, "the end of all runs")
+        def over(run: RunDir) -> bool:  # the batch script's last word comes after the ranks' result
+            ends = [event for event in run.read_events() if event["event"] == "end"]
+            return bool(ends) and not ends[-1]["again"]
+
+        self.cluster.wait_for(lambda: all(map(over, runs)), 120, "the end of all runs")
 
     def nodes(self, run: RunDir) -> list[str]:
         """Where its attempts were."""
@@ -139,8 +143,8 @@ def test_a_job_on_a_bad_node_goes_on_elsewhere_and_later_ones_keep_off_it(site: 
     site.cluster.wait_for(lambda: site.cluster.job_field(job, "ExcNodeList") == "node0", 60, "the exclusion")
     fault = f"scratch space {site.folder}/scratch/node0: No such file or directory"
     [ended] = [event for event in run.read_events() if event["event"] == "end"]
-    told = f"bad node node0: {fault}; the job keeps off node0"
-    assert ended["code"] == 77 and ended["reason"].startswith(told)
+    told = f"bad node node0: {fault}; the job keeps off node0; restart 1 of 3"
+    assert (ended["code"], ended["reason"]) == (77, told)
     assert f"bad node node0: {fault}\n" == run.output(job, "0", "err").read_text().splitlines(keepends=True)[0]
     site.wait([run])
     assert site.nodes(run) == ["node0", "node1"]
@@ -173,6 +177,8 @@ def test_an_array_with_a_bad_node_finishes_on_the_other(site: Site) -> None:
     rows = site.runs()
     bad = rows[:2]
     site.wait(rows)
+    ends = [[event["code"] for event in run.read_events() if event["event"] == "end"] for run in bad]
+    assert ends == [[77, 0], [77, 0]]
     jobs = [read_json(run.state)["job"] for run in bad]
     assert [site.cluster.job_field(job, "ExcNodeList") for job in jobs] == ["node0", "node0"]
     assert [site.nodes(run) for run in rows] == [["node0", "node1"]] * 2 + [["node1"]] * 2

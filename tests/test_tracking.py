@@ -10,6 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hpc import ledger
+from hpc.attempt import process_start
 from hpc.errors import UserError
 from hpc.experiment import validate
 from hpc.logs import series
@@ -165,3 +167,20 @@ def test_a_state_that_an_older_attempt_wrote_back_does_not_end_this_one(tmp_path
     run.event("start", "shell", 3)
     with pytest.raises(UserError, match="held by generation 3"):
         recorder.hold()
+
+
+def test_a_run_that_writes_its_result_is_running_until_it_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a run that waits for it would give up in that moment."""
+    run = RunDir(tmp_path)
+    experiment = validate({"name": "a", "model": {"name": "m"}, "data": {"file": "f"}}, "test")
+    write_json(run.experiment, {})
+    held = {"pid": os.getpid(), "process_start": process_start(os.getpid()), "host": os.uname().nodename}
+    write_json(run.state, {"generation": 1, "job": None, "phase": "evaluating", "time": time.time(), **held})
+    recorder, seen = Recorder(run, experiment, ["a", "b"], 1, (5, 5, 5)), []
+    recorder.sample_usage = lambda: seen.append(ledger.statuses([run])[0].state)
+    metrics = {"loss": 1.0, "accuracy": 0.5}
+    line = {"epoch": 1, "step": 5, "metrics": metrics, "checkpoint": None, "matrix": [[1, 1], [1, 1]]}
+    recorder.result(5, line, line)
+    assert [*seen, ledger.statuses([run])[0].state] == ["running", "finished"]

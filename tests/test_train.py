@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hpc.allocation import Allocation
 from hpc.errors import UserError
@@ -447,12 +446,6 @@ def attempt(folder: Path, generation: int, boundary: int | None, number: int, sa
     os._exit(ExitCode.STOPPED if answer == "stopped" else ExitCode.DONE)
 
 
-def shown_steps(run: RunDir, tag: str) -> list[int]:
-    accumulator = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    return [event.step for event in accumulator.Scalars(tag)]
-
-
 # (boundary, signal) of each attempt but the last; whether it saves at every step; step of the last good checkpoint.
 KILLS = {
     "before the first save": ([(4, signal.SIGKILL)], False, None),
@@ -478,8 +471,8 @@ def test_killed_and_resumed_is_bit_identical_and_shown_once(name: str, killed: d
     run, playing = killed[name]
     playing.result()
     assert_same(outcome(run), golden)
-    assert shown_steps(run, "step/loss") == list(range(1, STEPS + 1))
-    assert shown_steps(run, "validation/accuracy") == [4, 8, 12]
+    assert tiny_run.shown_steps(run, "step/loss") == list(range(1, STEPS + 1))
+    assert tiny_run.shown_steps(run, "validation/accuracy") == [4, 8, 12]
 
 
 def test_the_newest_one_damaged_costs_steps_and_no_more(data: Path, tmp_path: Path, golden: Outcome) -> None:

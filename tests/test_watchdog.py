@@ -245,11 +245,9 @@ def test_a_stopped_rank_is_named_by_the_others(stage: Stage, scene: str, stopped
     for event in events:
         assert event["silent"] > HANG_S
         assert [(one["rank"], one["node"]) for one in event["stuck"]] == [(stopped, f"n{stopped}")], event
-    continued = time.time()
     os.kill(child.pid or 0, signal.SIGCONT)  # after longer than the limit: its silence begins anew
     child.join(CHILD_LIMIT_S)
-    own = [event["time"] for event in hangs(stage.run(scene)) if event["rank"] == stopped]
-    assert all(when - continued > 0.9 * HANG_S for when in own), "it counted the time in which it was stopped"
+    assert stopped not in [event["rank"] for event in hangs(stage.run(scene))]
 
 
 def test_a_stop_shorter_than_the_limit_and_a_save_longer_than_it_are_no_hang(stage: Stage) -> None:

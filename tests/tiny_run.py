@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from datasets.writer import VolumeWriter
 from hpc.allocation import Allocation
@@ -131,6 +132,13 @@ def _save_at_each_step(trainer: Trainer) -> None:
 
 def newest(run: RunDir) -> checkpoint.Checkpoint:
     return checkpoint.verify(next(checkpoint.newest_first(run.checkpoints)))
+
+
+def shown_steps(run: RunDir, tag: str) -> list[int]:
+    """As TensorBoard's reader has them."""
+    accumulator = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return [event.step for event in accumulator.Scalars(tag)]
 
 
 def outcome(run: RunDir) -> dict[str, Any]:
