@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Most tests wait for SLURM, most of their time.
+WORKERS := 2
 READY := $(VENV)/.ready
 
 .PHONY: setup demo test soak check clean
@@ -20,12 +22,12 @@ demo: $(READY)
 
 test: check
 	bash tests/slurm/install.sh
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # The full counts of what `make test` plays once; the faults leave a line each in docs/soak.txt.
 soak: $(READY)
 	bash tests/slurm/install.sh
-	HPC_SOAK=1 $(BIN)/python -m pytest tests/test_faults.py tests/test_scenarios.py
+	HPC_SOAK=1 $(BIN)/python -m pytest tests/test_faults.py tests/test_scenarios.py tests/test_drill.py
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -130,12 +130,17 @@ class Case:
     def saved(self) -> str:
         return saved(self.run)
 
-    def with_options(self, *options: str) -> list[str]:
-        """The command that submits the same run with other options, or resumes it where there is no SLURM."""
+    def asking(self, override: str, option: str, offered: bool = True) -> str:
+        """The command to go on with another request.
+
+        With sbatch's option where `hpc resume` refuses that: rows of a sweep share theirs, an instance has its limits.
+        """
         if self.status.cluster != "slurm":
-            return [self.resume]
+            return self.resume
+        if offered and not self.run.in_sweep:
+            return f"{self.resume} {override}"
         single = alone(self.run)
-        return [f"sbatch {shlex.join([*options, *single.options, str(single.script)])}"]
+        return f"sbatch {shlex.join([option, *single.options, str(single.script)])}"
 
     @property
     def said(self) -> dict[str, Any]:
@@ -249,11 +254,12 @@ def _memory(case: Case) -> Iterator[Cause]:
     lines = [f"It used more than the memory{asked} that it had asked for{measured}."]
     lines.append("Use less (data.batch_size, data.threads), or ask for more (launch.mem).")
     wanted = ceil(_MORE * max(limit, peak))
-    if wanted and case.asked and wanted > (instance := case.asked[2]).mem_gb:
-        most = f"{instance.name} offers {instance.mem_gb:g} GB a node"
+    offered = not case.asked or wanted <= case.asked[2].mem_gb
+    if case.asked and not offered:
+        most = f"{case.asked[2].name} offers {case.asked[2].mem_gb:g} GB a node"
         lines.append(f"{most}: for more, 'hpc instances' lists larger ones, if its nodes have no more than that.")
-    commands = case.with_options(f"--mem={wanted}000M") if wanted else [case.resume]
-    yield Cause("out of memory", [*lines, case.saved], commands, [line] if line else [])
+    command = case.asking(f"launch.mem={wanted}GB", f"--mem={wanted}000M", offered) if wanted else case.resume
+    yield Cause("out of memory", [*lines, case.saved], [command], [line] if line else [])
 
 
 def _interrupted(case: Case) -> Iterator[Cause]:
@@ -285,8 +291,10 @@ def _time_limit(case: Case) -> Iterator[Cause]:
     lines += [case.saved]
     most = case.asked[2].time_limit if case.asked else 0
     longer = min(ceil(_MORE * limit), most) if limit else 0
-    more = case.with_options(f"--time={slurm_time(longer)}") if limit and longer > limit else []
-    yield Cause("time limit", lines, list(dict.fromkeys([case.resume, *more])), [])
+    commands = [case.resume]
+    if limit and longer > limit:
+        commands.append(case.asking(f"launch.time={slurm_time(longer)}", f"--time={slurm_time(longer)}"))
+    yield Cause("time limit", lines, list(dict.fromkeys(commands)), [])
 
 
 def _node_failure(case: Case) -> Iterator[Cause]:

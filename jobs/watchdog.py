@@ -290,10 +290,15 @@ class Peers:
         asked = self._asked
         if asked is not None and not self._lost and time.monotonic() - asked > patience:
             return [self._host_of_store("its store does not answer")]
-        found = behind(self._table, self._answered, patience) if self._listening else {}
+        found = behind(self._as_heard(), self._answered, patience) if self._listening else {}
         if self._lost and len(found) in (0, self._world):
             return [self._host_of_store("it has left")]
         return [_stuck(rank, self._table[rank].beat, why) for rank, why in found.items()]
+
+    def _as_heard(self) -> dict[int, Heard]:
+        """What is known, but that we live: on a busy node our own words may be late, too."""
+        own = {rank: Heard(heard.beat, self._answered) for rank, heard in self._table.items() if rank == self._rank}
+        return {**self._table, **own}
 
     def _host_of_store(self, why: str) -> dict[str, Any]:
         node = self._table.get(0, Heard({}, 0)).beat.get("node", UNKNOWN)

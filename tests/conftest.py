@@ -13,6 +13,9 @@ from tests.slurm.cluster import Cluster, obstacle, reap
 
 UNTESTED = "submission, preemption, requeue and cancellation on a real SLURM"
 
+MEASURED = "measured"
+"""Property of a test: a line that is shown at the end."""
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked `slurm` are skipped where no such cluster can run, and fail there under HPC_REQUIRE_SLURM=1.
@@ -52,7 +55,10 @@ def slurm_cluster() -> Iterator[Cluster]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One loud line when tests on the cluster were skipped: which, what that leaves untested, and the remedy."""
+    """What tests have measured; one loud line when those on the cluster were skipped: what is untested, the remedy."""
+    reports = [report for name in ("passed", "failed") for report in terminalreporter.stats.get(name, [])]
+    for line in [text for report in reports for name, text in report.user_properties if name == MEASURED]:
+        terminalreporter.write_line(str(line))
     skipped = [report for report in terminalreporter.stats.get("skipped", []) if "slurm" in report.keywords]
     if not skipped:
         return

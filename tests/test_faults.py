@@ -6,13 +6,14 @@ Each is played `here` times; under HPC_SOAK=1 `soak` times, and docs/soak.txt ge
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import MEASURED
 from tests.faults.fault import Fault
 from tests.faults.table import DOCUMENT, FAULTS, document
 from tests.slurm.cluster import obstacle, reap
@@ -77,8 +78,6 @@ def stage(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
         yield table
         pool.shutdown(cancel_futures=True)
     lines = [plays.line() for plays in table if plays.started]
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\n", *lines, sep="\n")
     if SOAK and len(lines) == len(FAULTS):
         TOLD.write_text("\n".join(lines) + "\n")
 
@@ -89,7 +88,7 @@ def _mark(number: int) -> object:
 
 
 @pytest.mark.parametrize("number", [_mark(number) for number in range(len(FAULTS)) if _plays(FAULTS[number])])
-def test_fault(number: int, stage: list[Plays]) -> None:
+def test_fault(number: int, stage: list[Plays], record_property: Callable[[str, object], None]) -> None:
     plays, fault = stage[number], FAULTS[number]
     for seed, play in enumerate(plays.started):
         try:
@@ -99,6 +98,7 @@ def test_fault(number: int, stage: list[Plays]) -> None:
         else:
             plays.measured.append(measured)
             plays.seconds = max(plays.seconds, seconds)
+    record_property(MEASURED, plays.line())
     if plays.failed:
         told = [f"{fault.id} {fault.injection}: {fault.expectation}", *plays.failed]
         pytest.fail("\n\n".join(told), pytrace=False)

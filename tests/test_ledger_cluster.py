@@ -97,7 +97,8 @@ def test_ends_that_slurm_alone_knows_are_told_once_squeue_has_forgotten_the_jobs
         }
         greedy = answers["greedy"]
         assert "memory of 0.05 GB a node" in greedy.lines[0] and "when it was last measured" in greedy.lines[0]
-        assert "exceeded memory limit" in greedy.quote[0] and greedy.commands[0].startswith("sbatch --mem=")
+        assert "exceeded memory limit" in greedy.quote[0]
+        assert greedy.commands == ["hpc resume exp-greedy launch.mem=1GB"]
 
 
 def test_a_run_is_followed_from_the_queue_to_its_cancellation(

@@ -244,7 +244,7 @@ def test_a_stopped_rank_is_named_by_the_others(stage: Stage, scene: str, stopped
     assert events
     for event in events:
         assert event["silent"] > HANG_S
-        assert [(one["rank"], one["node"]) for one in event["stuck"]] == [(stopped, f"n{stopped}")], event
+        assert [(one["rank"], one["node"]) for one in event["stuck"]] == [(stopped, f"n{stopped}")], str(event)
     os.kill(child.pid or 0, signal.SIGCONT)  # after longer than the limit: its silence begins anew
     child.join(CHILD_LIMIT_S)
     assert stopped not in [event["rank"] for event in hangs(stage.run(scene))]
@@ -262,7 +262,7 @@ def test_a_rank_that_waits_for_its_data_is_named_by_place(stage: Stage) -> None:
     events = hangs(stage.run("reads"))
     assert events
     for event in events:
-        assert [(one["rank"], one["node"]) for one in event["stuck"]] == [(1, "n1")], event
+        assert [(one["rank"], one["node"]) for one in event["stuck"]] == [(1, "n1")], str(event)
         assert re.fullmatch(r"test_watchdog\.py:\d+ reads, threading\.py:\d+ wait", event["stuck"][0]["at"])
 
 
@@ -329,6 +329,15 @@ def heard(since: float = 10, **beat: Any) -> Heard:
 )
 def test_who_is_behind(table: list[Heard], expected: set[int]) -> None:
     assert set(behind(dict(enumerate(table)), 10, patience=3)) == expected
+
+
+def test_a_rank_whose_own_words_are_late_does_not_name_itself() -> None:
+    """It is alive, or it would not ask."""
+    peers = object.__new__(watchdog.Peers)
+    peers._rank, peers._world, peers._asked, peers._answered = 0, 2, None, 10.0
+    peers._listening, peers._lost = True, False
+    peers._table = {0: heard(2, node="n0"), 1: heard(10, node="n1", waits=False)}
+    assert [one["rank"] for one in peers.stuck(patience=3)] == [1]
 
 
 # The lease.

@@ -78,6 +78,14 @@ def test_out_of_memory_tells_the_peak_and_what_to_ask_for(run: RunDir, fake: Fak
     assert "cedia-a100-40gb offers 64 GB a node" in words(answer)
 
 
+def test_out_of_a_part_of_the_nodes_memory_more_is_asked_for_by_resume(run: RunDir, fake: FakeSlurm) -> None:
+    write_text(run.experiment, EXPERIMENT.replace("cedia-a100-40gb", "cedia-a100-40gb, mem: 20GB"))
+    ended(run, code=137)
+    log(run, HEAD + OOM)
+    answer = why.explain(run)
+    assert answer.cause == "out of memory" and answer.commands == ["hpc resume exp-0000aaaa launch.mem=30GB"]
+
+
 def usage_of(run: RunDir, peak_gb: float) -> None:
     """What the sampler leaves of a node."""
     common = {"generation": 1, "node": "node1", "seconds": 90.0, "cpu_seconds": 9.0, "busiest_cores": 1.0, "gpus": []}
@@ -122,7 +130,7 @@ def test_a_notice_of_the_time_limit_is_one_without_accounting_too(run: RunDir, f
     run.event("signal", "rank0", 1, cause="SIGUSR2", step=40)
     answer = why.explain(run)
     assert answer.state == "stopped" and answer.cause == "time limit"
-    assert answer.commands == ["hpc resume exp-0000aaaa", f"sbatch --time=12:00:00 {run.script}"]
+    assert answer.commands == ["hpc resume exp-0000aaaa", "hpc resume exp-0000aaaa launch.time=12:00:00"]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def _three_restarts(play: Playing) -> str:
     assert [event["cause"] for event in ends] == ["stopped"] + ["crash"] * 4, f"{ends}"
     assert ends[-1]["again"] is False, "it was started once more"
     why = play.log[-1]
-    assert "raises at step 7" in why and "restart 3 of 3" in why, f"hpc why says: {why}"
+    assert "raises at step 14" in why and "restart 3 of 3" in why, f"hpc why says: {why}"
     assert "4 crashes since step" in ends[-1]["reason"], f"it ended with: {ends[-1]['reason']}"
     return "1 preemption, 4 crashes, 3 restarts"
 
@@ -73,11 +73,12 @@ def _named_as_memory(play: Playing) -> str:
 FAILURES = [
     scripted(
         "A11",
-        "raises at step 7, always; preempted once before",
+        "raises at step 14, always; preempted once before",
         "at most 3 restarts without progress, the reason in 'hpc why'; the preemption does not count",
-        f"{TINY} launch.partition=grace model.crash_at=7 model.pause=0.3\nwait for step 3\npreempt\nwait for requeue\n"
-        "wait for attempt 2\nwait for requeue\nwait for attempt 3\nwait for requeue\nwait for attempt 4\n"
-        "wait for requeue\nwait for attempt 5\nwait for the tail\n$ hpc why tiny",
+        f"{TINY} launch.partition=grace model.crash_at=14 train.checkpoint_every=1h model.pause=0.3\n"
+        "wait for step 3\npreempt\nwait for requeue\n"
+        + "".join(f"wait for attempt {number}\nwait for requeue\n" for number in (2, 3, 4))
+        + "wait for attempt 5\nwait for the tail\n$ hpc why tiny",
         _three_restarts,
         soak=5,
         cluster={},
