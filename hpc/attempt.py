@@ -21,6 +21,8 @@ from hpc.rundir import RunDir, locked, read_json, write_json
 from hpc.sweepdir import alone, sweep_of
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_PATIENCE_S, _AGAIN_S = 120.0, 5.0
+"""While a disk that refuses is tried again, and how often."""
 _SILENT_S = 60
 """A holder that nobody can be asked about is gone when its state.json, written each second, is older than this."""
 
@@ -40,6 +42,19 @@ def check_trust(run: RunDir) -> None:
     sweep = sweep_of(run)
     parts = [run.code, alone(run).script]
     trust.check(*([sweep.path, run.path] if sweep else [run.path]), *parts)
+
+
+def _begin_patiently(run: RunDir, shell_pid: int) -> dict[str, str]:
+    """A disk that is full or away for a moment costs no run. Raises OSError when it stays so, and as `begin` does."""
+    end = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return begin(run, shell_pid)
+        except OSError as error:
+            if time.monotonic() > end:
+                raise
+            print(f"{error}; tried again in {_AGAIN_S:g} s", file=sys.stderr)
+        time.sleep(_AGAIN_S)
 
 
 def _begin(run: RunDir, shell_pid: int) -> dict[str, str]:
@@ -62,6 +77,7 @@ def _begin(run: RunDir, shell_pid: int) -> dict[str, str]:
             **_cluster(allocation.cluster_name() if job else ""),
             "host": host,
             "node": allocation.node_name(),
+            "restart": allocation.restart_count(),
             "pid": shell_pid,
             "process_start": process_start(shell_pid),
             "phase": "starting",
@@ -94,11 +110,18 @@ def _take_generation(run: RunDir) -> int:
 
 
 def _mine(state: dict[str, Any], job: str | None, shell_pid: int) -> bool:
-    """A requeue of the same job, or the same local shell after its own restart, takes its own lease at once."""
-    if job is not None:
-        return bool(state.get("job") == job)
-    here = state.get("job") is None and state.get("host") == socket.gethostname()
-    return here and state.get("pid") == shell_pid and state.get("process_start") == process_start(shell_pid)
+    """A requeue of the same job, or the same local shell after its own restart, takes its own lease at once.
+
+    Not a second script inside one allocation (salloc), nor a job of this number on another cluster.
+    """
+    here = state.get("host") == socket.gethostname()
+    itself = here and state.get("pid") == shell_pid and state.get("process_start") == process_start(shell_pid)
+    if job is None:
+        return state.get("job") is None and itself
+    home = state.get("slurm_cluster")
+    same = state.get("job") == job and (not home or home == (allocation.cluster_name() or home))
+    restarted = state.get("restart") != allocation.restart_count()
+    return same and (itself or restarted or not (here and same_process(int(state["pid"]), state.get("process_start"))))
 
 
 def _alive(run: RunDir, state: dict[str, Any]) -> bool:
@@ -159,10 +182,13 @@ def record_submission(run: RunDir, cluster: str, job: str, when: float | None = 
 
 def main() -> int:
     try:
-        values = begin(RunDir(sys.argv[1]), os.getppid()) | limits.of_this_job()
+        values = _begin_patiently(RunDir(sys.argv[1]), os.getppid()) | limits.of_this_job()
     except UserError as error:
         print(error, file=sys.stderr)
         return ExitCode.BAD_INPUT
+    except OSError as error:
+        print(f"this attempt could not begin: {error}", file=sys.stderr)
+        return ExitCode.STORAGE
     print("export " + " ".join(f"{key}={shlex.quote(value)}" for key, value in values.items()))
     return ExitCode.DONE
 

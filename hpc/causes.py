@@ -25,9 +25,10 @@ from hpc.slurm import JobInfo
 from hpc.states import ended_on_slurm
 from hpc.sweepdir import alone, sweep_of
 from hpc.units import slurm_time
-from hpc.verdict import FAILURES, NO_STEP, TOLD, row_before, tally, without_advice
+from hpc.verdict import NO_STEP, TOLD, without_advice
 
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|\[Errno (28|122)\]")
+_USED_UP = re.compile(r"(.+?) \((launch\.budgets\.\w+ is \d+)\)")
 _GPU_MEMORY = re.compile(r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED|HIP out of memory")
 _KILLED = 128 + signal.SIGKILL
 _NO_OUTPUT = 53
@@ -162,15 +163,10 @@ def find(case: Case) -> Cause:
 
 
 def _given_up(case: Case) -> Iterator[str]:
-    """How often it has failed in a row, where its budget is used up."""
-    kind = case.kind
-    if case.records.phase != "ended" or kind not in FAILURES or not case.asked:
-        return
-    before = row_before(case.run.read_events(), case.records.generation)
-    kinds, allowed = [*before.kinds, kind], getattr(case.asked[0].launch.budgets, kind)
-    if len(kinds) > allowed:
-        failed = tally(kinds, before.step)
-        yield f"It is not started again by itself: {failed}, and launch.budgets.{kind} is {allowed} restarts in a row."
+    """How often it has failed in a row, where its budget is used up: hpc.verdict has said so."""
+    told = _USED_UP.match(str(case.records.state.get("reason", "")))
+    if case.records.phase == "ended" and told:
+        yield f"It is not started again by itself: {told[1]}, and {told[2]} restarts in a row."
 
 
 def _never_followed(case: Case) -> Iterator[Cause]:
@@ -280,7 +276,9 @@ def _no_step(case: Case) -> Iterator[Cause]:
 
 
 def _time_limit(case: Case) -> Iterator[Cause]:
-    noticed = any(event["event"] == "signal" and event.get("cause") == NOTICE.name for event in case.events)
+    noticed = not case.word and any(
+        event["event"] == "signal" and event.get("cause") == NOTICE.name for event in case.events
+    )
     if not ("time limit" in case.word or "time limit" in case.evidence.daemons or noticed):
         return
     told = case.seen.accounted

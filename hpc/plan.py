@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -88,18 +89,21 @@ def make_whole(final: Path, fill: Callable[[Path], None]) -> None:
     Raises Taken where it is there already, UserError where it cannot be written.
     """
     missing = [folder for folder in final.parents if not folder.exists()]
-    aside = final.with_name(f".{final.name}.{os.getpid()}")
+    aside = final.with_name(f".{final.name}.{secrets.token_hex(4)}")
+    made = False
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with trust.private():
             aside.mkdir()
+            made = True
             fill(aside)
         for copied in RunDir(aside).code.rglob("*"):  # with the modes of what they were copied from
             copied.chmod(copied.stat().st_mode & ~0o022)
         _rename(aside, final)
         fsync_folder(final.parent)
     except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        if made:
+            shutil.rmtree(aside, ignore_errors=True)
         for folder in missing:
             with suppress(OSError):  # never made, or another command's run is in it
                 folder.rmdir()

@@ -33,8 +33,8 @@ _CANCELLED = ("CANCELLED", "COMPLETING")
 
 def finish(run: RunDir, generation: int, code: int, told: bool) -> str:
     """Record the end of the attempt, requeue where that is right, and say what the batch script does next."""
-    state = read_json(run.state)
-    if state.get("generation") != generation:
+    state = {**read_json(run.state), "generation": generation}  # an older shell may have written its own back
+    if run.last_generation() > generation:
         left = ExitCode.DONE if run.result.exists() else code or ExitCode.CRASH
         return f"end {left:d}"  # a later attempt holds the run; its records are not ours to touch
     job, events = allocation.job_id(), run.read_events()
@@ -48,9 +48,13 @@ def finish(run: RunDir, generation: int, code: int, told: bool) -> str:
     _record(run, state, ended, decided, code, told)
     if decided.again and job is None:
         return f"again {decided.wait_s}"
-    if decided.again and job and _requeue(run, generation, job, out, decided.wait_s):
+    if decided.again and job:
+        refusal = _requeue(run, generation, job, out, decided.wait_s)
         with suppress(OSError):  # a full disk takes the record, not the decision
-            run.event("requeue", "shell", generation, job=job, **({"out": out} if out else {}))
+            if refusal:
+                _record_refusal(run, generation, f"{ended.words}; not started again: {refusal}")
+            else:
+                run.event("requeue", "shell", generation, job=job, **({"out": out} if out else {}))
     return f"end {code}"
 
 
@@ -97,10 +101,20 @@ def _record(run: RunDir, state: Mapping[str, Any], ended: Ending, decided: Verdi
     print(f"{run.name}: {decided.reason}; {follows}", file=sys.stderr)
 
 
-def _requeue(run: RunDir, generation: int, job: str, out: list[str], wait_s: int) -> bool:
+def _record_refusal(run: RunDir, generation: int, reason: str) -> None:
+    """What was recorded as a restart is none."""
+    with locked(run.lease):
+        state = read_json(run.state)
+        if run.last_generation() <= generation and state.get("generation") == generation:
+            write_json(run.state, {**state, "reason": reason, "time": round(time.time(), 3)})
+    run.event("refused", "shell", generation, reason=reason)
+
+
+def _requeue(run: RunDir, generation: int, job: str, out: list[str], wait_s: int) -> str:
     """The same job again; where the cluster refuses (JobRequeue=0), the same script once, under the same token.
 
-    SLURM sends TERM as soon as it agrees, and takes a change of the job only after that.
+    Returns why not, empty where it comes back. SLURM sends TERM as soon as it agrees, and takes a change of the job
+    only after that.
     """
     ignore_stops()
     out = [*out, *exclusion.excluded_by_user(job)] if out else []
@@ -111,22 +125,24 @@ def _requeue(run: RunDir, generation: int, job: str, out: list[str], wait_s: int
         return _submit_anew(run, generation, job, out, wait_s)
     except slurm.SlurmError as refusal:
         print(f"{run.name}: {refusal}", file=sys.stderr)
-        return False
+        return str(refusal)
     changes = {"ExcNodeList": ",".join(out)} if out else {}
     try:
         slurm.update(job, StartTime=f"now+{max(wait_s, _SOONEST_S)}", **changes)
     except slurm.SlurmError as refusal:
         print(f"{run.name}: {refusal}: it comes back when SLURM lets it", file=sys.stderr)
-    return True
+    return ""
 
 
 def _ask_until_heard(job: str) -> None:
     """A controller that is silent for a moment costs no run: SLURM ends this script before it is asked in vain."""
-    end = time.monotonic() + _PATIENCE_S
+    end, asked = time.monotonic() + _PATIENCE_S, False
     while True:
         try:
-            _refuse_another(job)
-            return slurm.requeue(job)
+            if not _refuse_another(job, asked):
+                asked = True
+                slurm.requeue(job)
+            return
         except slurm.SilentError as silence:
             if time.monotonic() > end:
                 raise
@@ -134,17 +150,20 @@ def _ask_until_heard(job: str) -> None:
         time.sleep(_AGAIN_S)
 
 
-def _refuse_another(job: str) -> None:
+def _refuse_another(job: str, asked: bool) -> bool:
     """Of a node that SLURM has lost the shell may live on: its job has been requeued, and may run elsewhere by now.
 
-    Raises SlurmError.
+    True where it waits after all because we have asked before (what timed out is carried out later). Raises SlurmError.
     """
     info, ours = slurm.queue([job]).get(job), allocation.nodes()
+    if info and info.state == "PENDING" and asked:
+        return True
     if info and (info.state == "PENDING" or (info.state == "RUNNING" and ours and info.node not in ("", ours))):
         raise slurm.SlurmError(f"SLURM has requeued job {job} already, which is {info.state} {info.node}".rstrip())
+    return False
 
 
-def _submit_anew(run: RunDir, generation: int, job: str, out: list[str], wait_s: int) -> bool:
+def _submit_anew(run: RunDir, generation: int, job: str, out: list[str], wait_s: int) -> str:
     later = [f"--begin=now+{wait_s}"] if wait_s else []
     exclude = [f"--exclude={','.join(out)}"] if out else []
     try:
@@ -152,10 +171,10 @@ def _submit_anew(run: RunDir, generation: int, job: str, out: list[str], wait_s:
         where = {"cluster": "slurm", "slurm_cluster": slurm.cluster_name()}
         write_json(run.submit, {**where, "job": new, "time": round(time.time(), 3)})
         run.event("submit", "shell", generation, job=new, after=job)
-        return True
+        return ""
     except (slurm.SlurmError, UserError, OSError) as error:
         print(f"{run.name}: not submitted again ({error}); 'hpc resume {run.name}' goes on from there", file=sys.stderr)
-        return False
+        return str(error)
 
 
 def _sbatch(run: RunDir, job: str, options: list[str]) -> str:

@@ -97,13 +97,19 @@ class RunDir:
         return max((m for m in found if m), key=lambda m: (int(m[1]), int(m[2])), default=[None])[0]
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """One line per evaluated step, by step: a later generation takes back the steps from its first line on."""
+        """One line per evaluated step, by step.
+
+        A later generation takes back the steps from its first line on, a rollback those after the step that it tells
+        next; an older generation that still writes is not heard.
+        """
         kept: dict[tuple[int, str], dict[str, Any]] = {}
         newest = 0
         for line in read_lines(self.metrics):
-            if line["generation"] > newest:
-                newest = line["generation"]
-                kept = {key: old for key, old in kept.items() if key[0] < line["step"]}
+            if line["generation"] < newest:
+                continue
+            last = line["step"] - (line["generation"] > newest)
+            newest = line["generation"]
+            kept = {key: old for key, old in kept.items() if key[0] <= last}
             kept[line["step"], line["split"]] = line
         return [kept[key] for key in sorted(kept)]
 

@@ -122,7 +122,7 @@ class Recorder:
         if newest > self._generation:
             raise UserError(f"{self._run.name} is held by generation {newest}, not by this {self._generation}")
         held = read_json(self._run.state)
-        if held.get("generation", self._generation) != self._generation:
+        if held.get("generation") != self._generation:  # or it is gone
             return self._mine
         if held.get("phase") in ("ended", "stopped"):
             raise UserError(f"{self._run.name}: its batch script has ended this attempt; nothing more is written")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from itertools import groupby
 from pathlib import Path
 
 from torch import nn
@@ -61,8 +62,9 @@ def compare_data(run: RunDir, experiment: Experiment, volumes: VolumeFile, found
     before, now = str(found.manifest["data"]), volumes.fingerprint
     events = run.read_events()
     agreed = sum(event["event"] == ACCEPT_DATA_CHANGE for event in events)
-    others = {event.get("now") for event in events if event["event"] == DATA_CHANGED} - {now}
-    if agreed > len(others):  # more often than it was made use of: no clock is asked
+    changes = [(event.get("before"), event.get("now")) for event in events if event["event"] == DATA_CHANGED]
+    used = [change for change, _ in groupby([*changes, (before, now)])]  # attempts that were killed repeat theirs
+    if agreed >= len(used):  # more often than it was made use of: no clock is asked
         return before
     raise UserError(
         f"{experiment.data.file} is not the data that {found.name} was trained on "

@@ -26,7 +26,7 @@ def run(folder: RunDir, flag: StopFlag, generation: int) -> ExitCode:
     """Run the step to its end or to a stop; result.json when it is done."""
     step = yamlfile.read(folder.step)
     phase = step["module"].removeprefix("jobs.")
-    _heartbeat(folder, phase)
+    _heartbeat(folder, phase, generation)
     command = [sys.executable, "-m", step["module"], *map(str, step["arguments"])]
     child = subprocess.Popen(command, cwd=step["folder"], preexec_fn=_hear)
     beaten = time.monotonic()
@@ -34,10 +34,13 @@ def run(folder: RunDir, flag: StopFlag, generation: int) -> ExitCode:
         time.sleep(_POLL_S)
         if time.monotonic() - beaten > _BEAT_S:
             beaten = time.monotonic()
-            _heartbeat(folder, phase)
+            if not _heartbeat(folder, phase, generation):
+                break
     time.sleep(_POLL_S if child.returncode else 0)  # what ended the child may reach us a moment later
-    if flag.cause:
+    if flag.cause or child.poll() is None:
         _end(child)
+    if folder.last_generation() > generation:
+        raise UserError(f"{folder.name} is held by generation {folder.last_generation()}, not by this {generation}")
     if child.returncode == ExitCode.DONE:
         write_json(folder.result, {"finished": True, "run": folder.name, "step": step["module"]})
         return ExitCode.DONE
@@ -49,9 +52,12 @@ def run(folder: RunDir, flag: StopFlag, generation: int) -> ExitCode:
     return ExitCode.BAD_INPUT if child.returncode == ExitCode.BAD_INPUT else ExitCode.CRASH
 
 
-def _heartbeat(folder: RunDir, phase: str) -> None:
-    """What others see of a run that is alive."""
-    write_json(folder.state, {**read_json(folder.state), "phase": phase, "time": round(time.time(), 3)})
+def _heartbeat(folder: RunDir, phase: str, generation: int) -> bool:
+    """What others see of a run that is alive; False where another attempt holds it by now."""
+    held = read_json(folder.state)
+    if held.get("generation") == generation:
+        write_json(folder.state, {**held, "phase": phase, "time": round(time.time(), 3)})
+    return folder.last_generation() <= generation
 
 
 def _hear() -> None:

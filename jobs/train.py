@@ -165,11 +165,9 @@ class Trainer:
         """Train to the end and write result.json. Raises Stopped after a clean stop."""
         self._begin_epoch()
         self._boundary()
-        if self._evaluation_due():  # a stop came before or during it
-            self._finish_epoch()
-        while self.step < self.total_steps:
+        while self.step < self.total_steps or self._evaluation_due():
             self._begin_epoch()
-            if self._train_epoch():
+            if self._evaluation_due() or self._train_epoch():  # due: a stop, or the way back, came before its end
                 self._finish_epoch()
         if self.state["best"] is None:
             raise Diverged(f"the validation loss was never finite in {self.settings.epochs} epochs")
@@ -177,8 +175,8 @@ class Trainer:
         if self.recorder and (saver := self.saver):
             with self.watchdog.phase("save", _SAVE_LIMIT_S):
                 saver.close()  # it asks for the run until the last deletion
-            self._forget_best(lambda name: name not in saver.failed)
-            self.recorder.result(self.step, self.state["best"], self.state["last"])
+                self._forget_best(lambda name: name not in saver.failed)
+                self.recorder.result(self.step, self.state["best"], self.state["last"])
 
     def _train_epoch(self) -> bool:
         """The rest of the epoch; False where the run has gone back to a checkpoint instead."""
@@ -340,16 +338,16 @@ class Trainer:
         started = time.monotonic()
         with self.watchdog.phase("validation", _EVALUATION_LIMIT_S):
             scores = self.evaluate()
-        speed = {
-            "train": steps * self.experiment.data.batch_size / trained if steps else 0.0,
-            "validation": scores.samples / (time.monotonic() - started),
-        }
-        waiting = waited / trained if steps else 0.0
-        self._judge(scores)
-        if self.recorder:
-            trained_on = max(int(self.counts.matrix.sum()), 1)
-            seen = Scores(self.counts.matrix.cpu().numpy(), self.counts.total_loss() / trained_on)
-            self.recorder.evaluation(self.step, scores, seen.metrics(), speed, waiting)
+            speed = {
+                "train": steps * self.experiment.data.batch_size / trained if steps else 0.0,
+                "validation": scores.samples / (time.monotonic() - started),
+            }
+            self._judge(scores)
+            if self.recorder:
+                trained_on = max(int(self.counts.matrix.sum()), 1)
+                seen = Scores(self.counts.matrix.cpu().numpy(), self.counts.total_loss() / trained_on)
+                waiting = waited / trained if steps else 0.0
+                self.recorder.evaluation(self.step, scores, seen.metrics(), speed, waiting)
         self.state.update(evaluated_step=self.step, sums=None, shown={})
         if self.state["best"] and self.state["best"]["step"] == self.step:
             self._save()

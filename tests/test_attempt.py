@@ -224,3 +224,38 @@ def test_a_local_step_inside_a_job_is_no_job(run: RunDir, monkeypatch: pytest.Mo
     monkeypatch.setenv("HPC_STEP", "local")
     attempt.begin(run, os.getpid())
     assert read_json(run.state)["job"] is None
+
+
+def test_a_second_script_in_one_allocation_is_refused_and_a_restart_is_not(
+    run: RunDir, other: int, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In salloc both have the same job number."""
+    monkeypatch.setenv("SLURM_JOB_ID", "55")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    fake.job("55", "RUNNING", comment=run.name)
+    hold(run, job="55", pid=other, restart=1)
+    with pytest.raises(UserError, match="is held by job 55"):
+        attempt.begin(run, os.getpid())
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")  # requeued: of a lost node the old shell may live on
+    assert attempt.begin(run, os.getpid())["HPC_GENERATION"] == "1"
+    assert read_json(run.state)["restart"] == 2
+
+
+def test_a_disk_that_is_full_for_a_moment_costs_no_run(
+    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(attempt, "_AGAIN_S", 0.0)
+    monkeypatch.setattr(sys, "argv", ["attempt", str(run.path)])
+    full = [OSError(28, "No space left on device")] * 2
+    write = attempt.write_json
+    monkeypatch.setattr(attempt, "write_json", lambda *given: _raise(full.pop()) if full else write(*given))
+    assert attempt.main() == 0 and "HPC_GENERATION=3" in capsys.readouterr().out
+    monkeypatch.setattr(attempt, "_PATIENCE_S", -1.0)
+    monkeypatch.setattr(attempt, "write_json", lambda *given: _raise(OSError(28, "No space left on device")))
+    assert attempt.main() == 74
+    said = capsys.readouterr().err
+    assert said == "this attempt could not begin: [Errno 28] No space left on device\n"
+
+
+def _raise(error: OSError) -> None:
+    raise error

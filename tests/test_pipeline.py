@@ -244,10 +244,22 @@ def running(folder: Path) -> Callable[[str], RunDir]:
         run = RunDir(folder / "runs" / "exp-pack-0000aaaa")
         Path("mine.py").write_text(text)
         write_text(run.step, yamlfile.dump({"module": "mine", "arguments": [3], "folder": str(folder)}))
-        write_json(run.state, {"phase": "starting"})
+        write_json(run.state, {"generation": 1, "phase": "starting"})
         return run
 
     return running
+
+
+def test_a_step_whose_run_another_attempt_holds_ends_and_writes_nothing(
+    running: Callable[[str], RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "_BEAT_S", 0.0)
+    run = running("import time; time.sleep(60)")
+    run.event("start", "shell", 2)
+    write_json(run.state, {"generation": 2, "phase": "starting"})
+    with pytest.raises(UserError, match="is held by generation 2, not by this 1"):
+        step.run(run, StopFlag(), 1)
+    assert read_json(run.state) == {"generation": 2, "phase": "starting"} and not run.result.exists()
 
 
 @pytest.mark.parametrize(("code", "left"), [(0, 0), (1, 1), (2, 2), (9, 1)])

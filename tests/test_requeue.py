@@ -29,9 +29,20 @@ def test_here_the_tail_starts_again_by_itself(stopped: RunDir) -> None:
 
 def test_an_attempt_that_lost_the_run_touches_nothing(stopped: RunDir) -> None:
     hold(stopped, generation=4)
+    stopped.event("start", "shell", 4)
     before = stopped.state.read_text()
     assert requeue.finish(stopped, 3, 75, False) == "end 75"
-    assert stopped.state.read_text() == before and not stopped.events.exists()
+    assert stopped.state.read_text() == before and [event["event"] for event in stopped.read_events()] == ["start"]
+
+
+@pytest.mark.parametrize("older", [{"generation": 2, "job": "54"}, None], ids=["an older one's", "gone"])
+def test_a_state_that_was_written_back_or_removed_keeps_no_run_from_coming_back(
+    stopped: RunDir, older: dict[str, object] | None
+) -> None:
+    stopped.event("start", "shell", 3)
+    hold(stopped, **older) if older else stopped.state.unlink()
+    assert requeue.finish(stopped, 3, 75, False) == "again 0"
+    assert (read_json(stopped.state)["generation"], read_json(stopped.state)["phase"]) == (3, "stopped")
 
 
 def test_on_slurm_the_tail_asks_scontrol_for_the_task_alone(
@@ -115,7 +126,25 @@ def test_a_requeue_that_was_never_heard_is_not_recorded_as_one(
     fake.fails("scontrol", "Unexpected message received for job 55")
     monkeypatch.setattr(requeue, "_PATIENCE_S", -1.0)
     assert requeue.finish(stopped, 3, 75, False) == "end 75"
-    assert [event["event"] for event in stopped.read_events()][-1] == "end"
+    assert [event["event"] for event in stopped.read_events()][-2:] == ["end", "refused"]
+    assert "not started again: " in read_json(stopped.state)["reason"]
+
+
+def test_a_requeue_that_was_heard_after_all_is_one(
+    stopped: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What timed out is carried out later: the job waits, and takes its time and its nodes all the same."""
+    in_job(monkeypatch, fake)
+    monkeypatch.setattr(requeue, "_AGAIN_S", 0.0)
+
+    def silent(job: str) -> None:
+        fake.job("55", "PENDING", comment=stopped.name)
+        raise slurm.SilentError("scontrol does not answer")
+
+    monkeypatch.setattr(slurm, "requeue", silent)
+    assert requeue.finish(stopped, 3, 75, False) == "end 75"
+    assert changes(fake) == ["scontrol update JobId=55 StartTime=now+5"]
+    assert [event["event"] for event in stopped.read_events()] == ["end", "requeue"]
 
 
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])

@@ -6,12 +6,14 @@ import signal
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from hpc.allocation import Allocation
+from hpc.errors import UserError
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir
 from jobs import checkpoint, resuming
@@ -126,6 +128,63 @@ def test_an_evaluation_that_is_done_again_is_shown_once(tmp_path: Path) -> None:
     assert in_child(evaluates, run.path, 4, None, signal.SIGTERM) == ExitCode.DONE
     assert tiny_run.shown_steps(run, "validation/accuracy") == [4, 8, 12]
     assert tiny_run.shown_steps(run, "step/loss") == list(range(1, tiny_run.STEPS + 1))
+
+
+def test_each_change_of_the_data_needs_a_consent_of_its_own(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    experiment: Any = SimpleNamespace(data=SimpleNamespace(file="scans.h5"))
+
+    def asked(before: str, now: str) -> bool:
+        found: Any = SimpleNamespace(manifest={"data": before}, name="g001-s00000001")
+        volumes: Any = SimpleNamespace(fingerprint=now)
+        try:
+            assert resuming.compare_data(run, experiment, volumes, found) == before
+        except UserError:
+            return True
+        run.event("data-changed", "rank0", 1, before=before, now=now)
+        return False
+
+    for before, now in (("a", "b"), ("b", "a"), ("a", "b")):
+        assert asked(before, now)
+        run.event("accept-data-change", "login")
+        assert [asked(before, now) for _ in range(3)] == [False] * 3, "killed before a save: the same consent"
+
+
+def rolls_back_to_an_epochs_end(folder: Path) -> None:
+    """Goes on at step 8, whose evaluation is due, does not improve there, and meets bad losses at steps 14 to 18."""
+    run = RunDir(folder)
+    trainer = tiny_run.make_trainer(run, 2)
+    gradients, judge, sums = trainer.update.gradients, trainer._judge, []
+    bad = set(range(14, 19))
+
+    def spoilt(batch: Any, step: int) -> Any:
+        counts, is_bad = gradients(batch, step)
+        is_bad = int(step + 1 in bad) or is_bad
+        bad.discard(step + 1)
+        return counts, is_bad
+
+    def no_better(scores: Any) -> None:
+        sums.append(int(trainer.counts.matrix.sum()))
+        judge(scores)
+        if trainer.step == 8:
+            trainer.state["best"] = trainer.state["best"] | {"step": 4}
+
+    trainer.update.gradients, trainer._judge = spoilt, no_better  # type: ignore[method-assign]
+    trainer.resume()
+    trainer.fit()
+    trainer.close()
+    (folder / "sums").write_text(" ".join(map(str, sums)))
+    os._exit(0)
+
+
+def test_an_evaluation_that_is_due_where_a_run_goes_back_to_is_done(tmp_path: Path) -> None:
+    run = tiny_run.make_run(tmp_path / "run", tiny_run.make_data(tmp_path), "train.epochs=5")
+    assert in_child(evaluates, run.path, 1, 12, signal.SIGTERM) == ExitCode.STOPPED
+    assert in_child(rolls_back_to_an_epochs_end, run.path) == 0
+    assert [event["step"] for event in run.read_events() if event["event"] == "rollback"] == [8]
+    assert tiny_run.shown_steps(run, "validation/loss") == [4, 8, 12, 16, 20]
+    assert [line["step"] for line in run.read_metrics()] == [4, 8, 12, 16, 20]
+    assert (run.path / "sums").read_text().split() == ["16", "16", "4", "16", "0", "0", "8"], "training samples"
 
 
 def bad_on_one_rank(folder: Path, rank: int, port: int) -> None:

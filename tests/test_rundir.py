@@ -237,3 +237,12 @@ def test_a_later_attempt_takes_back_the_steps_from_its_first_line_on(tmp_path: P
         append_line(run.metrics, line)
     assert [(line["step"], line["metrics"]["loss"]) for line in run.read_metrics()] == [(10, 1), (20, 5)]
     assert json.loads(run.metrics.read_text().splitlines()[1])["metrics"]["loss"] == 2, "nothing is rewritten"
+
+
+def test_metrics_after_a_rollback_and_of_an_attempt_that_was_fenced(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for generation, step in ((1, 4), (2, 8), (2, 12), (2, 16), (2, 12), (1, 8), (1, 20)):
+        append_line(run.metrics, {"generation": generation, "step": step, "split": "validation"})
+        append_line(run.metrics, {"generation": generation, "step": step, "split": "test"})
+    told = [(line["generation"], line["step"], line["split"]) for line in run.read_metrics()]
+    assert told == [(g, step, split) for g, step in ((1, 4), (2, 8), (2, 12)) for split in ("test", "validation")]

@@ -103,6 +103,17 @@ def test_gpu_memory_has_remedies(run: RunDir, fake: FakeSlurm, error: str) -> No
     assert answer.commands == [f"hpc submit {run.experiment} train.accumulate=4"]
 
 
+@pytest.mark.parametrize(("state", "cause"), [("PREEMPTED", "preempted"), ("TIMEOUT", "time limit")])
+def test_the_users_signal_is_no_time_limit_where_slurm_knows_better(
+    run: RunDir, fake: FakeSlurm, state: str, cause: str
+) -> None:
+    """preempt_send_user_signal"""
+    ended(run, phase="stopped", code=75, reason="stopped by SIGUSR2 at step 40")
+    run.event("signal", "rank0", 1, cause="SIGUSR2", step=40)
+    fake.accounted(LINE.format(state=state, code="0:0", rss=""))
+    assert why.explain(run).cause == cause
+
+
 @pytest.mark.parametrize(
     ("state", "cause", "sentence", "command"),
     [
