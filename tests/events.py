@@ -248,12 +248,11 @@ def _spoil(play: Playing, steps: str) -> None:
 
 def _preempt(play: Playing) -> None:
     play.displacer = _cluster(play).preempt(play.job)
-    play.when["preempted"] = time.time()
 
 
 def _node_free(play: Playing) -> None:
     play.wait(lambda: _queue(play, "RUNNING|COMPLETING|COMPLETED", play.displacer), "the node is free", often=0.02)
-    play.when["free"] = time.time()
+    play.when[f"free {play.read('state.json')['generation']}"] = time.time()
 
 
 def _release(play: Playing, job: str | None = None) -> None:

@@ -38,16 +38,32 @@ class Plays:
     def line(self) -> str:
         count = f"{len(self.measured)}/{len(self.started)}"
         told = worst(self.measured) if self.measured else ""
-        return f"{self.fault.id:6} {self.fault.injection:88} {count:>9}  {told}  ({self.seconds:.0f} s each)"
+        return f"{self.name}{count:>9}  {told}  ({self.seconds:.0f} s at most)"
+
+    @property
+    def name(self) -> str:
+        return f"{self.fault.id:9} {self.fault.injection:100} "
 
 
 def worst(measured: Sequence[str]) -> str:
-    """One text for all: each number is the highest of those at its place."""
-    number = re.compile(r"\d+(?:\.\d+)?")
-    kind = number.split(measured[-1])
-    alike = [number.findall(text) for text in measured if number.split(text) == kind]
-    highest = iter([max(column, key=float) for column in zip(*alike, strict=True)])
-    return number.sub(lambda _: next(highest), measured[-1])
+    """One text for all: each number is the highest of those at its place; where the words differ, one for each."""
+    number, kinds = re.compile(r"\d+(?:\.\d+)?"), dict[tuple[str, ...], list[str]]()
+    for text in measured:
+        kinds.setdefault(tuple(number.split(text)), []).append(text)
+    told = []
+    for texts in kinds.values():
+        highest = iter([max(column, key=float) for column in zip(*map(number.findall, texts), strict=True)])
+        told.append(number.sub(lambda _, highest=highest: next(highest), texts[0]))  # type: ignore[misc]
+    return " / ".join(told)
+
+
+def told_with(text: str, table: Sequence[Plays]) -> str:
+    """The lines of docs/soak.txt, those of the rows that were played now in the place of older ones."""
+    lines = []
+    for plays in table:
+        older = next((line for line in text.splitlines() if line.startswith(plays.name)), None)
+        lines.append(plays.line() if plays.measured or plays.failed else older)
+    return "".join(f"{line}\n" for line in lines if line)
 
 
 def _plays(fault: Fault) -> int:
@@ -77,9 +93,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReque
                 table[number].started.append(pool.submit(_timed, fault, folder, seed))
         yield table
         pool.shutdown(cancel_futures=True)
-    lines = [plays.line() for plays in table if plays.started]
-    if SOAK and len(lines) == len(FAULTS):
-        TOLD.write_text("\n".join(lines) + "\n")
+    if SOAK:
+        TOLD.write_text(told_with(TOLD.read_text() if TOLD.exists() else "", table))
 
 
 def _mark(number: int) -> object:
@@ -111,3 +126,14 @@ def test_the_document_lists_the_rows_as_they_are() -> None:
 
 def test_the_line_of_a_row_tells_the_worst_of_its_plays() -> None:
     assert worst(["0 steps lost, save 0.4 s", "2 steps lost, save 0.11 s"]) == "2 steps lost, save 0.4 s"
+    assert worst(["a 1", "b 7", "a 3"]) == "a 3 / b 7"
+
+
+def test_a_soak_of_some_rows_leaves_the_lines_of_the_others() -> None:
+    def lines(word: str, *numbers: int) -> list[Plays]:
+        return [Plays(fault, measured=[word] if number in numbers else []) for number, fault in enumerate(FAULTS)]
+
+    whole = told_with("", lines("old", *range(len(FAULTS))))
+    assert whole.count("old") == len(FAULTS), "two rows have one name"
+    text = told_with(whole, lines("new", 3, 7))
+    assert (text.count("old"), text.count("new")) == (len(FAULTS) - 2, 2) and "new" in text.splitlines()[7]

@@ -2,6 +2,8 @@
 
 import json
 
+from hpc import stepledger
+from hpc.rundir import RunDir
 from tests.faults.rows import at_most_an_interval, freed, lost, saved, saves, scripted
 from tests.playing import Playing
 
@@ -9,7 +11,8 @@ TINY = "$ hpc submit tiny.yaml launch.cluster=slurm"
 HERE = "$ hpc submit tiny.yaml launch.cluster=local"
 GRACE = f"{TINY} launch.partition=grace"
 ONE_JOB = "$ test $(squeue --noheader --states=all --format=%k | grep -c ^tiny-) = 1"
-PREEMPTED = "preempt\nwait for the node\nwait for requeue\nwait for end"
+DISPLACED = "preempt\nwait for the node\nwait for requeue"
+PREEMPTED = f"{DISPLACED}\nwait for end"
 BY_HAND = (
     f"partition grace DOWN\n{GRACE}\n$ hpc cancel tiny\nwait for the job to go\npartition grace UP\n"
     "$ sed -i s/--signal=USR2/--signal=B:USR2/ runs/*/job.sbatch\nsbatch by hand"
@@ -61,6 +64,13 @@ def _same_stop(play: Playing) -> str:
     return "the same last step"
 
 
+def _rows_alone(play: Playing) -> str:
+    attempts = [len([event for event in RunDir(row).read_events() if event["event"] == "start"]) for row in play.runs]
+    lost = sum(stepledger.read(RunDir(row)).lost for row in play.runs)
+    assert attempts == [2] * 3, f"attempts of the rows: {attempts}"
+    return f"{len(attempts)} rows, {max(attempts) - 1} restart each, {lost} steps lost"
+
+
 def _twice_in_one_epoch(play: Playing) -> str:
     steps = [event["step"] for event in play.events("signal")]
     epochs = [(step - 1) // 40 for step in steps]
@@ -69,7 +79,7 @@ def _twice_in_one_epoch(play: Playing) -> str:
     return f"{len(steps)} stops, {most} in one epoch"
 
 
-NINE = [(14, 18), (24, 28), (44, 48), (54, 58), (64, 68), (84, 88), (94, 98), (124, 128), (134, 138)]
+TEN = [(4, 8), (14, 18), (24, 28), (44, 48), (54, 58), (64, 68), (84, 88), (94, 98), (124, 128), (134, 138)]
 
 SECOND_SHELL = "$ sbatch runs/*/job.sbatch\nwait for the words is held by job"
 AWAY = (
@@ -82,8 +92,8 @@ PREEMPTION = [
         "A1 A3 A10",
         "preempted ten times in a row, GraceTime 8, three times inside one epoch; two reading threads",
         "saved at the step's end, the tail requeues; each step once, in order; no error of the readers",
-        f"{GRACE} data.threads=2\nwait for step 4..8\npreempt\nwait for the node\nwait for requeue\n"
-        + "".join(f"wait for step {first}..{last}\npreempt\nwait for requeue\n" for first, last in NINE)
+        f"{GRACE} data.threads=2 model.pause=0.05\n"
+        + "".join(f"wait for step {first}..{last}\n{DISPLACED}\n" for first, last in TEN)
         + "wait for end",
         *(_restarts_once, _quiet_readers, _twice_in_one_epoch, lost, saved, freed),
         soak=5,
@@ -97,7 +107,8 @@ PREEMPTION = [
         "'hpc submit' killed between sbatch and its record; then preempted, GraceTime 0, KillWait 5",
         "the next command adopts the job: exactly one; saved before SIGKILL, SLURM requeues, we do not",
         "kill after sbatch: hpc submit tiny.yaml launch.cluster=slurm launch.partition=gpu model.pause=0.1\n"
-        f"$ hpc ls\n$ hpc resume tiny || true\n{ONE_JOB}\nwait for step 30..80\n{PREEMPTED}",
+        f"$ hpc ls\n$ grep job runs/tiny-*/submit.json\n$ ! hpc resume tiny\n{ONE_JOB}\n"
+        f"wait for step 30..80\n{PREEMPTED}",
         *(_restarts_once, at_most_an_interval, saved, freed),
         cluster={},
         attempts=2,
@@ -197,7 +208,7 @@ PREEMPTION = [
         "$ hpc sweep tiny.yaml launch.cluster=slurm train.keep=2,3,4\n"
         "row 0 at step 10..30\npreempt row 0\nrow 1 at step 40..60\npreempt row 1\nrow 2 at step 70..90\n"
         "preempt row 2\nrequeue row 0\nrequeue row 1\nrequeue row 2\nwait for all\n$ hpc ls tiny-sweep",
-        lambda play: "three rows, each restarted once, 0 steps lost",  # as Row has it checked
+        _rows_alone,
         soak=5,
         cluster={"nodes": 3},
         attempts=2,

@@ -80,7 +80,7 @@ STARTS = [
     ),
     Fault(
         "G6",
-        "links to a file of ours planted under the names of all files made in a shared folder of runs",
+        "links to a file of ours planted as the list of bad nodes, its lock and its new text, in a group's folder",
         "nothing is written through a link",
         _links,
         soak=20,
