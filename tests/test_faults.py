@@ -133,7 +133,7 @@ def test_a_soak_of_some_rows_leaves_the_lines_of_the_others() -> None:
     def lines(word: str, *numbers: int) -> list[Plays]:
         return [Plays(fault, measured=[word] if number in numbers else []) for number, fault in enumerate(FAULTS)]
 
-    whole = told_with("", lines("old", *range(len(FAULTS))))
-    assert whole.count("old") == len(FAULTS), "two rows have one name"
-    text = told_with(whole, lines("new", 3, 7))
-    assert (text.count("old"), text.count("new")) == (len(FAULTS) - 2, 2) and "new" in text.splitlines()[7]
+    whole = told_with("", lines("<old>", *range(len(FAULTS))))
+    assert whole.count("<old>") == len(FAULTS), "two rows have one name"
+    text = told_with(whole, lines("<new>", 3, 7))
+    assert (text.count("<old>"), text.count("<new>")) == (len(FAULTS) - 2, 2) and "<new>" in text.splitlines()[7]
