@@ -30,7 +30,7 @@ class StepLedger:
         """What this rank did at `step`; `loss` is its sum over the rank's samples."""
         sums = [_crc(pixels) for pixels in batch.inputs]
         weights = None
-        if step % _WEIGHTS_EVERY == 0:
+        if step % _WEIGHTS_EVERY == 0 and not skipped:  # nothing has changed them; statistics may be another rank's
             weights = 0
             for value in self._model.state_dict().values():
                 weights = _crc(value, weights)
