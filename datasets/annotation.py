@@ -1,6 +1,7 @@
 """Where classes come from: a table with a row per volume, or an atlas that names the region at a place in the body."""
 
 import csv
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,22 +12,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.nifti import NotNifti, UnusableVolume, Volume, read_volume, volume_id
-from datasets.partition import SPLITS, UNSET
+from datasets.partition import MAX_FOLDS, SPLITS, UNSET
 
 SPLIT_NAMES = {"train": 0, "validation": 1, "val": 1, "valid": 1, "test": 2, "0": 0, "1": 1, "2": 2, "": UNSET}
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a table says of one volume; empty cells are None, a free split is -1."""
+    """What a table says of one volume; empty cells are None, a free split or fold is -1."""
 
     label: str | None
     group: str | None
     split: int
+    fold: int = UNSET
 
 
 def read_table(path: Path, group_column: str | None = None, need_label: bool = True) -> dict[str, Row]:
-    """Rows by volume id from CSV, TSV or semicolons; columns id, label[, group][, split]. ValueError names the line."""
+    """Rows by volume id from CSV, TSV or semicolons; columns id, label[, group][, split][, fold].
+
+    ValueError names the line.
+    """
     header, lines = _read_rows(path)
     for column in ("id", *(["label"] if need_label else []), *([group_column] if group_column else [])):
         _require_column(path, header, column)
@@ -44,10 +49,47 @@ def read_table(path: Path, group_column: str | None = None, need_label: bool = T
             label=cells["label"] if need_label else None,
             group=cells.get(group_column or "group") or None,
             split=_parse_split(cells.get("split", ""), where),
+            fold=_parse_fold(cells.get("fold", ""), where),
         )
     if not rows:
         raise ValueError(f"{path} names no volume; write a line for each: id,{'label' if need_label else 'group'}")
     return rows
+
+
+def read_list(path: Path) -> dict[str, Row]:
+    """Fixed splits by volume id, from JSON; ValueError says what is wrong.
+
+    {"train": [ids], "validation": [ids], "test": [ids]}, or a fold per entry as in nnU-Net's splits_final.json:
+    [{"train": [ids], "val": [ids]}, ...], where each id is the validation of one.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from error
+    entries = found if isinstance(found, list) else [found]
+    rows: dict[str, Row] = {}
+    for number, entry in enumerate(entries):
+        for name, ids in _named_ids(path, entry):
+            split = SPLIT_NAMES[name.lower()]
+            if isinstance(found, list) and SPLITS[split] == "train":
+                continue  # what is not the validation of this fold is of another
+            where = Row(None, None, UNSET, number) if isinstance(found, list) else Row(None, None, split)
+            for id in map(volume_id, map(Path, ids)):
+                if rows.setdefault(id, where) != where:
+                    raise ValueError(f"{path} puts {id!r} into two parts; keep one of them")
+    if not rows:
+        raise ValueError(f"{path} names no volume")
+    return rows
+
+
+def _named_ids(path: Path, entry: Any) -> list[tuple[str, list[str]]]:
+    good = isinstance(entry, dict) and all(
+        key.lower() in SPLIT_NAMES and key and isinstance(ids, list) and all(isinstance(id, str) for id in ids)
+        for key, ids in entry.items()
+    )
+    if not good:
+        raise ValueError(f'{path} is not {{"train": [ids], "validation": [ids], "test": [ids]}}, or a list of such')
+    return list(entry.items())
 
 
 def match_rows(table: Path, rows: dict[str, Row], ids: Sequence[str]) -> None:
@@ -161,3 +203,9 @@ def _parse_split(text: str, where: str) -> int:
     if text.lower() not in SPLIT_NAMES:
         raise ValueError(f"{where}: split {text!r} is unknown; use {', '.join(SPLITS)}")
     return SPLIT_NAMES[text.lower()]
+
+
+def _parse_fold(text: str, where: str) -> int:
+    if text and not (text.isdecimal() and int(text) < MAX_FOLDS):
+        raise ValueError(f"{where}: fold {text!r} is not a whole number from 0 to {MAX_FOLDS - 1}")
+    return int(text) if text else UNSET

@@ -12,21 +12,24 @@ import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.partition import SPLITS, check_groups
+from datasets.partition import HELD_OUT, SPLITS, check_groups, fold_names
 
 FORMAT = 1
 INPUTS, TARGETS, IDS, GROUPS, SPLIT = "inputs", "targets", "ids", "groups", "split"
 AFFINE, SOURCE_SHAPE, SCALE, OFFSET, CHECKSUMS = "affine", "source_shape", "scale", "offset", "checksums"
+FOLDS = "folds"
+"""Only in a file packed for cross-validation."""
 DATASETS = (INPUTS, TARGETS, IDS, GROUPS, SPLIT, AFFINE, SOURCE_SHAPE, SCALE, OFFSET, CHECKSUMS)
 RAGGED_SHAPES = "shapes"
 FORMAT_ATTR, TASK_ATTR, CLASSES_ATTR, ORIENTATION_ATTR = "format", "task", "class_names", "orientation"
@@ -53,11 +56,13 @@ def sample_checksum(inputs: Any, target: Any) -> int:
     return zlib.crc32(target, zlib.crc32(inputs))
 
 
-def compute_fingerprint(ids: Sequence[str], targets: NDArray[Any] | None, split: Any, checksums: Any) -> str:
-    """SHA-256 over ids, targets, split and checksums. Label maps (`targets` None) count through the checksums."""
+def compute_fingerprint(
+    ids: Sequence[str], targets: NDArray[Any] | None, split: Any, checksums: Any, folds: Any = None
+) -> str:
+    """SHA-256 over ids, targets, split, checksums, folds. Label maps (`targets` None) count through the checksums."""
     digest = hashlib.sha256()
     digest.update(json.dumps(list(ids), ensure_ascii=False).encode())
-    for table in (targets, split, checksums):
+    for table in (targets, split, checksums, folds):
         if table is not None:
             digest.update(f"{table.dtype.str}{table.shape}".encode())
             digest.update(np.ascontiguousarray(table).tobytes())
@@ -110,6 +115,8 @@ class VolumeFile:
         self.target_dtype = np.dtype(TARGET_DTYPES[self.task])
         self._refuse_repeated_ids()
         check_groups(self.groups, self.split)
+        if self.folds is not None:
+            check_groups(self.groups, self.folds, fold_names())
 
     def __len__(self) -> int:
         return self.num_samples
@@ -148,6 +155,29 @@ class VolumeFile:
         return self._table(SPLIT)
 
     @property
+    def folds(self) -> NDArray[np.uint8] | None:
+        """(N,) the fold of each sample, HELD_OUT for those of the test split; None where there are none."""
+        return self._table(FOLDS) if FOLDS in self.shards[0].tables else None
+
+    @property
+    def num_folds(self) -> int:
+        """0 where the file was not packed with --folds."""
+        folds = self.folds
+        return 0 if folds is None else 1 + max(folds[folds != HELD_OUT].tolist(), default=-1)
+
+    def fold(self, number: int) -> Self:
+        """The same samples, fold `number` as validation, the others as training. VolumeFileError for no such fold."""
+        if not 0 <= number < self.num_folds:
+            what = f"has folds 0 to {self.num_folds - 1}" if self.num_folds else "has no folds: pack it with --folds 5"
+            raise VolumeFileError(f"{self.name} {what}; there is no fold {number}")
+        chosen = copy(self)
+        chosen._tables = dict(self._tables)
+        chosen._tables[SPLIT] = np.where(self._table(FOLDS) == number, np.uint8(SPLITS.index("validation")), self.split)
+        chosen._tables[SPLIT].flags.writeable = False
+        chosen.__dict__.pop("fingerprint", None)
+        return chosen
+
+    @property
     def affine(self) -> NDArray[np.float64]:
         """(N, 4, 4) from voxel indices of the stored sample to mm (RAS)."""
         return self._table(AFFINE)
@@ -175,7 +205,7 @@ class VolumeFile:
     def fingerprint(self) -> str:
         """SHA-256 of ids, targets, split and checksums as they are now; the same samples in shards have the same."""
         targets = None if self.task == "segmentation" else self.targets
-        return compute_fingerprint(self.ids, targets, self.split, self.checksums)
+        return compute_fingerprint(self.ids, targets, self.split, self.checksums, self.folds)
 
     def indices(self, split: str) -> NDArray[np.int64]:
         """Sample numbers of 'train', 'validation' or 'test', in file order. ValueError for another name."""
@@ -256,6 +286,8 @@ def _read_tables(path: Path, file: h5py.File, identity: tuple[int, int, int]) ->
     shape = tuple(int(size) for size in inputs.shape[1:])
     _check_arrays(path, file, task, classes)
     tables = {name: file[name][()] for name in (SPLIT, AFFINE, SOURCE_SHAPE, SCALE, OFFSET, CHECKSUMS)}
+    if FOLDS in file:
+        tables[FOLDS] = file[FOLDS][()]
     for name in (IDS, GROUPS):
         tables[name] = file[name].asstr()[()]
     if task != "segmentation":
@@ -277,9 +309,11 @@ def _read_tables(path: Path, file: h5py.File, identity: tuple[int, int, int]) ->
         targets_offset=targets.id.get_offset() if task == "segmentation" else None,
     )
     stored = str(file.attrs[FINGERPRINT_ATTR])
-    if stored != compute_fingerprint(tables[IDS], tables.get(TARGETS), tables[SPLIT], tables[CHECKSUMS]):
+    if stored != compute_fingerprint(
+        tables[IDS], tables.get(TARGETS), tables[SPLIT], tables[CHECKSUMS], tables.get(FOLDS)
+    ):
         raise VolumeFileError(
-            f"{path}: ids, targets, split or checksums are not those it was packed with (fingerprint "
+            f"{path}: ids, targets, split, checksums or folds are not those it was packed with (fingerprint "
             f"{stored[:12]}); pack it again"
         )
     return shard
@@ -298,8 +332,9 @@ def _check_names(path: Path, file: h5py.File) -> None:
     ]
     if missing:
         raise VolumeFileError(f"{path} is half written or damaged: no {', '.join(missing)}; pack it again")
-    for name in DATASETS:
-        _refuse_foreign(path, file, name)
+    for name in (*DATASETS, FOLDS):
+        if name in file:
+            _refuse_foreign(path, file, name)
 
 
 def _refuse_foreign(path: Path, file: h5py.File, name: str) -> None:
@@ -330,11 +365,14 @@ def _check_arrays(path: Path, file: h5py.File, task: str, classes: tuple[str, ..
         SCALE: (num, shape[0]),
         OFFSET: (num, shape[0]),
     }
+    if FOLDS in file:
+        expected[FOLDS] = (num,)
     for name, wanted in expected.items():
         if file[name].shape != wanted:
             raise VolumeFileError(f"{path}: {name} has shape {file[name].shape}, not {wanted}; pack it again")
-    for name, kind in ((TARGETS, TARGET_DTYPES[task]), (SPLIT, "uint8"), (CHECKSUMS, "uint32")):
-        if file[name].dtype != np.dtype(kind):
+    kinds = {TARGETS: TARGET_DTYPES[task], SPLIT: "uint8", CHECKSUMS: "uint32", FOLDS: "uint8"}
+    for name, kind in kinds.items():
+        if name in file and file[name].dtype != np.dtype(kind):
             raise VolumeFileError(f"{path}: {name} has dtype {file[name].dtype}, not {kind}; pack it again")
     for name in (INPUTS, TARGETS):
         offset, size = file[name].id.get_offset(), path.stat().st_size
@@ -345,6 +383,11 @@ def _check_arrays(path: Path, file: h5py.File, task: str, classes: tuple[str, ..
 def _check_values(shard: Shard) -> None:
     if shard.tables[SPLIT].max() >= len(SPLITS):
         raise VolumeFileError(f"{shard.path}: split holds {shard.tables[SPLIT].max()}; only 0, 1 and 2 are known")
+    if (
+        FOLDS in shard.tables
+        and ((shard.tables[FOLDS] == HELD_OUT) != (shard.tables[SPLIT] == SPLITS.index("test"))).any()
+    ):
+        raise VolumeFileError(f"{shard.path}: test samples are in a fold, or others in none; pack it again")
     if shard.task == "classification":
         low, high = int(shard.tables[TARGETS].min()), int(shard.tables[TARGETS].max())
         if low < 0 or high >= len(shard.class_names):
@@ -354,6 +397,8 @@ def _check_values(shard: Shard) -> None:
 
 
 def _require_same(first: Shard, other: Shard) -> None:
+    if (FOLDS in first.tables) != (FOLDS in other.tables):
+        raise VolumeFileError(f"one of {first.path} and {other.path} has folds, the other not; pack both alike")
     for name in ("shape", "dtype", "task", "class_names", "orientation"):
         mine, theirs = getattr(first, name), getattr(other, name)
         if mine != theirs:

@@ -8,14 +8,15 @@ nothing behind.
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.annotation import Atlas, Row, match_rows, read_atlas, read_table, sort_names
+from datasets.annotation import Atlas, Row, match_rows, read_atlas, read_list, read_table, sort_names
+from datasets.duplicates import ACTIONS, Print, find_twins, fingerprint
 from datasets.layout import open_volumes
 from datasets.nifti import (
     SUFFIXES,
@@ -28,7 +29,7 @@ from datasets.nifti import (
     volume_id,
 )
 from datasets.order import philox_bits
-from datasets.partition import SPLITS, UNSET, split_samples
+from datasets.partition import SPLITS, UNSET, fold_samples, split_samples
 from datasets.prepare import (
     DTYPES,
     NORMALISATIONS,
@@ -56,10 +57,14 @@ class PackOptions:
     """NIfTI files, or folders that are searched for them"""
     output: Path
     labels: Path | None = None
-    """table with columns id, label[, group][, split]; beside an atlas it has no column label"""
+    """table with columns id, label[, group][, split][, fold]; beside an atlas it has no column label"""
     group: str | None = None
     """column of the table that names the group; default: 'group' if there is one"""
     split: tuple[float, float, float] = (0.7, 0.15, 0.15)
+    split_list: Path | None = None
+    """JSON with the ids of each split, or of each fold"""
+    folds: int | None = None
+    """of cross-validation: all samples that are not of the test split are in one; then the validation share is 0"""
     seed: int = 0
     atlas: Path | None = None
     regions: Path | None = None
@@ -72,6 +77,8 @@ class PackOptions:
     """voxels that whole volumes are cropped or padded to"""
     dtype: str = "keep"
     normalise: str = "zscore"
+    duplicates: str | None = None
+    """keep, drop or error; None: kept and told, but an error where two splits have them"""
 
     def __post_init__(self) -> None:
         if (self.atlas is None) != (self.regions is None):
@@ -93,8 +100,15 @@ class PackOptions:
             raise ValueError(f"--dtype {self.dtype!r} is unknown; use {', '.join(DTYPES)}")
         if self.normalise not in NORMALISATIONS:
             raise ValueError(f"--normalise {self.normalise!r} is unknown; use {', '.join(NORMALISATIONS)}")
+        if self.duplicates not in (None, *ACTIONS):
+            raise ValueError(f"--duplicates {self.duplicates!r} is unknown; use {', '.join(ACTIONS)}")
         if self.group is not None and self.labels is None:
             raise ValueError(f"--group {self.group} is a column of a table; add --labels TABLE")
+        if self.folds is not None and self.split[SPLITS.index("validation")]:
+            shares = "/".join(f"{100 * share:g}" for share in self.split)
+            raise ValueError(
+                f"--folds {self.folds}: each fold is the validation once; write --split 85/0/15, not {shares}"
+            )
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"--seed {self.seed} is out of range; use 0 to 2**64 - 1")
 
@@ -133,6 +147,7 @@ class _Survey:
     intensities: Intensities
     places: list[_Place]
     manifest: dict[str, Any]
+    print: Print
 
     @property
     def group(self) -> str:
@@ -141,6 +156,10 @@ class _Survey:
     @property
     def split(self) -> int:
         return self.row.split if self.row else UNSET
+
+    @property
+    def fold(self) -> int:
+        return self.row.fold if self.row else UNSET
 
 
 @dataclass(frozen=True)
@@ -160,10 +179,14 @@ def pack(options: PackOptions, progress: Progress | None = None) -> PackSummary:
     surveys, bad = _survey_all(options, sources, labels, steps)
     if not surveys:
         raise ValueError(f"no volume can be packed; the first, {bad[0][0]}: {bad[0][1]}")
+    surveys, twins = _drop_duplicates(options, surveys)
     _require_all_classes(labels, surveys, bad)
     shape = _common_shape(options, surveys)
     dtype = resolve_dtype(options.dtype, [survey.intensities for survey in surveys])
-    split = iter(_split(options, surveys).tolist())
+    split = _split(options, surveys)
+    if options.duplicates != "keep":
+        _refuse_leaks(surveys, split, twins)
+    parts = iter(split)
     with VolumeWriter(
         options.output,
         shape=(1, *shape),
@@ -172,12 +195,13 @@ def pack(options: PackOptions, progress: Progress | None = None) -> PackSummary:
         class_names=labels.class_names,
         packing=resolved(options, dtype),
         source=[survey.manifest for survey in surveys],
+        folds=options.folds is not None,
     ) as writer:
         for survey in surveys:
             steps.next(survey.path.name)
-            _write(writer, options, survey, dtype, split)
+            _write(writer, options, survey, dtype, parts)
     summary = _summarise(options.output, bad)
-    summary.notes += _notes(labels, surveys)
+    summary.notes += [*_notes(labels, surveys), *map(_told, twins)]
     return summary
 
 
@@ -200,7 +224,7 @@ def find_sources(given: Sequence[Path]) -> dict[str, Path]:
 def resolved(options: PackOptions, dtype: str) -> dict[str, Any]:
     """The options as stored in the file, with what `keep` came to and the rules that predict has to replay."""
     plain = asdict(options)
-    for name in ("labels", "atlas", "regions"):
+    for name in ("labels", "split_list", "atlas", "regions"):
         plain[name] = plain[name].name if plain[name] else None
     del plain["sources"], plain["output"]
     rules = {"orientation": "RAS", "foreground": "above 0, or all voxels when none is 0", "pad": "minimum"}
@@ -230,7 +254,7 @@ def _expand(entry: Path) -> list[Path]:
 
 def _protect_inputs(options: PackOptions, sources: list[Path]) -> None:
     target = options.output.resolve()
-    for path in (*sources, options.labels, options.atlas, options.regions):
+    for path in (*sources, options.labels, options.split_list, options.atlas, options.regions):
         if path is not None and path.resolve() == target:
             raise ValueError(f"--output {options.output} would overwrite the input {path}; give another name")
 
@@ -240,6 +264,14 @@ def _read_labels(options: PackOptions, ids: list[str]) -> _Labels:
     if options.labels is not None:
         rows = read_table(options.labels, options.group, need_label=options.atlas is None)
         match_rows(options.labels, rows, ids)
+    if options.split_list is not None:
+        fixed = read_list(options.split_list)
+        match_rows(options.split_list, fixed, ids)
+        table = rows or fixed
+        rows = {name: replace(table[name], split=row.split, fold=row.fold) for name, row in fixed.items()}
+    if rows is not None and options.folds is None and any(row.fold != UNSET for row in rows.values()):
+        most = max(row.fold for row in rows.values())
+        raise ValueError(f"{options.split_list or options.labels} has folds: add --folds {most + 1}")
     if options.atlas is not None and options.regions is not None:
         atlas = read_atlas(options.atlas, options.regions)
         return _Labels(atlas.class_names, rows, atlas)
@@ -268,7 +300,16 @@ def _survey(options: PackOptions, name: str, path: Path, labels: _Labels) -> _Su
     places = [_Place(label)] if options.patch is None and label is not None else []
     if options.patch is not None:
         places = _draw_patches(options, name, volume, labels.atlas, label)
-    return _Survey(name, path, row, volume.data.shape, measure(volume.data), places, describe_source(path))
+    return _Survey(
+        name,
+        path,
+        row,
+        volume.data.shape,
+        measure(volume.data),
+        places,
+        describe_source(path),
+        fingerprint(volume.data),
+    )
 
 
 def _draw_patches(
@@ -306,6 +347,48 @@ def _draw(among: NDArray[Any], rooms: tuple[int, ...], count: int, key: tuple[in
     return [tuple(int(axis) for axis in corner) for corner in np.stack(np.unravel_index(chosen, rooms), axis=1)]
 
 
+_Pair = tuple[_Survey, _Survey, bool]
+"""Two that are equal, or (True) nearly so."""
+
+
+def _drop_duplicates(options: PackOptions, surveys: list[_Survey]) -> tuple[list[_Survey], list[_Pair]]:
+    """What is packed, and the pairs to be told. Only equal ones are dropped; ValueError where there may be none."""
+    twins = [
+        (surveys[pair.first], surveys[pair.second], pair.alike)
+        for pair in find_twins([survey.print for survey in surveys])
+    ]
+    if twins and options.duplicates == "error":
+        raise ValueError(f"{_told(twins[0])}{_more(twins)}; leave out one, or use --duplicates drop or keep")
+    gone = {second.id for _, second, alike in twins if not alike} if options.duplicates == "drop" else set()
+    return [survey for survey in surveys if survey.id not in gone], twins
+
+
+def _refuse_leaks(surveys: list[_Survey], split: list[tuple[str, int | None]], twins: list[_Pair]) -> None:
+    """Refuse (ValueError) two of a kind in different splits or folds: one would be trained on, and the other scored."""
+    homes = dict(zip((survey.id for survey in surveys for _ in survey.places), split, strict=True))
+    leaks = [pair for pair in twins if pair[1].id in homes and homes[pair[0].id] != homes[pair[1].id]]
+    if leaks:
+        first, second, _ = leaks[0]
+        where = " and ".join(
+            name if fold is None else f"fold {fold}" for name, fold in (homes[first.id], homes[second.id])
+        )
+        raise ValueError(
+            f"{_told(leaks[0])}, and they are in {where}{_more(leaks)}: give both one group, "
+            "or use --duplicates drop or keep"
+        )
+
+
+def _told(pair: _Pair) -> str:
+    first, second, alike = pair
+    labels = sorted({survey.row.label for survey in (first, second) if survey.row and survey.row.label})
+    apart = f", labelled {' and '.join(labels)}" if len(labels) > 1 else ""
+    return f"{second.path} is {'nearly the same as' if alike else 'the same volume as'} {first.path}{apart}"
+
+
+def _more(pairs: list[_Pair]) -> str:
+    return f" ({len(pairs) - 1} more such)" if len(pairs) > 1 else ""
+
+
 def _require_all_classes(labels: _Labels, surveys: list[_Survey], bad: list[tuple[Path, str]]) -> None:
     present = {place.label for survey in surveys for place in survey.places}
     missing = [name for number, name in enumerate(labels.class_names) if number not in present]
@@ -327,13 +410,35 @@ def _common_shape(options: PackOptions, surveys: list[_Survey]) -> tuple[int, ..
     return surveys[0].shape
 
 
-def _split(options: PackOptions, surveys: list[_Survey]) -> NDArray[np.uint8]:
-    samples = [(place.label, survey.group, survey.split) for survey in surveys for place in survey.places]
-    labels, groups, given = zip(*samples, strict=True)
-    return split_samples(labels, groups, options.split, options.seed, given)
+def _split(options: PackOptions, surveys: list[_Survey]) -> list[tuple[str, int | None]]:
+    """Split and fold of each sample."""
+    samples = [(place.label, survey) for survey in surveys for place in survey.places]
+    labels, groups = np.array([label for label, _ in samples]), [survey.group for _, survey in samples]
+    split = split_samples(labels, groups, options.split, options.seed, [survey.split for _, survey in samples])
+    folds: list[int | None] = [None] * len(samples)
+    if options.folds is not None:
+        _refuse_folds(options.folds, surveys)
+        inside = np.flatnonzero(split != SPLITS.index("test"))
+        own = [samples[number][1].fold for number in inside]
+        found = fold_samples(labels[inside], [groups[number] for number in inside], options.folds, options.seed, own)
+        for number, fold in zip(inside.tolist(), found.tolist(), strict=True):
+            folds[number] = fold
+    return list(zip((SPLITS[number] for number in split), folds, strict=True))
 
 
-def _write(writer: VolumeWriter, options: PackOptions, survey: _Survey, dtype: str, split: Iterator[int]) -> None:
+def _refuse_folds(folds: int, surveys: list[_Survey]) -> None:
+    for survey in surveys:
+        if survey.fold >= folds:
+            raise ValueError(
+                f"the table puts {survey.id!r} into fold {survey.fold}, but --folds {folds} ends at {folds - 1}"
+            )
+        if survey.split == SPLITS.index("validation"):
+            raise ValueError(f"the table puts {survey.id!r} into validation, but with --folds each fold is that once")
+
+
+def _write(
+    writer: VolumeWriter, options: PackOptions, survey: _Survey, dtype: str, parts: Iterator[tuple[str, int | None]]
+) -> None:
     try:
         volume = read_volume(survey.path)
     except UnusableVolume as error:
@@ -342,6 +447,7 @@ def _write(writer: VolumeWriter, options: PackOptions, survey: _Survey, dtype: s
     scale, offset = normalisation(survey.intensities, storage, options.normalise)
     stored = store(volume.data, storage)
     for number, place in enumerate(survey.places):
+        split, fold = next(parts)
         if place.start is not None and options.patch is not None:
             part, affine = cut_patch(stored, place.start, options.patch), move_origin(volume.affine, place.start)
         else:
@@ -351,7 +457,8 @@ def _write(writer: VolumeWriter, options: PackOptions, survey: _Survey, dtype: s
             place.label,
             id=survey.id if place.start is None else f"{survey.id}/{number:05d}",
             group=survey.group,
-            split=SPLITS[next(split)],
+            split=split,
+            fold=fold,
             affine=affine,
             scale=scale,
             offset=offset,
@@ -365,11 +472,6 @@ def _notes(labels: _Labels, surveys: list[_Survey]) -> list[str]:
         notes.append("splits come from the table's column 'split' where it is filled")
     if len(labels.class_names) == 1:
         notes.append(f"there is only one class, {labels.class_names[0]!r}: nothing to tell apart")
-    first: dict[str, Path] = {}
-    for survey in surveys:
-        twin = first.setdefault(survey.manifest["sha256"], survey.path)
-        if twin != survey.path:
-            notes.append(f"{survey.path} has the same bytes as {twin}: give both one group, or they may leak")
     return notes
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from datasets import layout
-from datasets.partition import SPLITS, check_groups
+from datasets.partition import HELD_OUT, SPLITS, check_groups, fold_names
 
 PAGE = 4096
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -26,7 +26,8 @@ class VolumeWriter:
             writer.add(volume, 0, id="case1", group="patient1", split="train")
 
     shape: (C, *spatial). task: classification (class number), multilabel ((K,) of 0 and 1) or segmentation (uint8 map
-    of the spatial shape). Data are contiguous and begin at a page. ValueError when samples do not fit or are missing.
+    of the spatial shape). folds: for cross-validation, `add` is told the fold of each sample. Data are contiguous and
+    begin at a page. ValueError when samples do not fit or are missing.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class VolumeWriter:
         packing: dict[str, Any] | None = None,
         source: Sequence[dict[str, Any]] = (),
         orientation: str = "RAS",
+        folds: bool = False,
     ) -> None:
         self.path = Path(path)
         self.shape, self.dtype, self.num_samples = tuple(shape), np.dtype(dtype), num_samples
@@ -52,6 +54,7 @@ class VolumeWriter:
             layout.SOURCE_ATTR: json.dumps(list(source)),
             layout.PACKING_ATTR: json.dumps(packing or {}),
         }
+        self._folds = folds
         self._check()
         self._target_shape = layout.target_shape(task, self.shape, len(self.class_names))
         self._ids: list[str] = []
@@ -81,18 +84,24 @@ class VolumeWriter:
         id: str,
         group: str | None = None,
         split: str = "train",
+        fold: int | None = None,
         affine: ArrayLike | None = None,
         scale: ArrayLike = 1.0,
         offset: ArrayLike = 0.0,
         source_shape: Sequence[int] | None = None,
     ) -> None:
-        """Append a sample: inputs (C, *spatial) in the file's dtype, target in the task's form. group: default id."""
+        """Append a sample: inputs (C, *spatial) in the file's dtype, target in the task's form. group: default id.
+
+        fold: of a file with `folds`, for each sample that is not of the test split.
+        """
         row = len(self._ids)
         stored = self._check_sample(np.asarray(inputs), id, row)
         label = self._check_target(np.asarray(target), id)
         self._file[layout.INPUTS][row] = stored
         self._rows[layout.TARGETS][row] = label
         self._rows[layout.SPLIT][row] = SPLITS.index(split)
+        if self._folds:
+            self._rows[layout.FOLDS][row] = HELD_OUT if fold is None else fold
         self._rows[layout.AFFINE][row] = np.eye(4) if affine is None else affine
         self._rows[layout.SOURCE_SHAPE][row] = self.shape[1:] if source_shape is None else source_shape
         self._rows[layout.SCALE][row] = scale
@@ -131,6 +140,8 @@ class VolumeWriter:
             layout.OFFSET: np.zeros((num, channels), np.float32),
             layout.CHECKSUMS: np.zeros(num, np.uint32),
         }
+        if self._folds:
+            tables[layout.FOLDS] = np.zeros(num, np.uint8)
         # label maps go straight to the file, everything else fits in memory until the end
         maps = self.task == "segmentation"
         tables[layout.TARGETS] = self._file.create_dataset(layout.TARGETS, *targets) if maps else np.zeros(*targets)
@@ -157,6 +168,8 @@ class VolumeWriter:
         if len(self._ids) != self.num_samples:
             raise ValueError(f"{self.path}: {len(self._ids)} of {self.num_samples} announced samples were added")
         check_groups(self._groups, self._rows[layout.SPLIT])
+        if self._folds:
+            check_groups(self._groups, self._rows[layout.FOLDS], fold_names())
         text = h5py.string_dtype("utf-8")
         self._file.create_dataset(layout.IDS, data=self._ids, dtype=text)
         self._file.create_dataset(layout.GROUPS, data=self._groups, dtype=text)
@@ -165,7 +178,8 @@ class VolumeWriter:
                 self._file.create_dataset(name, data=table)
         targets = None if self.task == "segmentation" else self._rows[layout.TARGETS]
         self._attributes[layout.FINGERPRINT_ATTR] = layout.compute_fingerprint(
-            self._ids, targets, self._rows[layout.SPLIT], self._rows[layout.CHECKSUMS]
+            *(self._ids, targets, self._rows[layout.SPLIT], self._rows[layout.CHECKSUMS]),
+            self._rows.get(layout.FOLDS),
         )
         for name, value in self._attributes.items():
             self._file.attrs[name] = value

@@ -80,6 +80,8 @@ class Data(Section):
 
     file: str
     """The HDF5 file of `hpc pack`."""
+    fold: Annotated[int, Field(ge=0)] | None = None
+    """Of a file packed with --folds: the validation of this run; the other folds are its training."""
     batch_size: Positive = 8
     """Global: of one optimizer step, over all ranks and accumulated parts."""
     augment: dict[str, Any] = {}

@@ -21,7 +21,15 @@ from hpc.rundir import RunDir
 
 def open_data(experiment: Experiment) -> VolumeFile:
     """The data file, compared with the experiment. Raises ValueError or UserError with one line."""
-    volumes = open_volumes(experiment.data.file)
+    volumes, fold = open_volumes(experiment.data.file), experiment.data.fold
+    if fold is not None:
+        volumes = volumes.fold(fold)
+    elif volumes.num_folds:
+        last = volumes.num_folds - 1
+        raise UserError(
+            f"{experiment.data.file} has folds: choose one by data.fold, 0 to {last} "
+            f"(all of them: 'hpc sweep FILE data.fold=0:{last + 1}')"
+        )
     if volumes.task != experiment.task:
         raise UserError(f"task is {experiment.task}, but {experiment.data.file} was packed for {volumes.task}")
     classes = len(volumes.class_names)

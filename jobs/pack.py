@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from datasets.duplicates import ACTIONS
 from datasets.packing import PackOptions, PackSummary, pack
 from datasets.packing import Progress as Report
 from datasets.partition import SPLITS
@@ -26,9 +27,9 @@ EXAMPLES = """examples:
   hpc pack t1/*.nii.gz -o patches.h5 --atlas aal.nii.gz --regions regions.csv --patch 24 --per-class 200
 
 Volumes are turned to RAS, so sizes are x,y,z: right, front, up. Labels come from a table with the columns
-id,label[,group][,split] (id: the file's name without .nii.gz), or from an atlas in the same world space, whose regions
-are a table with the columns value,label; with an atlas the table has only id[,group][,split]. Samples of one group
-(default: one volume) stay in one split."""
+id,label[,group][,split][,fold] (id: the file's name without .nii.gz), or from an atlas in the same world space, whose
+regions are a table with the columns value,label; with an atlas the table has no label. Samples of one group (default:
+one volume) stay in one split or fold."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +66,9 @@ def parse(arguments: Sequence[str] | None) -> PackOptions:
             output=given.output,
             labels=given.labels,
             group=given.group,
-            split=parse_split(given.split),
+            split=parse_split(given.split or ("70/15/15" if given.folds is None else "100/0/0")),
+            split_list=given.split_list,
+            folds=given.folds,
             seed=given.seed,
             atlas=given.atlas,
             regions=given.regions,
@@ -74,6 +77,7 @@ def parse(arguments: Sequence[str] | None) -> PackOptions:
             size=given.size and parse_size("--size", given.size),
             dtype=given.dtype,
             normalise=given.normalise,
+            duplicates=given.duplicates,
         )
     except ValueError as error:
         parser.exit(2, f"{PROG}: error: {error}\n")
@@ -110,9 +114,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("sources", nargs="+", type=Path, metavar="SRC", help=".nii or .nii.gz files, or folders that hold them")
     add("-o", "--output", type=Path, required=True, metavar="FILE.h5", help="written complete or not at all")
-    add("--labels", type=Path, metavar="TABLE", help="CSV or TSV with the columns id,label[,group][,split]")
+    add("--labels", type=Path, metavar="TABLE", help="CSV or TSV with the columns id,label[,group][,split][,fold]")
     add("--group", metavar="COL", help="column of the table whose samples stay together (default: group, if any)")
-    add("--split", default="70/15/15", metavar="T/V/T", help="train/validation/test in percent (default: 70/15/15)")
+    add("--split", metavar="T/V/T", help="train/validation/test in percent (default: 70/15/15; 100/0/0 with --folds)")
+    add("--split-list", type=Path, metavar="JSON", help="ids of each split or fold, as in nnU-Net's splits_final.json")
+    add("--folds", type=int, metavar="K", help="for cross-validation: data.fold=0 to K-1 picks the validation of a run")
     add("--seed", type=int, default=0, help="of the split and of the patches drawn (default: 0)")
     add("--atlas", type=Path, metavar="NIFTI", help="label volume that gives the class of each patch's centre")
     add("--regions", type=Path, metavar="TABLE", help="the atlas' classes: value,label; values may share a label")
@@ -121,6 +127,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--size", metavar="N|X,Y,Z", help="crop or pad whole volumes about their centre")
     add("--dtype", choices=DTYPES, default="keep", help="stored numbers (default: keep, the sources' own if they fit)")
     add("--normalise", choices=NORMALISATIONS, default="zscore", help="of each volume's foreground (default: zscore)")
+    add(
+        "--duplicates",
+        choices=ACTIONS,
+        help="of equal volumes keep all, drop all but one, or stop (default: keep, but stop where two splits have one)",
+    )
     return parser
 
 

@@ -95,7 +95,7 @@ def check(pack: list[str] | None, data: str, split: str) -> str:
 
 def _check_pack(arguments: list[str], split: str, number: int) -> str:
     """Sources and table, before any volume is read; the split must get samples by its share or by the table."""
-    from datasets.annotation import match_rows, read_table
+    from datasets.annotation import match_rows, read_list, read_table
     from datasets.packing import find_sources
     from jobs.pack import parse
 
@@ -106,6 +106,12 @@ def _check_pack(arguments: list[str], split: str, number: int) -> str:
         rows = read_table(options.labels, options.group, need_label=options.atlas is None)
         match_rows(options.labels, rows, list(sources))
         given = {row.split for row in rows.values()}
+    if options.split_list is not None:
+        listed = read_list(options.split_list)
+        match_rows(options.split_list, listed, list(sources))
+        given = {row.split for row in listed.values()}
+    if options.folds is not None and split == "validation":
+        given |= {number}  # each fold is that of some run
     if not options.split[number] and number not in given:
         shares = "/".join(f"{100 * share:g}" for share in options.split)
         raise UserError(f"--split {split}: --pack makes no such samples (its own --split is {shares})")

@@ -274,13 +274,6 @@ def test_a_class_that_cannot_be_learned_is_told(scans, tmp_path, capsys):
     assert "class 'rare' has no sample in train" in capsys.readouterr().err
 
 
-def test_equal_files_are_told(scans, tmp_path, capsys):
-    folder, labels = scans
-    (folder / "s04.nii.gz").write_bytes((folder / "s00.nii.gz").read_bytes())
-    assert run(folder, "-o", tmp_path / "o.h5", "--labels", labels) == 0
-    assert re.search(r"s04.nii.gz has the same bytes as .*s00.nii.gz", capsys.readouterr().err)
-
-
 def missing_source(folder, labels):
     return [folder, folder / "absent.nii.gz", "--labels", labels]
 
