@@ -107,7 +107,7 @@ PREEMPTION = [
         "'hpc submit' killed between sbatch and its record; then preempted, GraceTime 0, KillWait 5",
         "the next command adopts the job: exactly one; saved before SIGKILL, SLURM requeues, we do not",
         "kill after sbatch: hpc submit tiny.yaml launch.cluster=slurm launch.partition=gpu model.pause=0.1\n"
-        f"$ hpc ls\n$ grep job runs/tiny-*/submit.json\n$ ! hpc resume tiny\n{ONE_JOB}\n"
+        f"$ hpc ls\n$ cat runs/tiny-*/s*.json | grep job\n$ ! hpc resume tiny\n{ONE_JOB}\n"
         f"wait for step 30..80\n{PREEMPTED}",
         *(_restarts_once, at_most_an_interval, saved, freed),
         cluster={},
