@@ -45,11 +45,14 @@ def read_table(path: Path, group_column: str | None = None, need_label: bool = T
             raise ValueError(f"{where} has no {'label' if name else 'id'}; fill the cell or remove the line")
         if name in rows:
             raise ValueError(f"{where} gives the id {name!r} a second time; keep one line for each volume")
+        split, fold = _parse_split(cells.get("split", ""), where), _parse_fold(cells.get("fold", ""), where)
+        if UNSET not in (split, fold) and SPLITS[split] != "train":
+            raise ValueError(f"{where} gives {name!r} a fold and the split {SPLITS[split]}; keep one of them")
         rows[name] = Row(
             label=cells["label"] if need_label else None,
             group=cells.get(group_column or "group") or None,
-            split=_parse_split(cells.get("split", ""), where),
-            fold=_parse_fold(cells.get("fold", ""), where),
+            split=split,
+            fold=fold,
         )
     if not rows:
         raise ValueError(f"{path} names no volume; write a line for each: id,{'label' if need_label else 'group'}")
@@ -60,36 +63,75 @@ def read_list(path: Path) -> dict[str, Row]:
     """Fixed splits by volume id, from JSON; ValueError says what is wrong.
 
     {"train": [ids], "validation": [ids], "test": [ids]}, or a fold per entry as in nnU-Net's splits_final.json:
-    [{"train": [ids], "val": [ids]}, ...], where each id is the validation of one.
+    [{"train": [ids], "val": [ids]}, ...], where each id is the validation of one and trained on in all others. A "test"
+    there is the same in each entry.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {' '.join(str(error).split())}") from error
-    entries = found if isinstance(found, list) else [found]
+    entries = [_named_ids(path, entry) for entry in (found if isinstance(found, list) else [found])]
     rows: dict[str, Row] = {}
     for number, entry in enumerate(entries):
-        for name, ids in _named_ids(path, entry):
-            split = SPLIT_NAMES[name.lower()]
+        for split, ids in entry.items():
+            where = Row(None, None, split)
             if isinstance(found, list) and SPLITS[split] == "train":
                 continue  # what is not the validation of this fold is of another
-            where = Row(None, None, UNSET, number) if isinstance(found, list) else Row(None, None, split)
-            for id in map(volume_id, map(Path, ids)):
+            if isinstance(found, list) and SPLITS[split] == "validation":
+                where = Row(None, None, UNSET, number)
+            for id in ids:
                 if rows.setdefault(id, where) != where:
                     raise ValueError(f"{path} puts {id!r} into two parts; keep one of them")
     if not rows:
         raise ValueError(f"{path} names no volume")
+    if isinstance(found, list):
+        _check_trained(path, entries)
     return rows
 
 
-def _named_ids(path: Path, entry: Any) -> list[tuple[str, list[str]]]:
+def merge_list(path: Path, table: dict[str, Row] | None, ids: Sequence[str]) -> dict[str, Row]:
+    """The table's rows with the splits and folds of the list; those that the table alone puts into a split stay.
+
+    An id of nnU-Net's is that of its first channel, too. ValueError where they contradict each other, or miss an id.
+    """
+    known, listed = set(ids), read_list(path)
+    listed = {(f"{id}_0000" if id not in known and f"{id}_0000" in known else id): row for id, row in listed.items()}
+    rows = table or {}
+    match_rows(path, listed, [id for id in ids if id in listed or id not in rows or rows[id].split == UNSET])
+    merged = {}
+    for id in ids:
+        own, fixed = rows.get(id, Row(None, None, UNSET)), listed.get(id, Row(None, None, UNSET))
+        both = [(own.split, fixed.split), (own.fold, fixed.fold)]
+        if any(UNSET not in pair and pair[0] != pair[1] for pair in both) or (
+            own.split != UNSET and fixed.fold != UNSET
+        ):
+            raise ValueError(f"{path} and the table put {id!r} into two parts; keep one of them")
+        merged[id] = Row(own.label, own.group, max(own.split, fixed.split), max(own.fold, fixed.fold))
+    return merged
+
+
+def _named_ids(path: Path, entry: Any) -> dict[int, list[str]]:
+    names = {name: split for name, split in SPLIT_NAMES.items() if name.isalpha()}
     good = isinstance(entry, dict) and all(
-        key.lower() in SPLIT_NAMES and key and isinstance(ids, list) and all(isinstance(id, str) for id in ids)
+        key.lower() in names and isinstance(ids, list) and all(isinstance(id, str) for id in ids)
         for key, ids in entry.items()
     )
     if not good:
         raise ValueError(f'{path} is not {{"train": [ids], "validation": [ids], "test": [ids]}}, or a list of such')
-    return list(entry.items())
+    return {names[key.lower()]: [volume_id(Path(id)) for id in ids] for key, ids in entry.items()}
+
+
+def _check_trained(path: Path, entries: Sequence[dict[int, list[str]]]) -> None:
+    """A fold trains on the validation of all others, and on nothing else: so the file is packed."""
+    train, validation = SPLITS.index("train"), SPLITS.index("validation")
+    every = {id for entry in entries for id in entry.get(validation, [])}
+    for number, entry in enumerate(entries):
+        wrong = set(entry.get(train, every - set(entry.get(validation, [])))) ^ (every - set(entry.get(validation, [])))
+        if wrong:
+            raise ValueError(
+                f"{path}: fold {number} does not train on just what the other folds validate on: see {min(wrong)!r}; "
+                "use a column 'split' for such a split"
+            )
 
 
 def match_rows(table: Path, rows: dict[str, Row], ids: Sequence[str]) -> None:

@@ -6,9 +6,10 @@ people 17 % of the bits differ or more, of one with noise, gamma, another scale 
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,6 @@ _ALIKE = 0.08
 """Share of bits that may differ between two of a kind."""
 _FEWEST_BITS = 200
 """With fewer (volumes of less than 6 voxels an axis) chance would make some alike."""
-_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -34,60 +34,133 @@ class Print:
     num_bits: int
 
 
-@dataclass(frozen=True)
-class Twins:
-    """Numbers of two volumes, the earlier first, that are equal or (`alike`) nearly so."""
+class Volume(Protocol):
+    """What is known of a volume before it is packed."""
 
-    first: int
-    second: int
+    @property
+    def id(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def label(self) -> str | None: ...
+    @property
+    def split(self) -> int: ...
+    @property
+    def fold(self) -> int: ...
+    @property
+    def print(self) -> Print: ...
+
+
+V = TypeVar("V", bound=Volume)
+
+
+@dataclass(frozen=True)
+class Twins(Generic[V]):
+    """Two volumes, the earlier first, that are equal or (`alike`) nearly so."""
+
+    first: V
+    second: V
     alike: bool
+
+    def __str__(self) -> str:
+        labels = sorted({volume.label for volume in (self.first, self.second) if volume.label is not None})
+        apart = f", labelled {' and '.join(labels)}" if len(labels) > 1 else ""
+        same = "nearly the same as" if self.alike else "the same volume as"
+        return f"{self.second.path} is {same} {self.first.path}{apart}"
 
 
 def fingerprint(data: NDArray[Any]) -> Print:
     """Of a volume or an image, whatever dtype its intensities are stored in."""
     digest = hashlib.sha256(repr(data.shape).encode())
+    large = data.dtype.kind in "iu" and data.dtype.itemsize == 8 and bool((np.abs(data) >= 2**53).any())
     for plane in data:
-        digest.update(np.ascontiguousarray(plane, "<f8").tobytes())
+        exact = plane.astype("<i8") if large else plane.astype("<f8") + 0.0  # -0 is 0
+        digest.update(np.ascontiguousarray(exact).tobytes())
     bits = _perceptual(data)
     words = np.packbits(np.pad(bits, (0, -bits.size % 64))).view(np.uint64)
     return Print(digest.hexdigest(), words, bits.size)
 
 
-def find_twins(prints: Sequence[Print]) -> list[Twins]:
-    """Each volume with the first one that it equals or is alike to: at most one line for a volume."""
-    twins, seen = [], dict[str, int]()
-    for number, one in enumerate(prints):
-        if (first := seen.setdefault(one.digest, number)) != number:
-            twins.append(Twins(first, number, alike=False))
-    unique = np.array(sorted(seen.values()), np.int64)
-    for bits in {prints[number].num_bits for number in unique.tolist()} - {0}:
-        twins += _alike(prints, unique[[prints[number].num_bits == bits for number in unique.tolist()]], bits)
-    return sorted(twins, key=lambda pair: pair.second)
+def find_twins(volumes: Sequence[V]) -> list[Twins[V]]:
+    """Each volume with the first one that it equals, and all pairs of different ones that are alike."""
+    seen = dict[str, int]()
+    twins = []
+    for number, volume in enumerate(volumes):
+        if (first := seen.setdefault(volume.print.digest, number)) != number:
+            twins.append((first, number, False))
+    unique = sorted(seen.values())
+    for bits in {volumes[number].print.num_bits for number in unique} - {0}:
+        twins += _alike(volumes, [number for number in unique if volumes[number].print.num_bits == bits], bits)
+    return [Twins(volumes[first], volumes[second], alike) for first, second, alike in sorted(twins, key=_by_second)]
 
 
-def _alike(prints: Sequence[Print], numbers: NDArray[np.int64], bits: int) -> list[Twins]:
-    table = np.stack([prints[number].bits for number in numbers.tolist()])
+def _by_second(pair: tuple[int, int, bool]) -> tuple[int, int]:
+    return pair[1], pair[0]
+
+
+def told(twins: Sequence[Twins[V]], dropped: bool) -> list[str]:
+    """A sentence for each volume that has a twin. `dropped`: equal ones were left out."""
+    first: dict[str, str] = {}
+    for pair in twins:
+        first.setdefault(pair.second.id, f"{pair}{', and left out' if dropped and not pair.alike else ''}")
+    return list(first.values())
+
+
+def without_equals(volumes: Sequence[V], twins: Sequence[Twins[V]]) -> list[V]:
+    """Of equal ones the first. Refused (ValueError) where that would decide between two labels, splits or folds."""
+    for pair in twins:
+        differ = [key for key in ("label", "split", "fold") if getattr(pair.first, key) != getattr(pair.second, key)]
+        if differ and not pair.alike:
+            raise ValueError(
+                f"{pair}: their {' and '.join(differ)} differ, so neither is dropped; leave out one by hand"
+            )
+    gone = {pair.second.id for pair in twins if not pair.alike}
+    return [volume for volume in volumes if volume.id not in gone]
+
+
+def refuse_any(twins: Sequence[Twins[V]]) -> None:
+    """Raises ValueError where there are some."""
+    if twins:
+        raise ValueError(f"{twins[0]}{_more(twins)}; leave out one, or use --duplicates drop or keep")
+
+
+def refuse_leaks(homes: Mapping[str, tuple[str, int | None]], twins: Sequence[Twins[V]]) -> None:
+    """Refuse (ValueError) two of a kind in different splits or folds: one would be trained on, and the other scored.
+
+    homes: split and fold of each id that is packed.
+    """
+    packed = [pair for pair in twins if pair.first.id in homes and pair.second.id in homes]
+    leaks = [pair for pair in packed if homes[pair.first.id] != homes[pair.second.id]]
+    if leaks:
+        pair = leaks[0]
+        where = " and ".join(
+            name if fold is None else f"fold {fold}" for name, fold in (homes[pair.first.id], homes[pair.second.id])
+        )
+        ways = "--duplicates keep" if pair.alike else "--duplicates drop or keep"
+        raise ValueError(f"{pair}, and they are in {where}{_more(leaks)}: give both one group, or use {ways}")
+
+
+def _more(twins: Sequence[Twins[V]]) -> str:
+    return f" ({len(twins) - 1} more such)" if len(twins) > 1 else ""
+
+
+def _alike(volumes: Sequence[V], numbers: list[int], bits: int) -> list[tuple[int, int, bool]]:
+    table = np.stack([volumes[number].print.bits for number in numbers])
     found = []
-    for start in range(0, len(numbers), _AT_ONCE):
-        block = table[start : start + _AT_ONCE]
-        first = np.full(len(block), -1)
-        for other in range(start + len(block)):  # the earliest wins: from the last one down would overwrite it
-            near = np.bitwise_count(block ^ table[other]).sum(axis=1, dtype=np.int64) <= _ALIKE * bits
-            near &= (np.arange(start, start + len(block)) > other) & (first < 0)
-            first[near] = other
-        found += [
-            Twins(int(numbers[first[row]]), int(numbers[start + row]), alike=True) for row in np.flatnonzero(first >= 0)
-        ]
+    for row in range(1, len(numbers)):
+        near = np.bitwise_count(table[:row] ^ table[row]).sum(axis=1, dtype=np.int64) <= _ALIKE * bits
+        found += [(numbers[other], numbers[row], True) for other in np.flatnonzero(near).tolist()]
     return found
 
 
 def _perceptual(data: NDArray[Any]) -> NDArray[np.bool_]:
     """The low frequencies of the means of up to 32 cells an axis, without the mean, each against their median."""
     kept = _FREQUENCIES.get(data.ndim, 4)
-    low = data.astype(np.float64)
+    low: NDArray[Any] = data
     for axis in range(data.ndim):
-        cells = min(_CELLS, data.shape[axis])
-        low = np.moveaxis(_cosines(min(kept, cells), cells) @ np.moveaxis(_means(low, axis, cells), axis, -2), -2, axis)
+        low = _means(low, axis, min(_CELLS, data.shape[axis]))
+    for axis, cells in enumerate(low.shape):
+        low = np.moveaxis(_cosines(min(kept, cells), cells) @ np.moveaxis(low, axis, -2), -2, axis)
     flat = low.ravel()[1:]
     if flat.size < _FEWEST_BITS:
         return np.zeros(0, np.bool_)
@@ -95,10 +168,10 @@ def _perceptual(data: NDArray[Any]) -> NDArray[np.bool_]:
     return bits
 
 
-def _means(data: NDArray[np.float64], axis: int, cells: int) -> NDArray[np.float64]:
+def _means(data: NDArray[Any], axis: int, cells: int) -> NDArray[np.float64]:
     edges = np.arange(cells) * data.shape[axis] // cells
     sizes = np.diff(np.append(edges, data.shape[axis]))
-    sums: NDArray[np.float64] = np.add.reduceat(data, edges, axis=axis)
+    sums: NDArray[np.float64] = np.add.reduceat(data, edges, axis=axis, dtype=np.float64)
     return sums / sizes.reshape([-1 if number == axis else 1 for number in range(data.ndim)])
 
 

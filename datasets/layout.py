@@ -172,7 +172,9 @@ class VolumeFile:
             raise VolumeFileError(f"{self.name} {what}; there is no fold {number}")
         chosen = copy(self)
         chosen._tables = dict(self._tables)
-        chosen._tables[SPLIT] = np.where(self._table(FOLDS) == number, np.uint8(SPLITS.index("validation")), self.split)
+        train, validation, test = map(np.uint8, map(SPLITS.index, ("train", "validation", "test")))
+        folds = self._table(FOLDS)
+        chosen._tables[SPLIT] = np.where(folds == HELD_OUT, test, np.where(folds == number, validation, train))
         chosen._tables[SPLIT].flags.writeable = False
         chosen.__dict__.pop("fingerprint", None)
         return chosen

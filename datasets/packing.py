@@ -8,15 +8,24 @@ nothing behind.
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.annotation import Atlas, Row, match_rows, read_atlas, read_list, read_table, sort_names
-from datasets.duplicates import ACTIONS, Print, find_twins, fingerprint
+from datasets.annotation import Atlas, Row, match_rows, merge_list, read_atlas, read_table, sort_names
+from datasets.duplicates import (
+    ACTIONS,
+    Print,
+    find_twins,
+    fingerprint,
+    refuse_any,
+    refuse_leaks,
+    told,
+    without_equals,
+)
 from datasets.layout import open_volumes
 from datasets.nifti import (
     SUFFIXES,
@@ -154,6 +163,10 @@ class _Survey:
         return (self.row and self.row.group) or self.id
 
     @property
+    def label(self) -> str | None:
+        return self.row.label if self.row else None
+
+    @property
     def split(self) -> int:
         return self.row.split if self.row else UNSET
 
@@ -179,13 +192,18 @@ def pack(options: PackOptions, progress: Progress | None = None) -> PackSummary:
     surveys, bad = _survey_all(options, sources, labels, steps)
     if not surveys:
         raise ValueError(f"no volume can be packed; the first, {bad[0][0]}: {bad[0][1]}")
-    surveys, twins = _drop_duplicates(options, surveys)
+    twins = find_twins(surveys)
+    if options.duplicates == "error":
+        refuse_any(twins)
+    if options.duplicates == "drop":
+        surveys = without_equals(surveys, twins)
     _require_all_classes(labels, surveys, bad)
     shape = _common_shape(options, surveys)
     dtype = resolve_dtype(options.dtype, [survey.intensities for survey in surveys])
     split = _split(options, surveys)
     if options.duplicates != "keep":
-        _refuse_leaks(surveys, split, twins)
+        ids = (survey.id for survey in surveys for _ in survey.places)
+        refuse_leaks(dict(zip(ids, split, strict=True)), twins)
     parts = iter(split)
     with VolumeWriter(
         options.output,
@@ -201,7 +219,7 @@ def pack(options: PackOptions, progress: Progress | None = None) -> PackSummary:
             steps.next(survey.path.name)
             _write(writer, options, survey, dtype, parts)
     summary = _summarise(options.output, bad)
-    summary.notes += [*_notes(labels, surveys), *map(_told, twins)]
+    summary.notes += [*_notes(labels, surveys, split), *told(twins, options.duplicates == "drop")]
     return summary
 
 
@@ -265,10 +283,7 @@ def _read_labels(options: PackOptions, ids: list[str]) -> _Labels:
         rows = read_table(options.labels, options.group, need_label=options.atlas is None)
         match_rows(options.labels, rows, ids)
     if options.split_list is not None:
-        fixed = read_list(options.split_list)
-        match_rows(options.split_list, fixed, ids)
-        table = rows or fixed
-        rows = {name: replace(table[name], split=row.split, fold=row.fold) for name, row in fixed.items()}
+        rows = merge_list(options.split_list, rows, ids)
     if rows is not None and options.folds is None and any(row.fold != UNSET for row in rows.values()):
         most = max(row.fold for row in rows.values())
         raise ValueError(f"{options.split_list or options.labels} has folds: add --folds {most + 1}")
@@ -347,48 +362,6 @@ def _draw(among: NDArray[Any], rooms: tuple[int, ...], count: int, key: tuple[in
     return [tuple(int(axis) for axis in corner) for corner in np.stack(np.unravel_index(chosen, rooms), axis=1)]
 
 
-_Pair = tuple[_Survey, _Survey, bool]
-"""Two that are equal, or (True) nearly so."""
-
-
-def _drop_duplicates(options: PackOptions, surveys: list[_Survey]) -> tuple[list[_Survey], list[_Pair]]:
-    """What is packed, and the pairs to be told. Only equal ones are dropped; ValueError where there may be none."""
-    twins = [
-        (surveys[pair.first], surveys[pair.second], pair.alike)
-        for pair in find_twins([survey.print for survey in surveys])
-    ]
-    if twins and options.duplicates == "error":
-        raise ValueError(f"{_told(twins[0])}{_more(twins)}; leave out one, or use --duplicates drop or keep")
-    gone = {second.id for _, second, alike in twins if not alike} if options.duplicates == "drop" else set()
-    return [survey for survey in surveys if survey.id not in gone], twins
-
-
-def _refuse_leaks(surveys: list[_Survey], split: list[tuple[str, int | None]], twins: list[_Pair]) -> None:
-    """Refuse (ValueError) two of a kind in different splits or folds: one would be trained on, and the other scored."""
-    homes = dict(zip((survey.id for survey in surveys for _ in survey.places), split, strict=True))
-    leaks = [pair for pair in twins if pair[1].id in homes and homes[pair[0].id] != homes[pair[1].id]]
-    if leaks:
-        first, second, _ = leaks[0]
-        where = " and ".join(
-            name if fold is None else f"fold {fold}" for name, fold in (homes[first.id], homes[second.id])
-        )
-        raise ValueError(
-            f"{_told(leaks[0])}, and they are in {where}{_more(leaks)}: give both one group, "
-            "or use --duplicates drop or keep"
-        )
-
-
-def _told(pair: _Pair) -> str:
-    first, second, alike = pair
-    labels = sorted({survey.row.label for survey in (first, second) if survey.row and survey.row.label})
-    apart = f", labelled {' and '.join(labels)}" if len(labels) > 1 else ""
-    return f"{second.path} is {'nearly the same as' if alike else 'the same volume as'} {first.path}{apart}"
-
-
-def _more(pairs: list[_Pair]) -> str:
-    return f" ({len(pairs) - 1} more such)" if len(pairs) > 1 else ""
-
-
 def _require_all_classes(labels: _Labels, surveys: list[_Survey], bad: list[tuple[Path, str]]) -> None:
     present = {place.label for survey in surveys for place in survey.places}
     missing = [name for number, name in enumerate(labels.class_names) if number not in present]
@@ -414,11 +387,17 @@ def _split(options: PackOptions, surveys: list[_Survey]) -> list[tuple[str, int 
     """Split and fold of each sample."""
     samples = [(place.label, survey) for survey in surveys for place in survey.places]
     labels, groups = np.array([label for label, _ in samples]), [survey.group for _, survey in samples]
-    split = split_samples(labels, groups, options.split, options.seed, [survey.split for _, survey in samples])
+    train = SPLITS.index("train")  # where the fold is given
+    given = [train if survey.split == UNSET and survey.fold != UNSET else survey.split for _, survey in samples]
+    split = split_samples(labels, groups, options.split, options.seed, given)
     folds: list[int | None] = [None] * len(samples)
     if options.folds is not None:
         _refuse_folds(options.folds, surveys)
         inside = np.flatnonzero(split != SPLITS.index("test"))
+        if not len(inside):
+            raise ValueError(
+                f"--folds {options.folds}: all samples are in the test split; give it less (--split 85/0/15)"
+            )
         own = [samples[number][1].fold for number in inside]
         found = fold_samples(labels[inside], [groups[number] for number in inside], options.folds, options.seed, own)
         for number, fold in zip(inside.tolist(), found.tolist(), strict=True):
@@ -429,11 +408,9 @@ def _split(options: PackOptions, surveys: list[_Survey]) -> list[tuple[str, int 
 def _refuse_folds(folds: int, surveys: list[_Survey]) -> None:
     for survey in surveys:
         if survey.fold >= folds:
-            raise ValueError(
-                f"the table puts {survey.id!r} into fold {survey.fold}, but --folds {folds} ends at {folds - 1}"
-            )
+            raise ValueError(f"{survey.id!r} is given fold {survey.fold}, but --folds {folds} ends at {folds - 1}")
         if survey.split == SPLITS.index("validation"):
-            raise ValueError(f"the table puts {survey.id!r} into validation, but with --folds each fold is that once")
+            raise ValueError(f"{survey.id!r} is given validation, but with --folds each fold is that once")
 
 
 def _write(
@@ -466,10 +443,19 @@ def _write(
         )
 
 
-def _notes(labels: _Labels, surveys: list[_Survey]) -> list[str]:
+def _notes(labels: _Labels, surveys: list[_Survey], split: list[tuple[str, int | None]]) -> list[str]:
     notes = []
     if any(survey.split != UNSET for survey in surveys):
-        notes.append("splits come from the table's column 'split' where it is filled")
+        notes.append("splits come from the table's column 'split', or from the list, where they are given")
+    homes: dict[int, set[int | None]] = {}
+    for place, (name, fold) in zip((place for survey in surveys for place in survey.places), split, strict=True):
+        if name != "test":
+            homes.setdefault(place.label, set()).add(fold)
+    for number, folds in sorted(homes.items()):
+        if len(folds) == 1 and folds != {None}:
+            notes.append(
+                f"class {labels.class_names[number]!r} is in fold {folds.pop()} alone: its run cannot learn it"
+            )
     if len(labels.class_names) == 1:
         notes.append(f"there is only one class, {labels.class_names[0]!r}: nothing to tell apart")
     return notes

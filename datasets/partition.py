@@ -49,7 +49,12 @@ def fold_samples(
     """
     if not 2 <= num_folds <= MAX_FOLDS:
         raise ValueError(f"{num_folds} folds cannot be made; ask for 2 to {MAX_FOLDS}")
-    return _assign(labels, groups, np.full(num_folds, 1 / num_folds), fold_names(num_folds), seed, given)
+    folds = _assign(labels, groups, np.full(num_folds, 1 / num_folds), fold_names(num_folds), seed, given)
+    if empty := sorted(set(range(num_folds)) - set(folds.tolist())):
+        raise ValueError(
+            f"fold {empty[0]} of {num_folds} is empty: folds are counted from 0; give it samples, or fewer --folds"
+        )
+    return folds
 
 
 def fold_names(num_folds: int = HELD_OUT) -> list[str]:
@@ -116,7 +121,7 @@ def _fill(
     if len(order) < len(empty):
         raise ValueError(
             f"{len(order)} free group(s) cannot fill {' and '.join(parts[part] for part in empty)} without leaking: "
-            f"add volumes, give fewer parts (--split 100/0/0), or a column with them"
+            f"add volumes, give fewer parts (--split 100/0/0, or fewer --folds), or a column with them"
         )
     for done, group in enumerate(order):
         # with as many groups left as empty splits, only those may be chosen

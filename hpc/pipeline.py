@@ -111,7 +111,8 @@ def check(pipeline: Pipeline) -> dict[str, Findings]:
 
 def _check_steps(pipeline: Pipeline, findings: Findings) -> None:
     """The payload looks at its own arguments: what the last link needs is missed before the first one queues."""
-    asked = {"pack": pipeline.pack, "data": pipeline.data, "split": pipeline.split}
+    fold = pipeline.links[-1].plan.experiment.data.fold
+    asked = {"pack": pipeline.pack, "data": pipeline.data, "split": pipeline.split, "fold": fold}
     answer = payload.ask("jobs.step", [], yamlfile.dump(asked))
     words = answer.stderr.strip().splitlines()
     if answer.returncode == ExitCode.DONE:

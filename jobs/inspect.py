@@ -58,6 +58,7 @@ def describe(volumes: VolumeFile) -> dict[str, Any]:
         "task": volumes.task,
         "splits": {split: len(volumes.indices(split)) for split in SPLITS},
         "groups": {split: len({volumes.groups[i] for i in volumes.indices(split)}) for split in SPLITS},
+        "folds": [len(volumes.fold(number).indices("validation")) for number in range(volumes.num_folds)],
         "classes": _count_classes(volumes),
         "spacing_mm": _spacings(volumes),
         "intensities": _intensities(volumes),
@@ -179,6 +180,8 @@ def _show(facts: dict[str, Any]) -> None:
     table.add_row("samples", *(str(facts["splits"][split]) for split in SPLITS), str(facts["num_samples"]))
     table.add_row("groups", *(str(facts["groups"][split]) for split in SPLITS), str(sum(facts["groups"].values())))
     console.print(table)
+    if facts["folds"]:
+        print(f"{len(facts['folds'])} folds of {', '.join(map(str, facts['folds']))} samples, for data.fold")
     seen = facts["intensities"]
     spacings = "; ".join(" x ".join(f"{size:g}" for size in spacing) for spacing in facts["spacing_mm"][:3])
     print(f"spacing {spacings} mm, from {facts['sources']} source file(s)")

@@ -74,7 +74,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def check(pack: list[str] | None, data: str, split: str) -> str:
+def check(pack: list[str] | None, data: str, split: str, fold: int | None = None) -> str:
     """What is to be packed, in words. Raises ValueError or UserError for arguments of `hpc pack` or a split that fail.
 
     `pack`: the arguments, None where `data` is there already.
@@ -85,31 +85,34 @@ def check(pack: list[str] | None, data: str, split: str) -> str:
     if split not in SPLITS:
         raise UserError(f"--split {split!r} is no split; use {', '.join(SPLITS)}")
     if pack is not None:
-        return _check_pack(pack, split, SPLITS.index(split))
+        return _check_pack(pack, split, SPLITS.index(split), fold)
     volumes = open_volumes(data)
+    volumes = volumes if fold is None else volumes.fold(fold)
     if not len(volumes.indices(split)):
         full = [name for name in SPLITS if len(volumes.indices(name))]
         raise UserError(f"--split {split}: {data} has no such samples; it has {', '.join(full)}")
     return f"{data} is there: nothing is packed"
 
 
-def _check_pack(arguments: list[str], split: str, number: int) -> str:
+def _check_pack(arguments: list[str], split: str, number: int, fold: int | None) -> str:
     """Sources and table, before any volume is read; the split must get samples by its share or by the table."""
-    from datasets.annotation import match_rows, read_list, read_table
+    from datasets.annotation import match_rows, merge_list, read_table
     from datasets.packing import find_sources
     from jobs.pack import parse
 
     options = parse(arguments)
     sources = find_sources(options.sources)
-    given = set()
+    given, rows = set(), None
     if options.labels is not None:
         rows = read_table(options.labels, options.group, need_label=options.atlas is None)
         match_rows(options.labels, rows, list(sources))
         given = {row.split for row in rows.values()}
     if options.split_list is not None:
-        listed = read_list(options.split_list)
-        match_rows(options.split_list, listed, list(sources))
-        given = {row.split for row in listed.values()}
+        given = {row.split for row in merge_list(options.split_list, rows, list(sources)).values()}
+    if (fold is None) != (options.folds is None) or (fold or 0) >= (options.folds or 1):
+        raise UserError(
+            f"data.fold is {fold}, and --pack makes {options.folds or 'no'} folds: give both, the first below"
+        )
     if options.folds is not None and split == "validation":
         given |= {number}  # each fold is that of some run
     if not options.split[number] and number not in given:

@@ -1,15 +1,34 @@
 """Volumes that are packed twice: found whatever their dtype, told, dropped or refused, and never in two splits."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import nibabel
 import numpy as np
 import pytest
 from scipy import ndimage
 
 from datasets import open_volumes
-from datasets.duplicates import find_twins, fingerprint
+from datasets.duplicates import Print, find_twins, fingerprint, refuse_leaks
 from jobs import pack
 
 SHAPE = (60, 56, 52)
+
+
+@dataclass
+class Volume:
+    print: Print
+    id: str = ""
+    path: Path = Path("scan.nii")
+    label: str | None = None
+    split: int = -1
+    fold: int = -1
+
+
+def twins_of(volumes):
+    """(first, second, alike) by number."""
+    items = [Volume(fingerprint(data), id=str(number)) for number, data in enumerate(volumes)]
+    return [(int(pair.first.id), int(pair.second.id), pair.alike) for pair in find_twins(items)]
 
 
 def head(seed):
@@ -31,24 +50,40 @@ def changed():
 
 @pytest.mark.parametrize(("data", "alike"), [row[1:] for row in changed()], ids=[row[0] for row in changed()])
 def test_the_same_volume_is_found_again(data, alike):
-    others = [fingerprint(head(seed)) for seed in range(2, 8)]
-    [pair] = find_twins([*others, fingerprint(head(1)), fingerprint(data)])
-    assert (pair.first, pair.second, pair.alike) == (6, 7, alike)
+    others = [head(seed) for seed in range(2, 8)]
+    assert twins_of([*others, head(1), data]) == [(6, 7, alike)]
 
 
 def test_others_of_the_same_kind_are_no_twins():
-    assert not find_twins([fingerprint(head(seed)) for seed in range(20)])
+    assert not twins_of(head(seed) for seed in range(20))
 
 
-def test_each_is_told_once_with_the_first_that_it_equals():
-    prints = [fingerprint(head(seed)) for seed in (1, 2, 1, 2, 1)]
-    assert [(pair.first, pair.second) for pair in find_twins(prints)] == [(0, 2), (1, 3), (0, 4)]
+def test_each_is_told_with_the_first_that_it_equals():
+    assert [pair[:2] for pair in twins_of([head(1), head(2), head(1), head(2), head(1)])] == [(0, 2), (1, 3), (0, 4)]
 
 
 def test_shape_counts_and_volumes_too_small_are_compared_by_their_voxels_alone():
     flat = np.arange(64, dtype=np.int16)
-    prints = [fingerprint(flat.reshape(shape)) for shape in ((4, 4, 4), (8, 8, 1), (4, 4, 4))]
-    assert [(pair.first, pair.second, pair.alike) for pair in find_twins(prints)] == [(0, 2, False)]
+    assert twins_of(flat.reshape(shape) for shape in ((4, 4, 4), (8, 8, 1), (4, 4, 4))) == [(0, 2, False)]
+
+
+def test_minus_zero_is_zero_and_large_integers_are_themselves():
+    small = np.arange(-32, 32).reshape(4, 4, 4)
+    assert twins_of([small.astype(np.int16), np.where(small == 0, -0.0, small)]) == [(0, 1, False)]
+    assert not twins_of([np.full((4, 4, 4), 2**53), np.full((4, 4, 4), 2**53 + 1)])
+
+
+def test_a_chain_of_alike_ones_leaks_nowhere():
+    """A and C are alike, B and C are, A and B are not: B and C are compared, too."""
+
+    def volume(name, bits):
+        words = np.packbits(np.arange(512) < bits).view(np.uint64)
+        return Volume(Print(name, words, 511), id=name)
+
+    twins = find_twins([volume("a", 0), volume("b", 60), volume("c", 30)])
+    assert [(pair.first.id, pair.second.id) for pair in twins] == [("a", "c"), ("b", "c")]
+    with pytest.raises(ValueError, match=r"in validation and train: give both one group, or use --duplicates keep$"):
+        refuse_leaks({"a": ("train", None), "b": ("validation", None), "c": ("train", None)}, twins)
 
 
 @pytest.fixture
@@ -79,9 +114,16 @@ def test_they_are_told(scans, capsys):
     assert len(open_volumes(scans / "o.h5")) == 12
 
 
-def test_they_are_dropped_and_nearly_equal_ones_stay(scans):
+def test_they_are_dropped_and_nearly_equal_ones_stay(scans, capsys):
+    (scans / "scans/s08.nii.gz").write_bytes((scans / "scans/s02.nii.gz").read_bytes())  # of the same class
     assert run(scans, "--split", "100/0/0", "--duplicates", "drop") == 0
     assert set(open_volumes(scans / "o.h5").ids) == {f"s{n:02d}" for n in range(12)} - {"s04", "s08"}
+    assert capsys.readouterr().err.count(", and left out") == 2
+
+
+def test_neither_is_dropped_where_their_labels_differ(scans, capsys):
+    assert run(scans, "--split", "100/0/0", "--duplicates", "drop") == 2
+    assert "labelled sick and well: their label differ, so neither is dropped" in capsys.readouterr().err
 
 
 def test_they_may_be_an_error(scans, capsys):
@@ -95,7 +137,7 @@ def test_they_may_be_an_error(scans, capsys):
 def test_two_of_a_kind_in_two_splits_are_refused_until_they_share_a_group(scans, capsys, how):
     codes = [run(scans, *how, "--seed", seed) for seed in range(4)]
     said = capsys.readouterr().err
-    assert 2 in codes and "give both one group, or use --duplicates drop or keep" in said
+    assert 2 in codes and "give both one group, or use --duplicates" in said
     assert run(scans, *how, "--duplicates", "keep") == 0
     twins = {4: 0, 7: 1, 8: 5}
     assert [run(scans, *how, "--seed", seed, groups=lambda n: twins.get(n, n)) for seed in range(4)] == [0] * 4

@@ -13,7 +13,7 @@ from datasets.partition import HELD_OUT, fold_samples, split_samples
 from datasets.writer import VolumeWriter
 from hpc.errors import UserError
 from hpc.experiment import validate
-from jobs import pack
+from jobs import inspect, pack
 from jobs.check import open_data
 
 
@@ -180,6 +180,45 @@ def test_folds_as_in_nnunets_splits_final(scans):
     assert open_volumes(scans / "o.h5").folds.tolist() == [n // 4 for n in range(20)]
 
 
+def test_a_test_set_stays_one_beside_nnunets_folds(scans):
+    """From the list itself, or from the table, of ids that the list does not name; --split changes nothing then."""
+    folds = [names_of(range(first, first + 4)) for first in (0, 4, 8)]
+    entries = [{"train": [id for other in folds if other is not own for id in other], "val": own} for own in folds]
+    lines = [f"s{n:02d},{'sick' if n // 2 % 2 else 'well'},p{n // 2},{'test' if n > 11 else ''}" for n in range(20)]
+    for rest in (names_of(range(12, 20)), None):
+        tests = {} if rest is None else {"test": rest}
+        (scans / "list.json").write_text(json.dumps([entry | tests for entry in entries]))
+        if rest is None:
+            table(scans, "id,label,group,split", *lines)
+        assert run(scans, "--split-list", scans / "list.json", "--folds", 3, "--split", "75/0/25") == 0
+        assert open_volumes(scans / "o.h5").folds.tolist() == [n // 4 for n in range(12)] + [HELD_OUT] * 8
+    (scans / "list.json").write_text(json.dumps([{"val": ALL[:8]}, {"val": ALL[8:]}]))
+    assert run(scans, "--split-list", scans / "list.json", "--folds", 2) == 2
+
+
+def test_nnunets_names_are_those_of_the_first_channel(scans):
+    for path in list((scans / "scans").iterdir()):
+        path.rename(path.with_name(path.name.replace(".nii", "_0000.nii")))
+    table(scans, "id,label", *(f"s{n:02d}_0000,{'sick' if n % 2 else 'well'}" for n in range(20)))
+    (scans / "list.json").write_text(json.dumps([{"val": ALL[:8]}, {"val": ALL[8:]}]))
+    assert run(scans, "--split-list", scans / "list.json", "--folds", 2) == 0
+
+
+def test_folds_are_told_and_a_class_of_one_fold_is(scans, capsys):
+    table(scans, "id,label", *(f"s{n:02d},{'rare' if n == 3 else 'well'}" for n in range(20)))
+    assert run(scans, "--folds", 4) == 0
+    assert "class 'rare' is in fold" in capsys.readouterr().err
+    assert inspect.main([str(scans / "o.h5")]) == 0
+    assert "4 folds of 5, 5, 5, 5 samples, for data.fold" in capsys.readouterr().out
+
+
+def test_a_fold_of_a_fold_is_one_fold(scans):
+    run(scans, "--folds", 4)
+    volumes = open_volumes(scans / "o.h5")
+    again = volumes.fold(0).fold(1)
+    assert np.array_equal(again.split, volumes.fold(1).split) and again.fingerprint == volumes.fold(1).fingerprint
+
+
 ALL = names_of(range(20))
 
 
@@ -194,8 +233,20 @@ ALL = names_of(range(20))
         ({}, [], "names no volume"),
         ([{"train": ALL[1:], "val": ALL[:1]}, {"train": ALL[:1], "val": ALL[1:]}], [], "has folds: add --folds 2"),
         ([{"train": ALL[10:], "val": ALL[:10]}, {"train": ALL[:10], "val": ALL[9:]}], ["--folds", 2], "'s09' into two"),
+        (
+            [{"train": ALL[:6], "val": ALL[:6]}, {"train": [], "val": ALL[6:]}],
+            ["--folds", 2],
+            "fold 0 does not train on just",
+        ),
+        (
+            [{"val": ALL[:4], "test": ALL[16:]}, {"val": ALL[4:16], "test": ALL[15:]}],
+            ["--folds", 2],
+            "'s15' into two parts",
+        ),
+        ([{"val": ALL[:4]}, {"val": ALL[4:]}], ["--folds", 3], "fold 2 of 3 is empty: folds are counted from 0"),
+        ({"0": ALL}, [], "is not {"),
         ([{"val": ALL[:3]}, {"val": ALL[3:]}], ["--folds", 2], "'p1' is in fold 0 and fold 1"),
-        ({"train": ALL[:10], "val": ALL[10:]}, ["--folds", 2], "into validation, but with --folds each fold is that"),
+        ({"train": ALL[:10], "val": ALL[10:]}, ["--folds", 2], "is given validation, but with --folds each fold is that"),
     ],
 )
 def test_lists_that_cannot_be_are_told_in_a_line(scans, capsys, parts, more, words):
@@ -214,6 +265,7 @@ def test_lists_that_cannot_be_are_told_in_a_line(scans, capsys, parts, more, wor
         ),
         (["--folds", 1], "1 folds cannot be made"),
         (["--folds", 11], "10 free group"),
+        (["--folds", 3, "--split", "0/0/100"], "all samples are in the test split"),
         (["--split-list", "none.json"], "cannot be read as JSON"),
     ],
 )
