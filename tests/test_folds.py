@@ -246,7 +246,7 @@ ALL = names_of(range(20))
         ([{"val": ALL[:4]}, {"val": ALL[4:]}], ["--folds", 3], "fold 2 of 3 is empty: folds are counted from 0"),
         ({"0": ALL}, [], "is not {"),
         ([{"val": ALL[:3]}, {"val": ALL[3:]}], ["--folds", 2], "'p1' is in fold 0 and fold 1"),
-        ({"train": ALL[:10], "val": ALL[10:]}, ["--folds", 2], "is given validation, but with --folds each fold is that"),
+        ({"train": ALL[:10], "val": ALL[10:]}, ["--folds", 2], "is given validation, but with --folds each fold is"),
     ],
 )
 def test_lists_that_cannot_be_are_told_in_a_line(scans, capsys, parts, more, words):
