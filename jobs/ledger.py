@@ -23,14 +23,15 @@ class StepLedger:
     def __init__(self, run: RunDir, generation: int, rank: int, model: nn.Module) -> None:
         run.ledger.mkdir(exist_ok=True)
         self._file = stepledger.path(run, generation, rank).open("ab", buffering=0)
-        self._model = model
+        self._model, self._rank = model, rank
         self._refused = False
 
     def write(self, step: int, batch: Batch, loss: float, skipped: bool) -> None:
         """What this rank did at `step`; `loss` is its sum over the rank's samples."""
         sums = [_crc(pixels) for pixels in batch.inputs]
         weights = None
-        if step % _WEIGHTS_EVERY == 0 and not skipped:  # nothing has changed them; statistics may be another rank's
+        # Right after a rollback the others have rank 0's statistics, later, where a step is skipped, their own.
+        if step % _WEIGHTS_EVERY == 0 and not (skipped and self._rank):
             weights = 0
             for value in self._model.state_dict().values():
                 weights = _crc(value, weights)
