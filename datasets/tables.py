@@ -117,14 +117,16 @@ def resolve_rows(table: Path, rows: dict[str, Row], ids: Sequence[str]) -> dict[
     found: dict[str, Row] = {}
     strays: list[str] = []
     for name, row in rows.items():
-        others = by_name.get(name.rpartition("/")[2], [])
-        fits = [id for id in others if id.endswith(f"/{name}") or name.endswith(f"/{id}")]
-        if name not in known and len(fits) > 1:
+        fits = [name]
+        if name not in known:
+            others = by_name.get(name.rpartition("/")[2], [])
+            fits = [id for id in others if id.endswith(f"/{name}") or name.endswith(f"/{id}")]
+        if len(fits) > 1:
             raise ValueError(f"{table}: {name!r} may be {fits[0]!r} or {fits[1]!r}; write the folder, too")
-        if name not in known and not fits:
+        if not fits:
             strays.append(name)
             continue
-        own = name if name in known else fits[0]
+        own = fits[0]
         if own in found:
             raise ValueError(f"{table}: two lines name {own!r}, one of them as {name!r}; keep one for each sample")
         found[own] = row
