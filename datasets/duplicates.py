@@ -42,7 +42,7 @@ class Volume(Protocol):
     @property
     def path(self) -> Path: ...
     @property
-    def label(self) -> str | None: ...
+    def labels(self) -> tuple[str, ...]: ...
     @property
     def split(self) -> int: ...
     @property
@@ -63,8 +63,8 @@ class Twins(Generic[V]):
     alike: bool
 
     def __str__(self) -> str:
-        labels = sorted({volume.label for volume in (self.first, self.second) if volume.label is not None})
-        apart = f", labelled {' and '.join(labels)}" if len(labels) > 1 else ""
+        named = [", ".join(volume.labels) or "nothing" for volume in (self.first, self.second)]
+        apart = f", labelled {' and '.join(sorted(named))}" if named[0] != named[1] else ""
         same = "nearly the same as" if self.alike else "the same volume as"
         return f"{self.second.path} is {same} {self.first.path}{apart}"
 
@@ -109,7 +109,7 @@ def told(twins: Sequence[Twins[V]], dropped: bool) -> list[str]:
 def without_equals(volumes: Sequence[V], twins: Sequence[Twins[V]]) -> list[V]:
     """Of equal ones the first. Refused (ValueError) where that would decide between two labels, splits or folds."""
     for pair in twins:
-        differ = [key for key in ("label", "split", "fold") if getattr(pair.first, key) != getattr(pair.second, key)]
+        differ = [key for key in ("labels", "split", "fold") if getattr(pair.first, key) != getattr(pair.second, key)]
         if differ and not pair.alike:
             raise ValueError(
                 f"{pair}: their {' and '.join(differ)} differ, so neither is dropped; leave out one by hand"

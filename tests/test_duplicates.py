@@ -20,7 +20,7 @@ class Volume:
     print: Print
     id: str = ""
     path: Path = Path("scan.nii")
-    label: str | None = None
+    labels: tuple[str, ...] = ()
     split: int = -1
     fold: int = -1
 
@@ -123,7 +123,7 @@ def test_they_are_dropped_and_nearly_equal_ones_stay(scans, capsys):
 
 def test_neither_is_dropped_where_their_labels_differ(scans, capsys):
     assert run(scans, "--split", "100/0/0", "--duplicates", "drop") == 2
-    assert "labelled sick and well: their label differ, so neither is dropped" in capsys.readouterr().err
+    assert "labelled sick and well: their labels differ, so neither is dropped" in capsys.readouterr().err
 
 
 def test_they_may_be_an_error(scans, capsys):
