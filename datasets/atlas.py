@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.nifti import NotNifti, UnusableVolume, Volume, read_volume
+from datasets import sources
 from datasets.partition import UNSET
+from datasets.sources import UnusableSource, Volume
 from datasets.tables import read_values, sort_names
 
 
@@ -30,26 +31,29 @@ class Atlas:
             # half-way positions go up, also when rounding left them a hair below
             index = [np.floor(g[0] * x + g[1] * y + g[2] * z + g[3] + 0.5 + 1e-6).astype(np.int64) for g in grid[:3]]
             inside = np.ones(shape[1:], bool)
-            for axis, size in enumerate(self.volume.data.shape):
+            for axis, size in enumerate(self.volume.data.shape[1:]):
                 inside &= (index[axis] >= 0) & (index[axis] < size)
             clipped = tuple(
-                np.clip(places, 0, size - 1) for places, size in zip(index, self.volume.data.shape, strict=True)
+                np.clip(places, 0, size - 1) for places, size in zip(index, self.volume.data.shape[1:], strict=True)
             )
             out[x] = np.where(inside, lookup[clipped], UNSET)
         return out
 
     def _lookup(self) -> NDArray[np.int16]:
-        values, places = np.unique(self.volume.data, return_inverse=True)
+        values, places = np.unique(self.volume.data[0], return_inverse=True)
         numbers = np.array([self.class_of.get(int(value), UNSET) for value in values], np.int16)
-        return numbers[places].reshape(self.volume.data.shape)
+        return numbers[places].reshape(self.volume.data.shape[1:])
 
 
 def read_atlas(path: Path, regions: Path) -> Atlas:
     """Atlas (NIfTI label volume) and regions (table with columns value, label; several values may share a label)."""
     labels = read_values(regions)
     names = sort_names(set(labels.values()))
+    (source,) = sources.find([path]).values()
     try:
-        volume = read_volume(path)
-    except UnusableVolume as error:
-        raise NotNifti(f"{path} cannot serve as an atlas: {error}") from error
+        volume = sources.read(source)
+    except UnusableSource as error:
+        raise ValueError(f"{path} cannot serve as an atlas: {error}") from error
+    if volume.data.ndim != 4 or len(volume.data) != 1:
+        raise ValueError(f"{path} cannot serve as an atlas: it is {volume.data.shape}, not one volume")
     return Atlas(volume, names, {value: names.index(label) for value, label in labels.items()})

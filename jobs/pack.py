@@ -20,9 +20,10 @@ from rich.table import Table
 
 from datasets.codecs import CODECS
 from datasets.duplicates import ACTIONS
-from datasets.packing import BadSources, PackOptions, PackSummary, Recipe, pack
-from datasets.packing import Progress as Report
+from datasets.packing.packer import BadSources, PackSummary, pack
+from datasets.packing.packer import Progress as Report
 from datasets.packing.prepare import DTYPES, NORMALISATIONS
+from datasets.packing.recipe import PackOptions, Recipe
 from datasets.partition import SPLITS
 
 PROG = "hpc pack"

@@ -1,8 +1,7 @@
 """What each source is labelled with, and the part of the data it belongs to, before any voxel is read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 from datasets.atlas import Atlas, read_atlas
 from datasets.folders import read_folders
@@ -11,7 +10,7 @@ from datasets.packing.recipe import FOLDERS, PackOptions
 from datasets.partition import UNSET
 from datasets.sources import Source
 from datasets.splitlist import merge_list
-from datasets.tables import Columns, Row, match_rows, read_table, sort_names
+from datasets.tables import Columns, Row, match_rows, read_table
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,8 @@ def _read_rows(
     if options.labels is None:
         return None, None, False
     if str(options.labels) == FOLDERS and not options.labels.is_file():
-        found = read_folders(sources)
-        return found, sort_names({label for row in found.values() for label in row.labels}), False
+        found = read_folders({id: source.folder for id, source in sources.items()})
+        return found.rows, found.class_names, False
     labels = () if options.atlas is not None or options.masks is not None or options.label == () else options.label
     columns = Columns(labels=labels, separator=options.separator, none=options.no_label, group=options.group)
     table = read_table(options.labels, columns)
@@ -90,5 +89,3 @@ def _require_folds(options: PackOptions, rows: Mapping[str, Row]) -> None:
     if most != UNSET and options.folds is None:
         raise ValueError(f"{options.split_list or options.labels} has folds: add --folds {most + 1}")
 
-
-__all__ = ["Labelling", "Path", "read_labelling", "replace"]
