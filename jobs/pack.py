@@ -27,6 +27,7 @@ from datasets.packing.recipe import PackOptions, Recipe
 from datasets.partition import SPLITS
 
 PROG = "hpc pack"
+OTHERS = ("separator", "no_label", "ragged", "skip_bad", "workers")
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 EXAMPLES = """examples:
   hpc pack scans/ -o scans.h5 --labels labels.csv --size 192,192,192
@@ -82,8 +83,8 @@ def parse(arguments: Sequence[str] | None) -> PackOptions:
 
 
 def _options(given: argparse.Namespace) -> PackOptions:
-    names = ("labels", "group", "split_list", "folds", "atlas", "regions", "masks", "duplicates", "compress")
-    plain = {name: getattr(given, name) for name in (*names, "separator", "no_label", "ragged", "skip_bad", "workers")}
+    names = ("labels", "group", "split_list", "folds", "atlas", "regions", "masks", "classes", "duplicates", "compress")
+    plain = {name: getattr(given, name) for name in (*names, "by_mask", *OTHERS)}
     recipe = Recipe(
         spacing=_numbers("--spacing", given.spacing, float),
         resize=_numbers("--resize", given.resize),
@@ -101,7 +102,6 @@ def _options(given: argparse.Namespace) -> PackOptions:
         recipe=recipe,
         channels=tuple(given.channels.split(",")) if given.channels else (),
         label=tuple(given.label.split(",")),
-        classes=_classes(given.classes),
         split=parse_split(given.split or ("70/15/15" if given.folds is None else "100/0/0")),
         chunk=_numbers("--chunk", given.chunk),
         shard_bytes=_bytes(given.shard_size),
@@ -132,12 +132,6 @@ def _numbers(option: str, text: str | None, kind: Any = int, counts: Sequence[in
         what = "two numbers; write -160,240" if counts == (2,) else "one, two or three numbers; write 24 or 24,24,24"
         raise ValueError(f"{option} {text!r} is not {what}")
     return numbers
-
-
-def _classes(text: str | None) -> tuple[str, ...] | Path | None:
-    if text is None:
-        return None
-    return Path(text) if Path(text).suffix else tuple(text.split(","))
 
 
 def _bytes(text: str | None) -> int | None:
@@ -183,12 +177,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_labels(add: Any) -> None:
-    add("--labels", type=Path, metavar="TABLE", help="CSV, TSV or Parquet; or the word 'folders': the folder is the class")
-    add("--label", default="label", metavar="COL", help="column of the class (default: label); A,B,C: 0/1 columns, '*': all")
+    add("--labels", type=Path, metavar="TABLE", help="CSV, TSV or Parquet; or 'folders': a file's folder is its class")
+    add("--label", default="label", metavar="COL", help="column of the class (default: label); A,B: 0/1 columns, *: all")
     add("--separator", metavar="SIGN", help="between several classes in one cell, such as '|'")
     add("--no-label", metavar="NAME", help="stands for no class in such a cell, such as 'No Finding'")
     add("--group", metavar="COL", help="column whose samples stay together (default: group, if any)")
     add("--masks", type=Path, metavar="FOLDER", help="label maps with the names of the sources: segmentation")
+    add("--by-mask", action="store_true", help="label maps that the table's column mask names: segmentation")
     add("--classes", metavar="A,B|FILE", help="names of their values from 0 on, or a dataset.json or table value,label")
     add("--atlas", type=Path, metavar="NIFTI", help="label volume that gives the class of each patch's centre")
     add("--regions", type=Path, metavar="TABLE", help="the atlas' classes: value,label; values may share a label")

@@ -115,14 +115,12 @@ def _known(labelling: Labelling, source: Finished, path: Path) -> _Known:
 
 def _classes(labelling: Labelling, samples: Sequence[tuple[Finished, Entry]]) -> tuple[list[str], NDArray[Any]]:
     """Names, and numbers (N,) or (N, K) 1 where the sample has the class."""
+    names = labelling.class_names
     if labelling.task == "segmentation":
-        most = max(len(source.counts) for source, _ in samples)
-        names = labelling.class_names or [str(value) for value in range(most)]
-        present = np.zeros((len(samples), max(most, len(names))), np.int64)
+        present = np.zeros((len(samples), len(names)), np.int64)
         for row, (source, _) in zip(present, samples, strict=True):
             row[: len(source.counts)] = np.array(source.counts) > 0
-        return names, present[:, : len(names)]
-    names = labelling.class_names or []
+        return names, present
     numbers = {name: number for number, name in enumerate(names)}
     if labelling.task == "multilabel":
         hot = np.zeros((len(samples), len(names)), np.int64)

@@ -48,6 +48,9 @@ class Plan:
 def make_plan(options: PackOptions, found: Mapping[str, Source], labelling: Labelling) -> Plan:
     """ValueError where the sources do not fit into one file."""
     headers, bad = _read_headers(found)
+    for id in set(headers) - set(labelling.masks if labelling.masks is not None else headers):
+        bad[id] = "it has no mask"
+        del headers[id]
     if not headers:
         id, reason = next(iter(bad.items()))
         raise ValueError(f"nothing can be packed; the first, {found[id].path}: {reason}")
@@ -138,5 +141,5 @@ def _key(
 ) -> str:
     atlas = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (options.atlas, options.regions) if path]
     told = [VERSION, asdict(options.recipe), dtype, shape, chunk, options.compress, options.ragged, options.channels]
-    told += [atlas, sorted((labelling.values or {}).items()), labelling.task]
+    told += [atlas, sorted(labelling.classes.number_of.items()) if labelling.classes else [], labelling.task]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()

@@ -4,15 +4,17 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing.connection import wait as wait_for
+from pathlib import Path
 
 from datasets.packing.journal import Finished
 from datasets.packing.samples import Appender, Bench, Task, make_samples, marked
-from datasets.sources import UnusableSource
+from datasets.masks import mask_values, read_mask
+from datasets.sources import Header, Source, UnusableSource
 
 Outcome = Finished | str
 """of a source: its samples, or the reason why there are none"""
@@ -42,6 +44,24 @@ def run(bench: Bench, tasks: Iterable[Task], workers: int) -> Iterator[tuple[Tas
         raise WorkerDied from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def survey(masks: Sequence[tuple[Source, Source, Header]], workers: int) -> dict[int, Path]:
+    """The values that masks have, each with the first that has it; masks that cannot be read are left to `run`."""
+    context = multiprocessing.get_context("forkserver")
+    found: dict[int, Path] = {}
+    with ProcessPoolExecutor(workers, context) as pool:
+        for (mask, _, _), values in zip(masks, pool.map(_values, *zip(*masks, strict=True)), strict=True):
+            for value in values:
+                found.setdefault(value, mask.path)
+    return found
+
+
+def _values(mask: Source, image: Source, wanted: Header) -> list[int]:
+    try:
+        return mask_values(read_mask(mask, image, wanted))
+    except (UnusableSource, OSError):
+        return []
 
 
 def _in_turn(pool: ProcessPoolExecutor, tasks: Iterator[Task], most: int) -> Iterator[tuple[Task, Outcome]]:

@@ -80,8 +80,10 @@ class PackOptions:
     """column of the table that names the group; default: 'group' if there is one"""
     masks: Path | None = None
     """folder of label maps, one for each source: a segmentation task"""
-    classes: tuple[str, ...] | Path | None = None
-    """names of a label map's classes from 0 on, or a file of them"""
+    by_mask: bool = False
+    """the table's column `mask` names them: a segmentation task"""
+    classes: str | None = None
+    """names of a label map's classes from 0 on, or a file of them; None: the values that are found"""
     atlas: Path | None = None
     regions: Path | None = None
     """table with columns value, label: the classes of the atlas"""
@@ -117,6 +119,10 @@ class PackOptions:
     def _check_labels(self) -> None:
         if (self.atlas is None) != (self.regions is None):
             raise ValueError("an atlas and its regions go together: give both --atlas A.nii.gz and --regions R.csv")
+        if self.by_mask and (self.labels is None or self.masks is not None):
+            raise ValueError("--by-mask takes the column 'mask' of --labels TABLE, in place of --masks FOLDER")
+        if self.classes is not None and self.masks is None and not self.by_mask:
+            raise ValueError("--classes names the values of label maps: give --masks FOLDER, or --by-mask")
         if self.labels is None and self.atlas is None and self.masks is None:
             raise ValueError(
                 "no labels: give --labels TABLE (columns id,label), --labels folders, --masks FOLDER, "
@@ -124,9 +130,11 @@ class PackOptions:
             )
         if self.atlas is not None and self.recipe.patch is None:
             raise ValueError("an atlas gives the class of a place, not of a whole volume: add --patch, for example 24")
-        if self.atlas is not None and self.masks is not None:
+        if self.atlas is not None and (self.masks is not None or self.by_mask):
             raise ValueError("--atlas gives patches a class and --masks voxels theirs; give one of the two")
-        if self.recipe.patch is not None and (self.masks is not None or len(self.label) > 1 or self.separator):
+        if self.recipe.patch is not None and (
+            self.masks is not None or self.by_mask or len(self.label) > 1 or self.separator is not None
+        ):
             raise ValueError(
                 "--patch cuts patches of one class each; pack whole volumes, and let data.patch cut them in training"
             )

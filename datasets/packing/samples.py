@@ -18,11 +18,11 @@ from datasets import codecs, sources
 from datasets.duplicates import Print, fingerprint
 from datasets.packing.geometry import centre_fit, cut, move_origin, resample
 from datasets.packing.journal import NOW, Entry, Finished, Piece
-from datasets.masks import foreground, read_map
+from datasets.masks import Classes, foreground, read_mask
 from datasets.order import philox_bits
 from datasets.packing.prepare import Intensities, Storage, choose_storage, clip, measure, normalisation, store
 from datasets.packing.recipe import Recipe, expand
-from datasets.sources import Source, UnusableSource
+from datasets.sources import Header, Source, UnusableSource, Volume
 
 FOREGROUND = 256
 """voxels that are noted for each class of a label map"""
@@ -61,8 +61,8 @@ class Bench:
     shape: tuple[int, ...] | None
     """of a sample (C, *spatial); None: each its own"""
     atlas: Any = None
-    values: dict[int, int] | None = None
-    """class number of each value of a label map; None: as they are"""
+    classes: Classes | None = None
+    """of the label maps"""
     compress: str | None = None
     chunk: tuple[int, ...] | None = None
     """voxels of a chunk; None: not chunked, or whole samples when compressed"""
@@ -119,7 +119,7 @@ def make_samples(bench: Bench, writer: "Appender", task: Task) -> Finished:
 def _prepare(bench: Bench, task: Task) -> _Prepared:
     recipe = bench.recipe
     volume = sources.read(task.source)
-    maps = None if task.mask is None else read_map(task.mask, volume, bench.values)
+    maps = _map(bench, task, volume)
     told = fingerprint(volume.data)
     source_shape = volume.data.shape[1:]
     data, affine = resample(volume.data, volume.affine, recipe)
@@ -150,6 +150,13 @@ def _prepare(bench: Bench, task: Task) -> _Prepared:
     )
 
 
+def _map(bench: Bench, task: Task, volume: Volume) -> NDArray[np.uint8] | None:
+    if task.mask is None or bench.classes is None:
+        return None
+    wanted = Header(volume.data.shape, volume.data.dtype, volume.affine)
+    return bench.classes.number(read_mask(task.mask, task.source, wanted))
+
+
 def _normal(recipe: Recipe, channel: Intensities, storage: Storage, number: int) -> tuple[float, float]:
     return normalisation(channel, storage, recipe.normalise, number, recipe.window)
 
@@ -169,8 +176,8 @@ def _parts(bench: Bench, task: Task, ready: _Prepared) -> Iterator[Part]:
         raise UnusableSource(f"it is {ready.data.shape}, not {bench.shape} as its header says")
     drawn = None
     if ready.maps is not None:
-        classes = int(ready.maps.max()) + 1
-        drawn = foreground(ready.maps, classes, FOREGROUND, (bench.recipe.seed, zlib.crc32(task.source.id.encode())))
+        key = (bench.recipe.seed, zlib.crc32(task.source.id.encode()))
+        drawn = foreground(ready.maps, len(bench.classes.names) if bench.classes else 0, FOREGROUND, key)
     yield ready.data, ready.maps, drawn, ready.affine, None
 
 
