@@ -191,7 +191,7 @@ WRONG = {
     "2D": (patched(40, "<i2", 2), "it is 2D .*a volume has three axes"),
     "5D": (four(2, 2, 2, 3, 4), "it is 5D .*pick one of its volumes"),
     "complex": (voxels(np.complex64, 1j), "its voxels are complex64; only integers and real numbers"),
-    "colours": (rgb, "its voxels are RGB"),
+    "colours": (rgb, r"its voxels are records \(R, G, B\)"),
     "unknown type": (patched(70, "<i2", 9999), "broken data .*data code 9999"),
     "offset": (patched(108, "<f4", 12.0), "broken data"),
     "no offset": (patched(108, "<f4", np.nan), "broken data"),

@@ -46,7 +46,7 @@ def packable(dtype: np.dtype[Any]) -> np.dtype[Any]:
     if dtype.kind == "b":
         return np.dtype(np.uint8)
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        name = "RGB" if dtype.names else dtype.name
+        name = f"records ({', '.join(dtype.names)})" if dtype.names else dtype.name
         raise UnusableSource(f"its voxels are {name}; only integers and real numbers up to 64 bits can be packed")
     return np.dtype(np.float32) if dtype == np.float16 else dtype.newbyteorder("=")
 
@@ -110,7 +110,9 @@ def _tiles(channel: NDArray[Any]) -> list[tuple[slice | int, ...]]:
     """Parts to copy one by one: one index of the axis that is neither read nor written in order, TILE of the last."""
     strides = [abs(stride) for stride in channel.strides]
     fastest = int(np.argmin(strides))
-    if channel.ndim != 3 or fastest == 2:
+    if channel.ndim < 3:
+        return [()]
+    if fastest == 2:
         return [(index,) for index in range(len(channel))]
     slow = 1 - fastest
     tiles = [slice(start, start + TILE) for start in range(0, channel.shape[2], TILE)]
