@@ -178,7 +178,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_labels(add: Any) -> None:
     add("--labels", type=Path, metavar="TABLE", help="CSV, TSV or Parquet; or 'folders': a file's folder is its class")
-    add("--label", default="label", metavar="COL", help="column of the class (default: label); A,B: 0/1 columns, *: all")
+    add(
+        "--label", default="label", metavar="COL", help="column of the class (default: label); A,B: columns of 0 and 1"
+    )
     add("--separator", metavar="SIGN", help="between several classes in one cell, such as '|'")
     add("--no-label", metavar="NAME", help="stands for no class in such a cell, such as 'No Finding'")
     add("--group", metavar="COL", help="column whose samples stay together (default: group, if any)")

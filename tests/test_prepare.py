@@ -79,7 +79,9 @@ def test_a_window_clips_and_its_lower_end_is_no_foreground():
     low, high = -160, 240
     wanted = np.clip(ct, low, high)
     inside = wanted[wanted > low]
-    assert np.allclose(normalised(ct, "int16", "zscore", (low, high)), (wanted - inside.mean()) / inside.std(), atol=1e-4)
+    assert np.allclose(
+        normalised(ct, "int16", "zscore", (low, high)), (wanted - inside.mean()) / inside.std(), atol=1e-4
+    )
     unit = normalised(ct, "int16", "unit", (low, high))
     assert np.allclose(unit, (wanted - low) / (high - low), atol=1e-5)
     # 400 units on 256 steps, the same steps in each volume

@@ -94,7 +94,7 @@ def _interpolate(
 def centre_fit(
     data: NDArray[Any], affine: Affine, size: tuple[int, ...], pad: Sequence[float]
 ) -> tuple[NDArray[Any], Affine]:
-    """Crop or pad each axis about its centre to `size`; `pad` is each channel's value outside. The affine moves along."""
+    """Crop or pad each axis about its centre to `size`; `pad` is each channel's value outside; the affine moves."""
     if data.shape[1:] == size:
         return data, affine
     starts = [(have - want) // 2 for have, want in zip(data.shape[1:], size, strict=True)]

@@ -1,8 +1,8 @@
 """The work folder of a pack that can be killed at any time: what is finished is not done again.
 
 `.NAME.packing/` beside the output holds data files, one journal and a lock. A line of the journal says where the bytes
-of a source's samples lie; it is written after them. Lines are believed up to the last mark after a sync, and all of them
-while the machine has not been started anew since: a killed process loses no write, a machine without power may.
+of a source's samples lie; it is written after them. Lines are believed up to the last mark after a sync, and all of
+them while the machine has not been started anew: a killed process loses no write, a machine without power may.
 """
 
 import contextlib

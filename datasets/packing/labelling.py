@@ -65,9 +65,7 @@ def _read_table(options: PackOptions, sources: Mapping[str, Source]) -> Table | 
     return Table(match_rows(options.labels, table.rows, list(sources)), table.class_names, table.several)
 
 
-def _masks(
-    options: PackOptions, sources: Mapping[str, Source], rows: Mapping[str, Row]
-) -> Mapping[str, Source] | None:
+def _masks(options: PackOptions, sources: Mapping[str, Source], rows: Mapping[str, Row]) -> Mapping[str, Source] | None:
     if options.masks is not None:
         return pair_masks(options.masks, sources)
     return table_masks({id: row.mask for id, row in rows.items()}) if options.by_mask else None

@@ -8,22 +8,22 @@ and the file is completed and renamed. A killed pack goes on where it was when t
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from datasets import sources
+from datasets.masks import found_classes
 from datasets.packing.journal import Finished, Workshop
 from datasets.packing.labelling import Labelling, read_labelling
 from datasets.packing.parts import Packed, divide, rehearse
-from datasets.packing.plan import Plan, make_plan
-from datasets.packing.pool import WorkerDied, run
+from datasets.packing.plan import Plan, make_plan, read_headers
+from datasets.packing.pool import WorkerDied, run, survey
 from datasets.packing.publish import publish, reserve
-from datasets.packing.recipe import PackOptions, Recipe
+from datasets.packing.recipe import PackOptions
 from datasets.packing.samples import Bench, Task, identity
-from datasets.sources import Source
+from datasets.sources import Header, Source
 from datasets.writer import require_replaceable
-
 
 Progress = Callable[[int, int, int, int], None]
 """called with bytes of the source files that are done, of all, and sources that are done, of all"""
@@ -58,15 +58,17 @@ class PackSummary:
 def pack(options: PackOptions, progress: Progress | None = None) -> PackSummary:
     """Write `options.output` and say what is in it.
 
-    ValueError (one line) for a user's mistake; BadSources where some cannot be packed and `skip_bad` is not set; OSError
-    where the disk is full.
+    ValueError (one line) for a user's mistake; BadSources where some cannot be packed and `skip_bad` is not set;
+    OSError where the disk is full.
     """
     found = sources.find(options.sources, options.channels)
     _protect_inputs(options, found)
     if options.shard_bytes is None:
         require_replaceable(options.output)
     labelling = read_labelling(options, found)
-    plan = make_plan(options, found, labelling)
+    headers, unread = read_headers(found, labelling.masks)
+    labelling = _with_classes(options, labelling, found, headers)
+    plan = make_plan(options, found, headers, unread, labelling)
     rehearse(options, labelling, list(plan.shapes))
     with Workshop(options.output, plan.key) as shop:
         reasons = dict(plan.bad) | _make_samples(options, plan, labelling, shop, progress)
@@ -81,6 +83,17 @@ def pack(options: PackOptions, progress: Progress | None = None) -> PackSummary:
         paths = publish(options, plan, labelling, packed, shop.folder)
         shop.remove()
     return _summarise(paths, packed, bad)
+
+
+def _with_classes(
+    options: PackOptions, labelling: Labelling, found: Mapping[str, Source], headers: Mapping[str, Header]
+) -> Labelling:
+    """Label maps whose values have no names are read once more, before the others, for the values that they have."""
+    if labelling.masks is None or labelling.classes is not None or not headers:
+        return labelling
+    masks = [(labelling.masks[id], found[id], header) for id, header in headers.items()]
+    classes = found_classes(survey(masks, _workers(options, len(masks))))
+    return replace(labelling, classes=classes, class_names=classes.names)
 
 
 def _make_samples(
@@ -100,7 +113,7 @@ def _make_samples(
         plan.dtype,
         plan.shape,
         labelling.atlas,
-        labelling.values,
+        labelling.classes,
         options.compress,
         plan.chunk,
     )
@@ -119,7 +132,7 @@ def _make_samples(
 
 def _task(options: PackOptions, plan: Plan, labelling: Labelling, id: str) -> Task:
     label = labelling.number(id) if options.recipe.patch is not None and labelling.atlas is None else None
-    return Task(plan.sources[id], label, labelling.masks[id] if labelling.masks else None)
+    return Task(plan.sources[id], label, None if labelling.masks is None else labelling.masks[id])
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ def divide(
     paths: Mapping[str, Path],
     bad: Sequence[tuple[Path, str]],
 ) -> Packed:
-    """ValueError with one line for duplicates that are refused, a class without a sample, groups that cannot be split."""
+    """ValueError (one line) for duplicates that are refused, a class without a sample, groups that cannot be split."""
     known = [_known(labelling, source, paths[source.id]) for source in done]
     twins = find_twins(known)
     if options.duplicates == "error":
@@ -89,8 +89,10 @@ def divide(
     names, classes = _classes(labelling, samples)
     _require_all(names, classes, bad)
     split, fold = _divide(options, labelling, [(source.id, 0) for source, _ in samples], classes)
-    homes = {source.id: (SPLITS[code], None if fold is None or code == TEST else int(fold[number]))
-             for number, ((source, _), code) in enumerate(zip(samples, split.tolist(), strict=True))}
+    homes = {
+        source.id: (SPLITS[code], None if fold is None or code == TEST else int(fold[number]))
+        for number, ((source, _), code) in enumerate(zip(samples, split.tolist(), strict=True))
+    }
     if options.duplicates != "keep":
         refuse_leaks(homes, twins)
     patches = options.recipe.patch is not None

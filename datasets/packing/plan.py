@@ -45,12 +45,32 @@ class Plan:
         return math.prod(self.shapes[id]) * np.dtype(self.dtype).itemsize
 
 
-def make_plan(options: PackOptions, found: Mapping[str, Source], labelling: Labelling) -> Plan:
+def read_headers(
+    found: Mapping[str, Source], masks: Mapping[str, Source] | None
+) -> tuple[dict[str, Header], dict[str, str]]:
+    """The header of each source, or the reason why it cannot be packed; masks: those that sources must have."""
+    headers, bad = {}, {}
+    for id, source in found.items():
+        if masks is not None and id not in masks:
+            bad[id] = "it has no mask"
+            continue
+        try:
+            headers[id] = sources.header(source)
+        except UnusableSource as error:
+            bad[id] = str(error)
+        except OSError as error:
+            bad[id] = f"it cannot be read ({error.strerror or error})"
+    return headers, bad
+
+
+def make_plan(
+    options: PackOptions,
+    found: Mapping[str, Source],
+    headers: Mapping[str, Header],
+    bad: Mapping[str, str],
+    labelling: Labelling,
+) -> Plan:
     """ValueError where the sources do not fit into one file."""
-    headers, bad = _read_headers(found)
-    for id in set(headers) - set(labelling.masks if labelling.masks is not None else headers):
-        bad[id] = "it has no mask"
-        del headers[id]
     if not headers:
         id, reason = next(iter(bad.items()))
         raise ValueError(f"nothing can be packed; the first, {found[id].path}: {reason}")
@@ -59,9 +79,7 @@ def make_plan(options: PackOptions, found: Mapping[str, Source], labelling: Labe
     channels = _common("channels", {id: header.shape for id, header in headers.items()}, lambda shape: shape[0])[0]
     if recipe.normalise == "imagenet" and channels != 3:
         raise ValueError(f"--normalise imagenet is for red, green and blue; the sources have {channels} channel(s)")
-    shapes = {
-        id: (channels, *final_shape(header.shape[1:], header.affine, recipe)) for id, header in headers.items()
-    }
+    shapes = {id: (channels, *final_shape(header.shape[1:], header.affine, recipe)) for id, header in headers.items()}
     shape = None if options.ragged else _common_shape(shapes)
     dtype = resolve_dtype(recipe.dtype, (header.dtype for header in headers.values()))
     chunk = None if options.chunk is None else expand(options.chunk, axes, "--chunk")
@@ -97,18 +115,6 @@ def file_names(output: Path, count: int, sharded: bool) -> list[Path]:
     if not sharded:
         return [output]
     return [output.with_name(f"{output.stem}-{n:05d}-of-{count:05d}{output.suffix}") for n in range(1, count + 1)]
-
-
-def _read_headers(found: Mapping[str, Source]) -> tuple[dict[str, Header], dict[str, str]]:
-    headers, bad = {}, {}
-    for id, source in found.items():
-        try:
-            headers[id] = sources.header(source)
-        except UnusableSource as error:
-            bad[id] = str(error)
-        except OSError as error:
-            bad[id] = f"it cannot be read ({error.strerror or error})"
-    return headers, bad
 
 
 def _common(what: str, shapes: Mapping[str, tuple[int, ...]], of: Any) -> tuple[int, ...]:

@@ -11,9 +11,9 @@ from itertools import islice
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 
+from datasets.masks import mask_values, read_mask
 from datasets.packing.journal import Finished
 from datasets.packing.samples import Appender, Bench, Task, make_samples, marked
-from datasets.masks import mask_values, read_mask
 from datasets.sources import Header, Source, UnusableSource
 
 Outcome = Finished | str

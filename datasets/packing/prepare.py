@@ -1,4 +1,4 @@
-"""The intensities of one volume: window, stored numbers, normalisation. `stored * scale + offset` is the normalised one.
+"""Intensities of one volume: window, stored numbers, normalisation; `stored * scale + offset` is the normalised one.
 
 So integers stay integers on disk. Everything is a function of one volume and the recipe, and predict replays it.
 """

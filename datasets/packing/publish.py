@@ -1,2 +1,6 @@
-def publish(*a): raise NotImplementedError
-def reserve(*a): return {}
+def publish(*a):
+    raise NotImplementedError
+
+
+def reserve(*a):
+    return {}

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 
 from datasets import codecs, sources
 from datasets.duplicates import Print, fingerprint
-from datasets.packing.geometry import centre_fit, cut, move_origin, resample
-from datasets.packing.journal import NOW, Entry, Finished, Piece
 from datasets.masks import Classes, foreground, read_mask
 from datasets.order import philox_bits
+from datasets.packing.geometry import centre_fit, cut, move_origin, resample
+from datasets.packing.journal import NOW, Entry, Finished, Piece
 from datasets.packing.prepare import Intensities, Storage, choose_storage, clip, measure, normalisation, store
 from datasets.packing.recipe import Recipe, expand
 from datasets.sources import Header, Source, UnusableSource, Volume
