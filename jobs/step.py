@@ -96,8 +96,6 @@ def check(pack: list[str] | None, data: str, split: str, fold: int | None = None
 
 def _check_pack(arguments: list[str], split: str, number: int, fold: int | None) -> str:
     """Sources and table, before any volume is read; the split must get samples by its share or by the table."""
-    from datasets.packing import find_sources
-    from datasets.splitlist import merge_list
     from datasets import sources
     from datasets.packing.labelling import read_labelling
     from jobs.pack import parse
