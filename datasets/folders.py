@@ -17,7 +17,11 @@ def read_folders(folders: Mapping[str, str]) -> Table:
     for id, path in parts.items():
         if not path:
             raise ValueError(f"{id!r} lies in no folder of a class; give the folder above: cat/ and dog/ in it")
-    splits = all(_is_split(path[0]) for path in parts.values())
+    first = {path[0] for path in parts.values()}
+    splits = all(map(_is_split, first))
+    if not splits and len({SPLIT_NAMES[name.lower()] for name in first if _is_split(name)}) > 1:
+        named = ", ".join(f"{name}/" for name in sorted(first, key=_is_split))
+        raise ValueError(f"some folders are splits and some are not: {named}; give the folders of splits alone")
     rows = {id: _row(id, path, splits) for id, path in parts.items()}
     return Table(rows, sort_names({row.labels[0] for row in rows.values()}))
 

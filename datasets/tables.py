@@ -7,18 +7,14 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from datasets.partition import MAX_FOLDS, SPLITS, UNSET
+from datasets.sources.contract import library, split_name
 
 _SPELLINGS = (("train", "training", "0"), ("validation", "val", "valid", "1"), ("test", "testing", "2"), ("",))
 SPLIT_NAMES = {name: number for number, names in zip((0, 1, 2, UNSET), _SPELLINGS, strict=True) for name in names}
-SUFFIXES = (
-    *(".nii.gz", ".nii", ".nrrd", ".nhdr", ".npy", ".npz", ".dcm"),
-    *(".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp", ".webp"),
-)
 EVERY_COLUMN = "*"
 _OTHERS = ("split", "fold", "mask")
 _TRUTH = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -172,9 +168,8 @@ def read_values(path: Path) -> dict[int, str]:
 
 def plain_id(text: str) -> str:
     """An id as a file's name would give it: without ./ and a known suffix; folders stay, parted by /."""
-    name = text.strip().replace("\\", "/").removeprefix("./")
-    suffix = next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
-    return name[: len(name) - len(suffix)]
+    folder, slash, name = text.strip().replace("\\", "/").removeprefix("./").rpartition("/")
+    return folder + slash + split_name(name)[0]
 
 
 def sort_names(names: set[str]) -> list[str]:
@@ -236,11 +231,7 @@ def _text_lines(path: Path, header: list[str], reader: Any) -> Iterator[tuple[st
 
 def _parquet_cells(path: Path) -> tuple[list[str], Iterator[tuple[str, dict[str, str]]]]:
     """Columns of lists or records are left out."""
-    try:
-        pyarrow: Any = import_module("pyarrow")
-        parquet: Any = import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ValueError(f"reading {path} needs pyarrow: pip install 'hpc-batch[formats]'") from error
+    pyarrow, parquet = (library(name, "pyarrow", "Parquet") for name in ("pyarrow", "pyarrow.parquet"))
     try:
         file = parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:

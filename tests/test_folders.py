@@ -25,6 +25,7 @@ def test_folders_of_splits_give_the_split():
 @pytest.mark.parametrize(
     ("folders", "words"),
     [
+        ({"1": "train/a", "2": "test/a", "3": "more/a"}, "some folders are splits and some are not: more/, "),
         ({"1": "cat", "2": ""}, r"'2' lies in no folder of a class; give the folder above"),
         ({"1": "train/cat", "2": "val"}, r"'2' lies in val/, the folder of a split \(validation\), but in no folder"),
     ],
