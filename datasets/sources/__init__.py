@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from datasets.sources import arrays, images, nifti
+from datasets.sources import arrays, images, nifti, nrrd
 from datasets.sources.contract import SUFFIXES, Header, NotASource, Source, UnusableSource, Volume, split_name
 from datasets.sources.finding import find
 from datasets.sources.voxels import check_values
@@ -31,7 +31,7 @@ __all__ = [
     "split_name",
 ]
 
-READERS: dict[str, Any] = {"nifti": nifti, "numpy": arrays, "image": images}
+READERS: dict[str, Any] = {"nifti": nifti, "nrrd": nrrd, "numpy": arrays, "image": images}
 SAME_PLACE = 1e-3
 """mm, or part of a voxel's size, that the affines of two channels may differ by"""
 
@@ -64,7 +64,8 @@ def describe(source: Source) -> dict[str, Any]:
     """Manifest entry: name, size in bytes, sha256; of several files their sum, and of their bytes in order."""
     digest = hashlib.sha256()
     size = 0
-    for path in source.files:
+    detached = [nrrd.data_file(path) for path in source.files if path.suffix.lower() == ".nhdr"]
+    for path in (*source.files, *(path for path in detached if path)):
         with path.open("rb") as file:
             while block := file.read(2**20):
                 digest.update(block)
