@@ -20,6 +20,7 @@ from rich.table import Table
 
 from datasets.codecs import CODECS
 from datasets.duplicates import ACTIONS
+from datasets.packing.journal import work_folder
 from datasets.packing.packer import BadSources, PackSummary, pack
 from datasets.packing.packer import Progress as Report
 from datasets.packing.prepare import DTYPES, NORMALISATIONS
@@ -55,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     except ValueError as error:
-        print(f"{PROG}: error: {error}", file=sys.stderr)
+        print(f"{PROG}: error: {error}{_kept(options)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{PROG}: failed, {options.output} was not written: {error}", file=sys.stderr)
+        print(f"{PROG}: failed, {options.output} was not written: {error}{_kept(options)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted; the same command goes on from here", file=sys.stderr)
@@ -70,6 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if summary.bad:
         print(f"{PROG}: {len(summary.bad)} source(s) left out, see above", file=sys.stderr)
     return 0
+
+
+def _kept(options: PackOptions) -> str:
+    folder = work_folder(options.output)
+    return f" (what was read is kept in {folder} for the next time)" if folder.exists() else ""
 
 
 def parse(arguments: Sequence[str] | None) -> PackOptions:
@@ -178,9 +184,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_labels(add: Any) -> None:
     add("--labels", type=Path, metavar="TABLE", help="CSV, TSV or Parquet; or 'folders': a file's folder is its class")
-    add(
-        "--label", default="label", metavar="COL", help="column of the class (default: label); A,B: columns of 0 and 1"
-    )
+    add("--label", default="label", metavar="COL", help="column of the class (default: label); A,B: columns of 0 and 1")
     add("--separator", metavar="SIGN", help="between several classes in one cell, such as '|'")
     add("--no-label", metavar="NAME", help="stands for no class in such a cell, such as 'No Finding'")
     add("--group", metavar="COL", help="column whose samples stay together (default: group, if any)")

@@ -78,6 +78,10 @@ def _nested(value: Any) -> Any:
     return tuple(map(_nested, value)) if isinstance(value, list) else value
 
 
+def work_folder(output: Path) -> Path:
+    return output.with_name(f".{output.name}.packing")
+
+
 class Busy(ValueError):
     """Another process packs into the same file."""
 
@@ -90,7 +94,7 @@ class Workshop:
     """
 
     def __init__(self, output: Path, key: str) -> None:
-        self.folder = output.with_name(f".{output.name}.packing")
+        self.folder = work_folder(output)
         self._key = key
         self.finished: dict[str, Finished] = {}
 

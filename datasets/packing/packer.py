@@ -103,19 +103,18 @@ def _make_samples(
     tasks = {id: _task(options, plan, labelling, id) for id in plan.shapes}
     now = {id: identity(task) for id, task in tasks.items()}
     shop.forget({id for id, done in shop.finished.items() if now.get(id) != done.identity})
-    rows = reserve(options, plan, labelling, shop.folder) if plan.in_place else {}
+    rows = reserve(plan, labelling, options, shop.folder) if plan.in_place else {}
     todo = [Task(**vars(task) | {"row": rows.get(id)}) for id, task in tasks.items() if id not in shop.finished]
     size = {id: sum(path.stat().st_size for path in plan.sources[id].files) for id in plan.shapes}
     count = sum(size[id] for id in shop.finished), len(shop.finished)
     bench = Bench(
-        shop.folder,
-        options.recipe,
-        plan.dtype,
-        plan.shape,
-        labelling.atlas,
-        labelling.classes,
-        options.compress,
-        plan.chunk,
+        folder=shop.folder,
+        recipe=options.recipe,
+        dtype=plan.dtype,
+        shape=plan.shape,
+        form=None if plan.shape is None else plan.form(labelling.task, [plan.shape]),
+        atlas=labelling.atlas,
+        classes=labelling.classes,
     )
     bad = {}
     with _named_deaths(shop):

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from datasets import sources
-from datasets.packing.geometry import final_shape
+from datasets import drafts, sources
+from datasets.packing.geometry import final_shape, resampled_shape
 from datasets.packing.labelling import Labelling
 from datasets.packing.prepare import resolve_dtype
-from datasets.packing.recipe import PackOptions, expand
+from datasets.packing.recipe import PackOptions, Recipe, expand
 from datasets.sources import Header, Source, UnusableSource
 
 VERSION = 1
@@ -36,13 +36,26 @@ class Plan:
     dtype: str
     chunk: tuple[int, ...] | None
     """voxels of a chunk"""
+    compress: str | None
+    """codec of the chunks"""
     in_place: bool
     """whole volumes, not chunked: written where they stay, if nothing is left out"""
     key: str
     """what the samples' bytes depend on, beside the sources"""
 
-    def sample_bytes(self, id: str) -> int:
-        return math.prod(self.shapes[id]) * np.dtype(self.dtype).itemsize
+    def bytes_of(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a sample's inputs, not compressed."""
+        return math.prod(shape) * np.dtype(self.dtype).itemsize
+
+    def form(self, task: str, shapes: Sequence[tuple[int, ...]]) -> drafts.Plan:
+        """A file of samples of these shapes."""
+        uneven = None if self.shape is not None else np.array(shapes, np.int64)
+        return drafts.Plan(self.dtype, task, len(shapes), self.shape, uneven, self.chunk, self.compress)
+
+    def draft_name(self, ids: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> str:
+        """The same for the same volumes in the same order: what a stopped pack has written there is in its place."""
+        told = json.dumps([list(ids), [list(shape) for shape in shapes]])
+        return f"rows-{hashlib.sha256(told.encode()).hexdigest()[:16]}.dat"
 
 
 def read_headers(
@@ -71,9 +84,11 @@ def make_plan(
     labelling: Labelling,
 ) -> Plan:
     """ValueError where the sources do not fit into one file."""
+    small = _too_small(options.recipe, headers)
+    bad, headers = {**bad, **small}, {id: header for id, header in headers.items() if id not in small}
     if not headers:
-        id, reason = next(iter(bad.items()))
-        raise ValueError(f"nothing can be packed; the first, {found[id].path}: {reason}")
+        id = next(id for id in found if id in bad)
+        raise ValueError(f"nothing can be packed; the first, {found[id].path}: {bad[id]}")
     axes = len(_common("axes", {id: header.shape[1:] for id, header in headers.items()}, len))
     recipe = options.recipe
     channels = _common("channels", {id: header.shape for id, header in headers.items()}, lambda shape: shape[0])[0]
@@ -93,20 +108,34 @@ def make_plan(
         dtype=dtype,
         chunk=chunk,
         in_place=recipe.patch is None and options.compress is None and chunk is None,
+        compress=options.compress,
         key=_key(options, labelling, dtype, shape, chunk),
     )
 
 
-def into_files(ids: Sequence[str], sizes: Sequence[int], limit: int | None) -> list[list[int]]:
+def _too_small(recipe: Recipe, headers: Mapping[str, Header]) -> dict[str, str]:
+    """Volumes that no patch fits into."""
+    if recipe.patch is None:
+        return {}
+    small = {}
+    for id, header in headers.items():
+        have = resampled_shape(header.shape[1:], header.affine, recipe)
+        want = expand(recipe.patch, len(have), "--patch")
+        if any(here < there for here, there in zip(have, want, strict=True)):
+            small[id] = f"its {have} voxels are smaller than the patch {want}"
+    return small
+
+
+def into_files(sizes: Sequence[int], limit: int | None) -> list[list[int]]:
     """Numbers of the samples in each file: in order, as many as fit into `limit` bytes, at least one."""
     files: list[list[int]] = [[]]
     room = limit or math.inf
-    for number in range(len(ids)):
-        if files[-1] and sizes[number] > room:
+    for number, size in enumerate(sizes):
+        if files[-1] and size > room:
             files.append([])
             room = limit or math.inf
         files[-1].append(number)
-        room -= sizes[number]
+        room -= size
     return files
 
 

@@ -7,14 +7,13 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets import codecs, sources
+from datasets import drafts, sources
 from datasets.duplicates import Print, fingerprint
 from datasets.masks import Classes, foreground, read_mask
 from datasets.order import philox_bits
@@ -60,12 +59,11 @@ class Bench:
     dtype: str
     shape: tuple[int, ...] | None
     """of a sample (C, *spatial); None: each its own"""
+    form: drafts.Plan | None = None
+    """of a file of samples of that shape: how they are cut into chunks, if they are"""
     atlas: Any = None
     classes: Classes | None = None
     """of the label maps"""
-    compress: str | None = None
-    chunk: tuple[int, ...] | None = None
-    """voxels of a chunk; None: not chunked, or whole samples when compressed"""
 
 
 @dataclass(frozen=True)
@@ -242,8 +240,14 @@ class Appender:
             places = self._put(row.file, row.inputs, [inputs]), ()
             if maps is not None and row.maps is not None:
                 places = places[0], self._put(row.file, row.maps, [maps])
+        elif self._bench.form is not None and self._bench.form.box is not None:
+            chunks = [chunk[1:] for chunk in drafts.encode_sample(self._bench.form, inputs, maps)]
+            places = (
+                self._append([stored for stored, _ in chunks]),
+                self._append([stored for _, stored in chunks if stored is not None]),
+            )
         else:
-            places = self._append(self._pieces(inputs, 1)), self._append([] if maps is None else self._pieces(maps, 0))
+            places = self._append([inputs]), ()
         noted = None if drawn is None else (self._own, *self._append([drawn])[0])
         return Entry(
             file=row.file if row else self._own,
@@ -255,22 +259,6 @@ class Appender:
             affine=tuple(affine.reshape(-1).tolist()),
             label=label,
         )
-
-    def _pieces(self, data: NDArray[Any], lead: int) -> list[Any]:
-        """One buffer a chunk, encoded; chunks at the far edges are filled up with zeros."""
-        bench = self._bench
-        if bench.compress is None and bench.chunk is None:
-            return [data]
-        box = bench.chunk or data.shape[lead:]
-        pieces = []
-        for corner in product(*(range(0, size, step) for size, step in zip(data.shape[lead:], box, strict=True))):
-            here = tuple(slice(first, first + step) for first, step in zip(corner, box, strict=True))
-            part = data[(slice(None),) * lead + here]
-            full = np.zeros((*data.shape[:lead], *box), data.dtype)
-            full[tuple(slice(0, size) for size in part.shape)] = part
-            raw = memoryview(full).cast("B")
-            pieces.append(raw if bench.compress is None else codecs.encode(bench.compress, raw, data.itemsize))
-        return pieces
 
     def _append(self, pieces: list[Any]) -> tuple[Piece, ...]:
         places = self._put(self._own, self._end, pieces)
