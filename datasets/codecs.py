@@ -131,7 +131,7 @@ def _encode_bitshuffle(codec: str, source: NDArray[np.uint8], itemsize: int) -> 
 def _decode_bitshuffle(source: NDArray[np.uint8], target: NDArray[np.uint8], itemsize: int) -> None:
     library, name = _library("bshuf"), "bitshuffle"
     _require(source.size >= 12, name, "it is cut short")
-    claimed, block = struct.unpack_from(">QI", source)
+    claimed, block = struct.unpack_from(">QI", source.data)
     _require(claimed == target.size, name, f"it claims {claimed} bytes, not {target.size}")
     _require(block > 0 and block % (8 * itemsize) == 0 and target.size % itemsize == 0, name, f"blocks of {block}")
     _check_blocks(source, target.size, block, itemsize)
@@ -145,7 +145,7 @@ def _check_blocks(source: NDArray[np.uint8], size: int, block: int, itemsize: in
     """Each block is preceded by its length, which the library believes; what is less than 8 items is stored plain."""
     whole, plain = divmod(size, 8 * itemsize)
     read, end = struct.Struct(">I").unpack_from, source.size - plain
-    data, place = memoryview(source), 12
+    data, place = source.data, 12
     for _ in range(-(-whole * 8 * itemsize // block)):
         _require(place + 4 <= end, "bitshuffle", "it is cut short")
         place += 4 + read(data, place)[0]
@@ -180,7 +180,7 @@ def _encode_blosc2(codec: str, source: NDArray[np.uint8], itemsize: int) -> byte
 def _decode_blosc2(source: NDArray[np.uint8], target: NDArray[np.uint8], itemsize: int) -> None:
     name = "blosc2"
     _require(source.size >= _FRAME.size, name, "it is cut short")
-    magic, header, length, raw, stored = _FRAME.unpack_from(source)
+    magic, header, length, raw, stored = _FRAME.unpack_from(source.data)
     _require(magic == b"b2frame\0" and _FRAME.size <= header <= source.size == length, name, "it is no whole frame")
     boxes = _boxes(source[:header].tobytes(), target.size // itemsize)
     padded = target.size if boxes is None else itemsize * math.prod(boxes.padded)
@@ -200,7 +200,7 @@ def _decode_blosc2_chunk(chunk: NDArray[np.uint8], target: NDArray[np.uint8]) ->
     """A chunk of a known codec and known filters only: others would make the library look for a plugin."""
     library, name = _library("blosc2"), "blosc2"
     _require(chunk.size >= _CHUNK.size, name, "its chunk is cut short")
-    _, _, flags, _, raw, block, stored, filters, _, _, _, more, special = _CHUNK.unpack_from(chunk)
+    _, _, flags, _, raw, block, stored, filters, _, _, _, more, special = _CHUNK.unpack_from(chunk.data)
     _require(raw == target.size and stored == chunk.size and 0 < block <= raw, name, f"its chunk claims {raw} bytes")
     known = flags & 5 == 5 and (flags >> 5 in _CHUNK_CODECS or flags & _COPIED) and set(filters) <= _PLAIN_FILTERS
     _require(bool(known), name, "its codec or a filter is unknown")

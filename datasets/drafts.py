@@ -112,10 +112,10 @@ def allocate(draft: Path, plan: Plan) -> Places:
 
     So a draft is good for another start, wherever a kill has left it. ValueError when the disk has no room.
     """
+    _require_room(draft, plan)
     fresh = draft.with_name(f"{draft.name}.{os.getpid()}")
     try:
         places = _create(fresh, plan)
-        _require_room(draft, fresh.stat().st_size)
         if draft.exists() and plan.box is None:
             _copy_structure(fresh, draft, plan, places)
         else:
@@ -259,8 +259,13 @@ def _copy_structure(fresh: Path, draft: Path, plan: Plan, places: Places) -> Non
         target.truncate(size)
 
 
-def _require_room(draft: Path, size: int) -> None:
-    needed = size - (draft.stat().st_blocks * 512 if draft.exists() else 0)
+def _require_room(draft: Path, plan: Plan) -> None:
+    """What a contiguous or ragged plan needs is known; of a chunked one HDF5 finds out."""
+    if plan.box is not None:
+        return
+    elements = int(plan.offsets[-1])
+    needed = elements * np.dtype(plan.dtype).itemsize + (elements // plan.channels if plan.maps else 0)
+    needed -= draft.stat().st_blocks * 512 if draft.exists() else 0
     free = shutil.disk_usage(draft.parent).free
     if needed > free:
         raise ValueError(f"{draft.parent} has {free / 1e9:.1f} GB free, the file needs {needed / 1e9:.1f} more")
@@ -277,7 +282,8 @@ def _encode_box(plan: Plan, data: NDArray[Any], place: tuple[int, ...]) -> bytes
     """Stored bytes of a box; where it reaches over the end of the volume, it is filled up with zeros."""
     assert plan.box is not None
     lead = data.ndim - len(plan.box)
-    cut = data[(..., *(slice(at * step, (at + 1) * step) for at, step in zip(place, plan.box, strict=True)))]
+    box: Any = tuple(slice(at * step, (at + 1) * step) for at, step in zip(place, plan.box, strict=True))
+    cut = data[(..., *box)]
     whole = np.zeros((*data.shape[:lead], *plan.box), data.dtype)
     whole[tuple(map(slice, cut.shape))] = cut
     flat: Any = whole.reshape(-1).view(np.uint8)
