@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from datasets.sources import arrays, images, nifti, nrrd
+from datasets.sources import arrays, dicom, images, nifti, nrrd, tiff
 from datasets.sources.contract import SUFFIXES, Header, NotASource, Source, UnusableSource, Volume, split_name
 from datasets.sources.finding import find
 from datasets.sources.voxels import check_values
@@ -31,7 +31,7 @@ __all__ = [
     "split_name",
 ]
 
-READERS: dict[str, Any] = {"nifti": nifti, "nrrd": nrrd, "numpy": arrays, "image": images}
+READERS: dict[str, Any] = {"nifti": nifti, "dicom": dicom, "nrrd": nrrd, "tiff": tiff, "numpy": arrays, "image": images}
 SAME_PLACE = 1e-3
 """mm, or part of a voxel's size, that the affines of two channels may differ by"""
 
