@@ -59,7 +59,7 @@ class _Known:
 
     id: str
     path: Path
-    label: str | None
+    labels: tuple[str, ...]
     split: int
     fold: int
     print: Print
@@ -111,8 +111,7 @@ def _count(counters: dict[str, int], id: str) -> int:
 def _known(labelling: Labelling, source: Finished, path: Path) -> _Known:
     row = labelling.rows[source.id]
     bits = np.frombuffer(bytes.fromhex(source.hash), np.uint64)
-    label = "|".join(row.labels) if row.labels else None
-    return _Known(source.id, path, label, row.split, row.fold, Print(source.digest, bits, source.num_bits))
+    return _Known(source.id, path, row.labels, row.split, row.fold, Print(source.digest, bits, source.num_bits))
 
 
 def _classes(labelling: Labelling, samples: Sequence[tuple[Finished, Entry]]) -> tuple[list[str], NDArray[Any]]:

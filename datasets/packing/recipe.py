@@ -20,12 +20,12 @@ class Recipe:
     A length of 1 stands for all axes. ValueError for options that contradict each other.
     """
 
+    window: tuple[float, float] | None = None
+    """intensities are clipped to it, in units of the source (CT: Hounsfield units)"""
     spacing: tuple[float, ...] | None = None
     """mm of a voxel after resampling (cubic spline; label maps by nearest neighbour)"""
     resize: tuple[int, ...] | None = None
     """voxels after resampling; a single number is the length of the shorter side, the others follow"""
-    window: tuple[float, float] | None = None
-    """intensities are clipped to it, in units of the source (CT: Hounsfield units)"""
     size: tuple[int, ...] | None = None
     """voxels that are cropped or padded to, about the centre"""
     patch: tuple[int, ...] | None = None

@@ -120,11 +120,10 @@ def _prepare(bench: Bench, task: Task) -> _Prepared:
     maps = _map(bench, task, volume)
     told = fingerprint(volume.data)
     source_shape = volume.data.shape[1:]
-    data, affine = resample(volume.data, volume.affine, recipe)
+    data = volume.data if recipe.window is None else clip(volume.data, recipe.window)
+    data, affine = resample(data, volume.affine, recipe)
     if maps is not None:
         maps = resample(maps[None], volume.affine, recipe, labels=True)[0][0]
-    if recipe.window is not None:
-        data = clip(data, recipe.window)
     channels = [measure(channel, recipe.window) for channel in data]
     if recipe.size is not None:
         size = expand(recipe.size, data.ndim - 1, "--size")
