@@ -200,6 +200,10 @@ def test_shards_are_one_data_set(tmp_path):
     assert [open_volumes(path).num_samples for path in shards] == [4, 4, 4]
     whole, parts = open_volumes(tmp_path / "whole.h5"), open_volumes(shards)
     assert parts.fingerprint == whole.fingerprint and parts.source == whole.source
+    assert open_volumes(tmp_path / "o-*.h5").paths == tuple(shards)
+    shards[1].unlink()
+    with pytest.raises(ValueError, match="names 2 files, but there should be 3"):
+        open_volumes(tmp_path / "o-*.h5")
 
 
 def test_channels_from_several_files(tmp_path):
