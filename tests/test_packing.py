@@ -254,7 +254,7 @@ WRONG = {
         "one of the two",
     ),
     "atlas alone": (with_options("--atlas", "a.nii"), "give both --atlas"),
-    "differ in shape": (other_shape, r"differ in shape: 6x7x8 \(11\), 9x10x11 \(1\); add --size"),
+    "differ in shape": (other_shape, r"differ in shape: 6x7x8 \(11\), 9x10x11 \(1\), such as 's01'; add --size"),
     "nothing usable": (all_bad, "nothing can be packed; the first, .*s00.nii.gz: it is not NIfTI"),
 }
 

@@ -160,9 +160,10 @@ def _common_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     if len(counts) > 1:
         spatial = [shape[1:] for shape in counts]
         listed = ", ".join(f"{'x'.join(map(str, shape[1:]))} ({n})" for shape, n in counts.most_common(4))
+        odd = next(id for id, shape in shapes.items() if shape == counts.most_common()[-1][0])
         size = ",".join(str(max(axis)) for axis in zip(*spatial, strict=True))
         raise ValueError(
-            f"the volumes differ in shape: {listed}; add --size (the largest: {size}), --resize, --patch, or --ragged"
+            f"the volumes differ in shape: {listed}, such as {odd!r}; add --size (the largest: {size}), --resize, --patch, or --ragged"
         )
     return next(iter(counts))
 
