@@ -325,7 +325,7 @@ def _survey(options: PackOptions, name: str, path: Path, labels: _Labels) -> _Su
         measure(volume.data),
         places,
         describe_source(path),
-        fingerprint(volume.data),
+        fingerprint(volume.data[None]),
     )
 
 
