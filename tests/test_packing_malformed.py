@@ -45,6 +45,11 @@ def put(place, dtype, *values):
     return change
 
 
+def no_directions(raw):
+    put(252, "<i2", 0, 1)(raw)  # by the sform
+    put(280, "<f4", *[0.0] * 12)(raw)
+
+
 def with_value(value, dtype=np.float32):
     data = noise(SHAPE).astype(dtype)
     data[1, 2, 3] = value
@@ -101,36 +106,33 @@ BAD = {
     "inf.nii.gz": (nifti(data=with_value(np.inf)), "1 voxels are NaN or infinite"),
     "huge.nii.gz": (nifti(data=with_value(1e300, np.float64)), "beyond float32"),
     "complex.nii.gz": (nifti(data=noise(SHAPE).astype(np.complex64)), "complex64"),
-    "rgb.nii.gz": (nifti(put(70, "<i2", 128, 24)), "RGB"),
-    "empty.nii.gz": (nifti(put(40, "<i2", 3, 0, 7, 8)), "axis|empty|shape"),
-    "negative.nii.gz": (nifti(put(40, "<i2", 3, -6, 7, 8)), "negative|shape"),
+    "rgb.nii.gz": (nifti(put(70, "<i2", 128, 24)), "records"),
+    "empty.nii.gz": (nifti(put(40, "<i2", 3, 0, 7, 8)), "is empty"),
+    "negative.nii.gz": (nifti(put(40, "<i2", 3, -6, 7, 8)), "negative"),
     "bomb.nii.gz": (nifti(put(40, "<i2", 3, 32767, 32767, 32767)), "claims"),
     "five.nii.gz": (nifti(data=np.zeros((3, 3, 3, 2, 2), np.int16)), "5D"),
-    "singular.nii.gz": (
-        nifti(put(252, "<i2", 0, 2) and (lambda raw: (put(252, "<i2", 0, 1)(raw), put(280, "<f4", *[0.0] * 12)(raw)))),
-        "singular|direction",
-    ),
-    "cut.nii.gz": (nifti()[:-40], "broken|cut|ends"),
-    "flipped.nii.gz": (nifti()[:200] + b"\xff\x00\xff" + nifti()[203:], "broken|CRC|data"),
+    "singular.nii.gz": (nifti(no_directions), "singular"),
+    "cut.nii.gz": (nifti()[:-40], "44 too early"),
+    "flipped.nii.gz": (nifti()[:200] + b"\xff\x00\xff" + nifti()[203:], "broken data"),
     "text.nii.gz": (b"hello", "not NIfTI"),
     "nothing.nii": (b"", "not NIfTI"),
-    "short.nii": (nifti(packed=False)[:-9], "claims|cut"),
-    "magic.nii": (nifti(put(344, "S4", b"abcd"), packed=False), "magic|not NIfTI"),
+    "short.nii": (nifti(packed=False)[:-9], "cut off or forged"),
+    "magic.nii": (nifti(put(344, "S4", b"abcd"), packed=False), "its magic is"),
     "object.npy": (npy(np.array([{"a": 1}], object), allow_pickle=True), "object"),
-    "cut.npy": (npy(noise(SHAPE))[:-7], "cut|claims"),
-    "one.npy": (npy(np.zeros(5, np.int16)), "1D|axes"),
-    "text.npy": (npy(np.array([["a", "b"]])), "<U1|str|numbers"),
-    "zero.npy": (npy(np.zeros((6, 0, 8), np.int16)), "empty|axis"),
-    "two.npz": (npz(a=noise(SHAPE), b=noise(SHAPE)), "a, b|'a'|keys"),
-    "noziph.npz": (b"PK\x03\x04 and no more", "zip|broken"),
-    "cut.nrrd": (nrrd(VOLUME, noise(SHAPE).tobytes()[:-5]), "cut|claims|broken|size"),
-    "outside.nhdr": (nrrd([*VOLUME, "data file: ../../../../etc/passwd"]), "outside|folder"),
-    "type.nrrd": (nrrd(["type: block", *VOLUME[1:]]), "block|type"),
-    "cut.png": (png(cut=90), "broken|truncated|cut"),
-    "bomb.png": (png_bomb(), "bomb|claims|pixels"),
-    "text.jpg": (b"\xff\xd8\xff\xe0 no picture", "broken|identify|image"),
+    "cut.npy": (npy(noise(SHAPE))[:-7], "7 bytes too early"),
+    "one.npy": (npy(np.zeros(5, np.int16)), "1 axes"),
+    "text.npy": (npy(np.array([["a", "b"]])), "voxels are str32"),
+    "zero.npy": (npy(np.zeros((6, 0, 8), np.int16)), "is empty"),
+    "two.npz": (npz(a=noise(SHAPE), b=noise(SHAPE)), "holds a, b"),
+    "noziph.npz": (b"PK\x03\x04 and no more", "not a zip file"),
+    "cut.nrrd": (nrrd(VOLUME, noise(SHAPE).tobytes()[:-5]), "cut off or forged"),
+    "outside.nhdr": (nrrd([*VOLUME, "data file: ../../../../etc/passwd"]), "outside its folder"),
+    "type.nrrd": (nrrd(["type: block", *VOLUME[1:]]), "'block'"),
+    "cut.png": (png(cut=90), "truncated"),
+    "bomb.png": (png_bomb(), "too many pixels"),
+    "text.jpg": (b"\xff\xd8\xff\xe0 no picture", "broken data"),
     "cut.tif": (tiff(noise(SHAPE[::-1]), cut=900), "broken|cut|TIFF"),
-    "time.tif": (tiff(np.zeros((2, 3, 8, 9), np.uint16), imagej=True, metadata={"axes": "TZYX"}), "T|time"),
+    "time.tif": (tiff(np.zeros((2, 3, 8, 9), np.uint16), imagej=True, metadata={"axes": "TZYX"}), "pick one time"),
 }
 
 

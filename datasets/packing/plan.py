@@ -163,7 +163,8 @@ def _common_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
         odd = next(id for id, shape in shapes.items() if shape == counts.most_common()[-1][0])
         size = ",".join(str(max(axis)) for axis in zip(*spatial, strict=True))
         raise ValueError(
-            f"the volumes differ in shape: {listed}, such as {odd!r}; add --size (the largest: {size}), --resize, --patch, or --ragged"
+            f"the volumes differ in shape: {listed}, such as {odd!r}; add --size (the largest: {size}), --resize, "
+            "--patch, or --ragged"
         )
     return next(iter(counts))
 

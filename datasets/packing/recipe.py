@@ -112,7 +112,11 @@ class PackOptions:
         if self.duplicates is not None and self.duplicates not in ACTIONS:
             raise ValueError(f"--duplicates {self.duplicates!r} is unknown; use {', '.join(ACTIONS)}")
         if self.folds is not None and self.split[1] > 0:
-            raise ValueError("with --folds each fold is the validation once: give --split no share for it (85/0/15)")
+            train, validation, test = (round(100 * share, 9) for share in self.split)
+            raise ValueError(
+                f"with --folds each fold is the validation once; write --split {train + validation:g}/0/{test:g}, "
+                f"not {train:g}/{validation:g}/{test:g}"
+            )
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"--workers {self.workers} must be 1 or more")
 
@@ -128,6 +132,8 @@ class PackOptions:
                 "no labels: give --labels TABLE (columns id,label), --labels folders, --masks FOLDER, "
                 "or --atlas A.nii.gz --regions R.csv"
             )
+        if self.group is not None and self.labels is None:
+            raise ValueError(f"--group {self.group} is a column of a table; add --labels TABLE")
         if self.atlas is not None and self.recipe.patch is None:
             raise ValueError("an atlas gives the class of a place, not of a whole volume: add --patch, for example 24")
         if self.atlas is not None and (self.masks is not None or self.by_mask):

@@ -34,10 +34,11 @@ def make(folder: Path, count: int) -> int:
 def gunzip(folder: Path, cores: int) -> None:
     """Each core its share of the files; what comes out is thrown away."""
     files = sorted(map(str, folder.glob("*.nii.gz")))
-    with open(os.devnull, "wb") as nowhere:
-        shares = [subprocess.Popen(["gunzip", "-c", *files[core::cores]], stdout=nowhere) for core in range(cores)]
-        for share in shares:
-            share.wait()
+    shares = [
+        subprocess.Popen(["gunzip", "-c", *files[core::cores]], stdout=subprocess.DEVNULL) for core in range(cores)
+    ]
+    for share in shares:
+        share.wait()
 
 
 def ours(folder: Path, out: Path, cores: int, compress: str | None) -> None:
