@@ -18,6 +18,9 @@ class Stream(IntEnum):
     VERIFY = 1
     AUGMENT = 2
     NOISE = 3
+    TRANSFORMS = 16
+    ELASTIC = 17
+    CUTOUT = 18
 
 
 def random_bits(seed: int, epoch: int, stream: Stream, count: int, sample: int = 0) -> NDArray[np.uint64]:
