@@ -33,8 +33,7 @@ class Reader(Protocol):
 def open_reader(volumes: VolumeFile) -> Reader:
     """The fastest reader that serves all shards. OSError when a file is gone or was exchanged since it was opened."""
     contiguous = all(
-        shard.inputs_offset is not None and (shard.task != "segmentation" or shard.targets_offset is not None)
-        for shard in volumes.shards
+        stored.offset is not None for shard in volumes.shards for stored in (shard.inputs, shard.targets) if stored
     )
     return PositionedReader(volumes) if contiguous else ChunkedReader(volumes)
 
@@ -58,11 +57,11 @@ class PositionedReader:
     def read(self, sample: int, inputs: memoryview, target: memoryview | None) -> None:
         number, row = self._volumes.locate(sample)
         shard, descriptor = self._volumes.shards[number], self._descriptors[number]
-        assert shard.inputs_offset is not None
-        _fill(descriptor, inputs, shard.inputs_offset + row * inputs.nbytes, shard)
+        assert shard.inputs.offset is not None
+        _fill(descriptor, inputs, shard.inputs.offset + row * inputs.nbytes, shard)
         if target is not None:
-            assert shard.targets_offset is not None
-            _fill(descriptor, target, shard.targets_offset + row * target.nbytes, shard)
+            assert shard.targets is not None and shard.targets.offset is not None
+            _fill(descriptor, target, shard.targets.offset + row * target.nbytes, shard)
 
     def close(self) -> None:
         while self._descriptors:

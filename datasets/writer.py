@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from datasets import layout
+from datasets.names import encode_names
 from datasets.partition import HELD_OUT, SPLITS, check_groups, fold_names
 
 PAGE = 4096
@@ -170,9 +171,7 @@ class VolumeWriter:
         check_groups(self._groups, self._rows[layout.SPLIT])
         if self._folds:
             check_groups(self._groups, self._rows[layout.FOLDS], fold_names())
-        text = h5py.string_dtype("utf-8")
-        self._file.create_dataset(layout.IDS, data=self._ids, dtype=text)
-        self._file.create_dataset(layout.GROUPS, data=self._groups, dtype=text)
+        self._rows |= {layout.IDS: encode_names(self._ids), layout.GROUPS: encode_names(self._groups)}
         for name, table in self._rows.items():
             if name not in self._file:
                 self._file.create_dataset(name, data=table)

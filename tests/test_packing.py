@@ -461,7 +461,7 @@ def test_inspect_finds_damage_and_refuses_what_is_no_volume_file(scans, tmp_path
     assert run(folder, "-o", out, "--labels", labels) == 0
     shard = open_volumes(out).shards[0]
     with out.open("r+b") as file:
-        file.seek(shard.inputs_offset + 5 * 6 * 7 * 8 * 2)
+        file.seek(shard.inputs.offset + 5 * 6 * 7 * 8 * 2)
         file.write(b"\xff\xfe")
     assert inspect.main([str(out), "--verify"]) == 1
     assert "damaged: s05" in capsys.readouterr().err
