@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-SHOWN = 5
+SHOWN = 3
 """ids or names that a sentence lists"""
 
 
@@ -31,7 +31,7 @@ def _twins(equal: dict[str, Any], near: dict[str, Any]) -> Iterator[tuple[bool, 
         pairs = f"{near['leaking']} pair{'s' * (near['leaking'] > 1)}"
         yield True, f"{pairs} of nearly equal samples in different splits or folds: {_places(one)}; {remedy}"
     for one in [one for one in equal["listed"] if len(one["labels"]) > 1][:1]:
-        labels = " and ".join(one["labels"])
+        labels = listing(one["labels"], len(one["labels"]))
         yield (
             True,
             f"{_sets(equal['differently_labelled'])} of equal samples with different labels: "
@@ -73,11 +73,13 @@ def _splits(facts: dict[str, Any]) -> Iterator[tuple[bool, str]]:
         yield True, "no sample is in the training split"
     if not splits["validation"] and not facts["folds"]:
         yield False, "no sample is in the validation split"
+    absent = [name for name, counts in facts["classes"].items() if not any(counts[split] for split in splits)]
+    if absent:
+        yield False, f"no sample of {listing(absent, len(absent))}"
     for split in (split for split, num in splits.items() if num):
-        absent = [name for name, counts in facts["classes"].items() if not counts[split]]
-        if absent:
-            yield split == "train", f"no {split} sample of {listing(absent, len(absent))}"
-    for number in range(len(facts["folds"])):
-        absent = [name for name, counts in facts["classes"].items() if not counts["folds"][number]]
-        if absent:
-            yield False, f"no sample in fold {number} of {listing(absent, len(absent))}"
+        here = [name for name, counts in facts["classes"].items() if not counts[split] and name not in absent]
+        if here:
+            yield split == "train", f"no {split} sample of {listing(here, len(here))}"
+    held = [name for name, counts in facts["classes"].items() if 0 in counts.get("folds", ()) and name not in absent]
+    if held:
+        yield False, f"some fold has no sample of {listing(held, len(held))}"

@@ -10,23 +10,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from datasets.layout import TARGET_DTYPES, VolumeFile
+from datasets.layout import SHAPES, TARGET_DTYPES, VolumeFile
 from datasets.partition import HELD_OUT, SPLITS
 
 MOST_FREQUENT = 10
 """values that are listed of those that occur"""
 
 
-def channels_of(volumes: VolumeFile) -> int:
-    return volumes.shape[0]
-
-
-def shape_of(volumes: VolumeFile, sample: int) -> tuple[int, ...]:
-    return volumes.shape
-
-
 def sample_shapes(volumes: VolumeFile) -> NDArray[np.int64]:
     """(N, 1 + spatial axes): the shape (C, *spatial) of each sample."""
+    if volumes.ragged:
+        return np.concatenate([shard.tables[SHAPES] for shard in volumes.shards])
     return np.broadcast_to(np.array(volumes.shape), (len(volumes), len(volumes.shape)))
 
 
@@ -44,12 +38,12 @@ def take_census(volumes: VolumeFile) -> dict[str, Any]:
         "num_samples": len(volumes),
         "task": volumes.task,
         "dtype": volumes.dtype.name,
-        "channels": channels_of(volumes),
+        "channels": volumes.channels,
         "shapes": spread(sample_shapes(volumes)),
         "orientation": volumes.orientation,
         "splits": {split: len(volumes.indices(split)) for split in SPLITS},
         "groups": {split: _num_groups(volumes, code) for code, split in enumerate(SPLITS)},
-        "folds": [int((volumes.folds == number).sum()) for number in range(volumes.num_folds)],
+        "folds": _fold_counts(volumes),
         "classes": {} if volumes.task == "segmentation" else _class_counts(volumes),
         "labels": _label_sets(volumes) if volumes.task == "multilabel" else None,
         "spacing_mm": spread(spacings(volumes)),
@@ -62,8 +56,8 @@ def take_census(volumes: VolumeFile) -> dict[str, Any]:
 
 def spacings(volumes: VolumeFile) -> NDArray[np.float64]:
     """(N, spatial axes) voxel sizes in mm, to four decimals."""
-    axes = volumes.source_shape.shape[1]
-    sizes: NDArray[np.float64] = np.sqrt((volumes.affine[:, :3, :axes] ** 2).sum(axis=1)).round(4)
+    columns = volumes.affine[:, :3, : volumes.spatial_axes]
+    sizes: NDArray[np.float64] = np.sqrt((columns**2).sum(axis=1)).round(4)
     return sizes
 
 
@@ -100,13 +94,13 @@ def has_class(volumes: VolumeFile, number: int) -> NDArray[np.bool_]:
 
 
 def balanced_weights(counts: ArrayLike) -> list[float]:
-    """One weight per class, all / (classes that occur * count), as train.loss.class_weights: balanced; 0 for count 0."""
+    """One weight per class, all / (classes that occur * count), as class_weights: balanced has it; 0 for count 0."""
     number = np.asarray(counts, np.float64)
     return _divide(np.full(len(number), number.sum() / max((number > 0).sum(), 1)), number)
 
 
 def positive_weights(counts: ArrayLike, num_samples: int) -> list[float]:
-    """Per label: samples without it for each that has it, as the pos_weight of a binary cross entropy; 0 where none has."""
+    """Per label: samples without it for each that has it, a binary cross entropy's pos_weight; 0 where none has."""
     number = np.asarray(counts, np.float64)
     return _divide(num_samples - number, number)
 
@@ -121,8 +115,8 @@ def equal_sums(volumes: VolumeFile) -> list[list[int]]:
     edges = np.flatnonzero(np.diff(sums[order])) + 1
     sizes = np.diff(edges, prepend=0, append=len(sums))
     starts = np.concatenate([[0], edges])
-    sets = [order[start : start + size].tolist() for start, size in zip(*(a[sizes > 1] for a in (starts, sizes)))]
-    return sorted(sets)
+    repeated = np.flatnonzero(sizes > 1)
+    return sorted(order[starts[one] : starts[one] + sizes[one]].tolist() for one in repeated)
 
 
 def _input_sums(volumes: VolumeFile) -> NDArray[np.uint32]:
@@ -147,6 +141,14 @@ def _num_groups(volumes: VolumeFile, code: int) -> int:
     return len(set(compress(volumes.groups, volumes.split == code)))
 
 
+def _fold_counts(volumes: VolumeFile, chosen: Any = slice(None)) -> list[int]:
+    """Samples of each fold; empty where there are none."""
+    if volumes.folds is None:
+        return []
+    counts: list[int] = np.bincount(volumes.folds[chosen], minlength=HELD_OUT)[: volumes.num_folds].tolist()
+    return counts
+
+
 def _class_counts(volumes: VolumeFile) -> dict[str, dict[str, Any]]:
     """class -> samples of each split, and in `folds` of each fold; of several labels: samples that have it."""
     counts: dict[str, dict[str, Any]] = {}
@@ -154,7 +156,7 @@ def _class_counts(volumes: VolumeFile) -> dict[str, dict[str, Any]]:
         has = has_class(volumes, number)
         counts[name] = dict(zip(SPLITS, np.bincount(volumes.split[has], minlength=len(SPLITS)).tolist(), strict=True))
         if volumes.folds is not None:
-            counts[name]["folds"] = np.bincount(volumes.folds[has], minlength=HELD_OUT)[: volumes.num_folds].tolist()
+            counts[name]["folds"] = _fold_counts(volumes, has)
     return counts
 
 

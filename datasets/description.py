@@ -87,11 +87,10 @@ def _named(quantiles: Sequence[float | None]) -> dict[str, float | None]:
 
 def _voxels(survey: Survey) -> dict[str, Any]:
     seen = survey.intensities
-    sound = np.array([sample not in survey.faults for sample in survey.looked.tolist()], bool)
     return {
         "nan": _having(survey, seen.nan.sum(axis=1)),
         "infinite": _having(survey, seen.infinite.sum(axis=1)),
-        "constant": _having(survey, (seen.constant() & sound).astype(np.int64)) | {"voxels": None},
+        "constant": _having(survey, seen.constant().astype(np.int64)) | {"voxels": None},
         "foreground_share": seen.foreground_share(),
     }
 

@@ -149,16 +149,16 @@ class Intensities:
     def add(self, place: int, data: NDArray[Any], scale: NDArray[Any], offset: NDArray[Any]) -> None:
         """data (C, voxels) as stored is sample number `place` of those looked at; scale and offset (C,)."""
         for channel, voxels in enumerate(data):
-            seen = Moments()
+            seen, factor, shift = Moments(), float(scale[channel]), float(offset[channel])
             for start in range(0, voxels.size, BLOCK):
-                self._add_block(channel, voxels[start : start + BLOCK], seen, float(scale[channel]), float(offset[channel]))
+                self._add_block(channel, voxels[start : start + BLOCK], seen, factor, shift)
             here = place, channel
             self.count[here], self.nan[here], self.infinite[here] = seen.count, seen.nan, seen.infinite
             if seen.count:
                 self.low[here], self.high[here] = seen.low, seen.high
                 self.foreground[here] = seen.count - seen.at_low
-                self._mean[here] = seen.mean * scale[channel] + offset[channel]
-                self._squares[here] = seen.squares * float(scale[channel]) ** 2
+                self._mean[here] = seen.mean * factor + shift
+                self._squares[here] = seen.squares * factor**2
 
     def _add_block(self, channel: int, block: NDArray[Any], seen: Moments, scale: float, offset: float) -> None:
         histogram = self.stored[channel]
@@ -191,8 +191,9 @@ class Intensities:
         return float(self.low[there, channel].min()), float(self.high[there, channel].max())
 
     def constant(self) -> NDArray[np.bool_]:
-        """(samples,): no channel has two different finite voxels."""
-        return ~(self.low < self.high).any(axis=1)
+        """(samples,): there are finite voxels, but no channel has two different ones."""
+        differ: NDArray[np.bool_] = (self.low < self.high).any(axis=1)
+        return np.logical_and((self.count > 0).any(axis=1), ~differ)
 
     def foreground_share(self) -> float | None:
         """Of all finite voxels, those above the lowest of their sample and channel."""

@@ -1,8 +1,8 @@
 """One pass over samples by several threads: checksums, intensities, label maps, and what tells twins apart.
 
-    survey = Survey(volumes, choose_samples(volumes, LOOK_BYTES), digested=[3, 5])
-    survey.run(range(len(volumes)))             # every sample is read once, and its checksum compared
-    survey.faults, survey.intensities.stored[0].quantiles()
+survey = Survey(volumes, choose_samples(volumes, LOOK_BYTES), digested=[3, 5])
+survey.run(range(len(volumes)))             # every sample is read once, and its checksum compared
+survey.faults, survey.intensities.stored[0].quantiles()
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.census import channels_of, mean_bytes, shape_of
+from datasets.census import mean_bytes
 from datasets.duplicates import Print, fingerprint
 from datasets.layout import VolumeFile, sample_checksum
 from datasets.order import philox_bits
@@ -86,7 +86,7 @@ class Survey:
     def __init__(self, volumes: VolumeFile, looked: Sequence[int] | NDArray[Any], digested: Iterable[int] = ()) -> None:
         self.volumes = volumes
         self.looked = np.asarray(looked)
-        self.intensities = Intensities(len(looked), channels_of(volumes), volumes.dtype)
+        self.intensities = Intensities(len(looked), volumes.channels, volumes.dtype)
         self.labels = Labels()
         self.faults: dict[int, str] = {}
         self.digests: dict[int, bytes] = {}
@@ -145,7 +145,7 @@ class _Desk:
         self._inputs, self._target = np.empty(0, self._dtype), np.empty(0, np.uint8)
 
     def take(self, sample: int) -> None:
-        channels, *axes = shape_of(self._survey.volumes, sample)
+        channels, *axes = self._survey.volumes.sample_shape(sample)
         voxels = int(np.prod(axes))
         if self._inputs.size < channels * voxels:
             self._inputs = np.empty(channels * voxels, self._dtype)
@@ -153,26 +153,29 @@ class _Desk:
         inputs, target = self._inputs[: channels * voxels], self._target[:voxels] if self._maps else None
         try:
             with self._turn:
-                raw: Any = inputs.view(np.uint8)
-                self._reader.read(sample, memoryview(raw), None if target is None else memoryview(target))
+                self._reader.read(sample, _raw(inputs), None if target is None else _raw(target))
         except (OSError, ValueError) as error:
             self._survey.faults[sample] = " ".join(str(error).split())
         else:
-            self._survey.take(
-                sample, inputs.reshape(channels, *axes), None if target is None else target.reshape(axes)
-            )
+            self._survey.take(sample, inputs.reshape(channels, *axes), None if target is None else target.reshape(axes))
+
+
+def _raw(flat: NDArray[Any]) -> memoryview:
+    """The bytes of a 1-D array."""
+    view: Any = flat.view(np.uint8)
+    return memoryview(view)
 
 
 def _digest(inputs: NDArray[Any]) -> bytes:
     digest = hashlib.sha256(repr(inputs.shape).encode())
-    digest.update(inputs)
+    digest.update(_raw(inputs.reshape(-1)))
     return digest.digest()
 
 
 def _share_out(
     numbers: Sequence[int], make: Callable[[], Callable[[int], None]], threads: int, report: Report | None
 ) -> None:
-    """Each thread makes a function of one number and calls it with the next one, until none is left or one call fails."""
+    """Each thread makes a function and calls it with one number after the other, until none is left or one fails."""
     position, lock, stop = 0, Lock(), Event()
 
     def work() -> None:

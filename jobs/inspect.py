@@ -68,8 +68,11 @@ def _inspect(given: argparse.Namespace) -> int:
 
 def _matching(patterns: Sequence[str]) -> list[Path]:
     """The files of the patterns, in order of their names; a name that exists is taken as it is."""
-    files = [Path(found) for text in patterns for found in ([text] if Path(text).exists() else sorted(glob(text)) or [text])]
-    return list(dict.fromkeys(files))
+    files = list[str]()
+    for text in patterns:
+        found = [] if Path(text).exists() else sorted(glob(text))  # noqa: PTH207  of a whole path
+        files += found or [text]
+    return [Path(name) for name in dict.fromkeys(files)]
 
 
 def _name_damaged(damaged: Sequence[dict[str, Any]]) -> None:

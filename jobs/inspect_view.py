@@ -11,7 +11,8 @@ from rich.text import Text
 from datasets.alarms import listing
 from datasets.partition import SPLITS
 
-FOLDS_A_TABLE, CHANNELS_SHOWN, FILES_SHOWN, LABEL_SETS_SHOWN, TWINS_SHOWN = 8, 8, 3, 5, 3
+FOLDS_A_TABLE, CHANNELS_A_TABLE, NAME_WIDTH = 6, 2, 24
+CHANNELS_SHOWN, FILES_SHOWN, LABEL_SETS_SHOWN, TWINS_SHOWN = 8, 3, 5, 3
 EVEN = 1.05
 """weights of classes that differ by less are not suggested"""
 
@@ -21,7 +22,11 @@ def show(facts: dict[str, Any], console: Console) -> None:
     console.print(_segmentation_table(facts) if facts["segmentation"] else _class_table(facts))
     for first in range(0, len(facts["folds"]), FOLDS_A_TABLE):
         console.print(_fold_table(facts, range(len(facts["folds"]))[first : first + FOLDS_A_TABLE]))
-    console.print(_quantile_table(facts))
+    num = len(facts["intensities"])
+    for first in range(0, min(num, CHANNELS_SHOWN), CHANNELS_A_TABLE):
+        console.print(_intensity_table(facts, range(min(num, CHANNELS_SHOWN))[first : first + CHANNELS_A_TABLE]))
+    if num > CHANNELS_SHOWN:
+        console.print(Text(f"{num - CHANNELS_SHOWN} more channels; --json has all"))
     grid = Table.grid(padding=(0, 2))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
@@ -59,7 +64,7 @@ def _class_table(facts: dict[str, Any]) -> Table:
 def _segmentation_table(facts: dict[str, Any]) -> Table:
     """Shares of voxels, then samples that have the class; of the samples looked at."""
     weights = facts["weights"]["class_weights"]
-    table = _table("class", *(f"{split} %" for split in SPLITS), "samples", *(["weight"] if weights else []))
+    table = _table("class", *(f"{split} %" for split in SPLITS), "with it", *(["weight"] if weights else []))
     for number, (name, found) in enumerate(facts["segmentation"]["classes"].items()):
         shares = [_percent(found["share"][split]) for split in SPLITS]
         weight = [f"{weights[number]:.3g}"] if weights else []
@@ -71,7 +76,7 @@ def _segmentation_table(facts: dict[str, Any]) -> Table:
 
 
 def _fold_table(facts: dict[str, Any], folds: Sequence[int]) -> Table:
-    table = _table("class", *(f"fold {number}" for number in folds))
+    table = _table("class in fold", *map(str, folds))
     for name, counts in facts["classes"].items():
         table.add_row(Text(name), *(str(counts["folds"][number]) for number in folds))
     table.add_section()
@@ -79,29 +84,36 @@ def _fold_table(facts: dict[str, Any], folds: Sequence[int]) -> Table:
     return table
 
 
-def _quantile_table(facts: dict[str, Any]) -> Table:
-    channels = facts["intensities"]
-    shares = list(channels[0]["stored"])
-    table = _table("intensities", *(f"{share} %" for share in shares))
-    for number, channel in enumerate(channels[:CHANNELS_SHOWN]):
-        where = f" {number}" if len(channels) > 1 else ""
-        for kind in ("stored", "normalised"):
-            table.add_row(f"{kind}{where}", *(_number(channel[kind][share]) for share in shares))
-    if len(channels) > CHANNELS_SHOWN:
-        table.caption = f"channels 0 to {CHANNELS_SHOWN - 1} of {len(channels)}; --json has all"
+def _intensity_table(facts: dict[str, Any], channels: Sequence[int]) -> Table:
+    """Quantiles, extremes and moments: two columns for each channel."""
+    several = len(facts["intensities"]) > 1
+    found = [facts["intensities"][number] for number in channels]
+    names = [f"{kind} {number}" if several else kind for number in channels for kind in ("stored", "normalised")]
+    table = _table("channel" if several else "intensities", *names)
+    for share in found[0]["stored"]:
+        cells = [_number(one[kind][share]) for one in found for kind in ("stored", "normalised")]
+        table.add_row(f"{share} %", *cells)
+    table.add_section()
+    for name in ("min", "max"):
+        table.add_row(name, *(cell for one in found for cell in (_number(one[name]), "")))
+    for name, key in (("mean", "normalised_mean"), ("std", "normalised_std")):
+        table.add_row(name, *(cell for one in found for cell in ("", _number(one[key]))))
     return table
 
 
 def _lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if facts["folds"]:
         folds = facts["folds"]
-        yield "folds", f"{len(folds)} folds of {', '.join(map(str, folds))} samples, for data.fold=0 to {len(folds) - 1}"
+        yield (
+            "folds",
+            f"{len(folds)} folds of {', '.join(map(str, folds))} samples, for data.fold=0 to {len(folds) - 1}",
+        )
     if facts["labels"]:
         yield "labels", _label_sets(facts["labels"])
     if facts["shapes"]["distinct"] > 1:
         yield "shapes", _spread(facts["shapes"])
-    yield "spacing", f"{_spread(facts['spacing_mm'])} mm"
-    yield "sources", f"{facts['sources']} files of {_spread(facts['source_shapes'])} voxels"
+    yield "spacing", _spread(facts["spacing_mm"], " mm")
+    yield "sources", f"{facts['sources']} files; voxels {_spread(facts['source_shapes'])}"
     yield from _seen(facts)
     yield from _twins(facts)
     yield "checksums", _checksums(facts)
@@ -112,11 +124,6 @@ def _seen(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     looked, total = facts["looked_at"], facts["num_samples"]
     more = "" if looked["all"] else "; --all looks at all"
     yield "looked at", f"{looked['samples']} of {total} samples, {looked['bytes'] / 1e6:.1f} MB{more}"
-    for number, channel in enumerate(facts["intensities"][:CHANNELS_SHOWN]):
-        name = f"channel {number}" if len(facts["intensities"]) > 1 else "range"
-        mean, deviation = _number(channel["normalised_mean"]), _number(channel["normalised_std"])
-        span = f"stored {_number(channel['min'])} to {_number(channel['max'])}"
-        yield name, f"{span}; normalised mean {mean}, standard deviation {deviation}"
     if facts["segmentation"]:
         share = facts["segmentation"]["foreground_share"]
         yield "foreground", f"{_percent(share)} % of the voxels are not {next(iter(facts['segmentation']['classes']))}"
@@ -128,15 +135,19 @@ def _seen(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _twins(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     equal, near = facts["duplicates"], facts["near_duplicates"]
     if equal["sets"]:
-        sure = "" if equal["confirmed"] == equal["sets"] else f" ({equal['confirmed']} compared byte for byte; --all: all)"
-        yield "equal", f"{equal['sets']} sets of {equal['samples']} samples{sure}"
+        sure = f" ({equal['confirmed']} compared byte for byte; --all compares all)"
+        sure = "" if equal["confirmed"] == equal["sets"] else sure
+        yield "equal", f"{equal['sets']} set{'s' * (equal['sets'] > 1)} of {equal['samples']} samples in all{sure}"
         for one in equal["listed"][:TWINS_SHOWN]:
-            yield "", f"{listing(_housed(one), one['samples'])}"
+            yield "", listing(_housed(one), one["samples"])
     else:
         yield "equal", "no two samples"
     strangers = near["pairs"] - near["of_one_group"]
     own = f", and {near['of_one_group']} of one group" if near["of_one_group"] else ""
-    yield "nearly equal", f"{strangers or 'no'} pair{'s' * (strangers != 1)}{own}, of {near['compared']} samples compared"
+    yield (
+        "nearly equal",
+        f"{strangers or 'no'} pair{'s' * (strangers != 1)}{own}, of {near['compared']} samples compared",
+    )
     for one in near["listed"][:TWINS_SHOWN]:
         yield "", " and ".join(_housed(one))
 
@@ -160,10 +171,11 @@ def _label_sets(labels: dict[str, Any]) -> str:
     return f"{labels['per_sample']:.2f} a sample; most often {sets}{more}"
 
 
-def _spread(found: dict[str, Any]) -> str:
+def _spread(found: dict[str, Any], unit: str = "") -> str:
     if found["distinct"] == 1:
-        return _by(found["min"])
-    return f"median {_by(found['median'])}, from {_by(found['min'])} to {_by(found['max'])} ({found['distinct']} differ)"
+        return _by(found["min"]) + unit
+    span = f"from {_by(found['min'])} to {_by(found['max'])}"
+    return f"median {_by(found['median'])}{unit}, {span}; {found['distinct']} different"
 
 
 def _show_weights(facts: dict[str, Any], console: Console) -> None:
@@ -176,18 +188,16 @@ def _show_weights(facts: dict[str, Any], console: Console) -> None:
             console.print(Text("the classes are balanced: no weights are needed"))
             continue
         values = ", ".join(f"{weight:.4g}" for weight in weights)
-        lines = textwrap.wrap(
-            f"{key}: [{values}]", console.width, initial_indent=" " * 4, subsequent_indent=" " * 6
-        )
+        lines = textwrap.wrap(f"{key}: [{values}]", console.width, initial_indent=" " * 4, subsequent_indent=" " * 6)
         console.print(Text("suggested weights, by the training split, for the experiment:"))
         console.print(Text("\n".join(["train:", "  loss:", *lines])), soft_wrap=True)
 
 
 def _table(name: str, *columns: str) -> Table:
     table = Table()
-    table.add_column(name, overflow="fold", ratio=None)
+    table.add_column(name, overflow="fold")
     for column in columns:
-        table.add_column(column, justify="right", overflow="fold")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 

@@ -15,18 +15,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.census import channels_of, has_class, mean_bytes, spacings
+from datasets.census import has_class, mean_bytes, spacings
 from datasets.layout import VolumeFile
 from datasets.partition import SPLITS
 from datasets.repeats import places
 from jobs.sheet import Picture, Row, Sheet
 
-PER_ROW, MOST_ROWS, CELL = 6, 48, 150
-"""pictures of a class, classes, pixels of a picture's longer side"""
+PER_ROW, MOST_ROWS = 6, 48
+"""pictures of a class (with label maps two of a sample, without and with them), and classes"""
+CELL, LARGE_CELL, FEW_ROWS = 150, 240, 3
+"""pixels of a picture's longer side, and where there are few rows"""
+LONG_ID = 24
+"""characters that fit over a picture"""
 MOST_BYTES = 1 << 31
 """read for all pictures together; of large volumes each class shows fewer"""
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-NAN_COLOUR, OPACITY = (255, 0, 255), 0.5
+NAN_COLOUR, UNNAMED_COLOUR, OPACITY = (255, 0, 255), (255, 255, 255), 0.5
 
 Slice = NDArray[np.uint8]
 """(height, width, 3), row 0 on top"""
@@ -45,20 +49,20 @@ def require_png(path: Path) -> None:
 
 def draw_montage(volumes: VolumeFile, path: Path, report: Callable[[int, int], None] | None = None) -> None:
     """Write the PNG. `report` is told pictures drawn, and all. A sample that cannot be read is drawn as such."""
-    rows = _choose(volumes)
-    total, done = sum(len(samples) for samples in rows.values()), 0
-    drawn, seen = [], set[int]()
+    rows, painter = _choose(volumes), _Painter(volumes)
+    painter.cell = CELL if len(rows) > FEW_ROWS else LARGE_CELL
+    total, done, drawn = sum(map(len, rows.values())), 0, []
+    titles = _titles(volumes, [sample for samples in rows.values() for sample in samples])
     for name, samples in rows.items():
-        pictures = []
+        pictures: list[Picture] = []
         for sample in samples:
-            pictures.append(_picture(volumes, sample, seen))
-            done += 1
+            pictures += painter.paint(sample, titles[sample])
             if report:
-                report(done, total)
+                report(done := done + 1, total)
         drawn.append(Row(name, pictures))
-    legend = [(volumes.class_names[value], _colour(value)) for value in sorted(seen)]
+    legend = [(volumes.class_names[value], _colour(value)) for value in sorted(painter.labels)]
     buffer = io.BytesIO()
-    Sheet(_caption(volumes, rows), drawn, legend, CELL, PER_ROW).draw().save(buffer, "PNG")
+    Sheet(_caption(volumes), drawn, legend, painter.cell).draw().save(buffer, "PNG")
     path.write_bytes(buffer.getvalue())
 
 
@@ -73,59 +77,121 @@ def _choose(volumes: VolumeFile) -> dict[str, list[int]]:
     if volumes.task == "multilabel":
         bare = np.flatnonzero(~volumes.targets.any(axis=1))
         found += [("no class", bare)] if len(bare) else []
-    fewer = int(np.clip(MOST_BYTES // (mean_bytes(volumes) * len(found)), 1, PER_ROW))
+    most = PER_ROW // 2 if volumes.task == "segmentation" else PER_ROW
+    most = int(np.clip(MOST_BYTES // (mean_bytes(volumes) * len(found)), 1, most))
     rows = {}
     for name, samples in found:
         plural = "" if len(samples) == 1 else "s"
-        which = np.unique(np.linspace(0, max(len(samples) - 1, 0), fewer).round().astype(int))
+        which = np.unique(np.linspace(0, max(len(samples) - 1, 0), most).round().astype(int))
         rows[f"{name}: {len(samples)} sample{plural}"] = samples[which].tolist() if len(samples) else []
     return rows
 
 
-def _caption(volumes: VolumeFile, rows: dict[str, list[int]]) -> list[str]:
+def _caption(volumes: VolumeFile) -> list[str]:
     names, files = len(volumes.class_names), [path.name for path in volumes.paths]
     lines = [f"{files[0]}{f' and {len(files) - 1} more' * (len(files) > 1)}: {len(volumes)} samples, {volumes.task}"]
-    if _axes(volumes) == 3:
+    if volumes.spatial_axes == 3:
         where = "with most label voxels" if volumes.task == "segmentation" else "in the middle"
         lines.append(f"axial slices {where}; the patient's left is on the left, the front on top")
-    channels = channels_of(volumes)
+    channels = volumes.channels
     if _is_colour(volumes):
         lines.append("channels 0, 1 and 2 as red, green and blue")
     else:
         of = f"channel 0 of {channels}, " if channels > 1 else ""
-        lines.append(f"{of}black to white: 1st to 99th percentile of each slice; magenta: NaN")
+        missing = "; magenta: NaN" if volumes.dtype.kind == "f" else ""
+        lines.append(f"{of}black to white: 1st to 99th percentile of each slice{missing}")
     if volumes.task != "segmentation" and names > MOST_ROWS:
         lines.append(f"the first {MOST_ROWS} of {names} classes")
     return lines
 
 
-def _picture(volumes: VolumeFile, sample: int, seen: set[int]) -> Picture:
-    """seen: gets the label values drawn."""
-    title, place = volumes.ids[sample], places(volumes, [sample])[0]
-    try:
-        inputs, target = volumes.read(sample)
-    except (OSError, ValueError):
-        return Picture(title, f"{place}, cannot be read", None)
-    labels = target if volumes.task == "segmentation" else None
-    shown = inputs[:3] if _is_colour(volumes) else inputs[:1]
-    spacing = spacings(volumes)[sample]
-    if _axes(volumes) == 3:
-        level = _level(labels, inputs.shape[3])
-        # x to the right, y upwards
-        shown = shown[:, :, ::-1, level].swapaxes(1, 2)
-        labels = None if labels is None else labels[:, ::-1, level].T
-        spacing = spacing[1::-1]
-    grey = _to_bytes(shown)
-    return Picture(title, place, _lay_out(grey, labels, spacing, seen, len(volumes.class_names)))
+def _titles(volumes: VolumeFile, samples: Sequence[int]) -> dict[int, str]:
+    """Ids; long ones without what all begin and end with."""
+    ids = {sample: volumes.ids[sample] for sample in samples}
+    if len(set(ids.values())) < 2 or max(map(len, ids.values())) <= LONG_ID:
+        return ids
+    head = _num_shared(list(ids.values()))
+    tail = _num_shared([id[head:][::-1] for id in ids.values()])
+    before, after = "..." * (head > 0), "..." * (tail > 0)
+    return {sample: f"{before}{id[head : len(id) - tail]}{after}" for sample, id in ids.items()}
 
 
-def _axes(volumes: VolumeFile) -> int:
-    return volumes.source_shape.shape[1]
+def _num_shared(texts: Sequence[str]) -> int:
+    """Characters that all begin with."""
+    columns = enumerate(zip(*texts, strict=False))
+    return next((number for number, letters in columns if len(set(letters)) > 1), min(map(len, texts)))
+
+
+class _Painter:
+    """Samples to pictures; `labels` are the values drawn so far."""
+
+    def __init__(self, volumes: VolumeFile) -> None:
+        self.volumes, self._spacings = volumes, spacings(volumes)
+        self.cell = CELL
+        self.labels = set[int]()
+
+    def paint(self, sample: int, title: str) -> list[Picture]:
+        """One picture, or two where there is a label map: without it, and with it."""
+        volumes, place = self.volumes, places(self.volumes, [sample])[0]
+        try:
+            inputs, target = volumes.read(sample)
+        except (OSError, ValueError):
+            return [Picture(title, f"{place}, cannot be read", None)]
+        maps = volumes.task == "segmentation"
+        shown, spacing = inputs[:3] if _is_colour(volumes) else inputs[:1], self._spacings[sample]
+        if volumes.spatial_axes == 3:
+            level = _level(target if maps else None, inputs.shape[3])
+            shown, target = _face(shown[..., level]), _face(target[..., level]) if maps else target
+            spacing = spacing[1::-1]
+        note = f"{place}, constant" if (shown == shown.flat[0]).all() else place
+        size = _fit(shown.shape[1:], spacing, self.cell)
+        plain = _resize(_to_bytes(shown), size)
+        pictures = [Picture(title, note, plain)]
+        return (
+            [
+                *pictures,
+                Picture("", "with labels" if target.any() else "no label voxel", self._overlay(plain, target, size)),
+            ]
+            if maps
+            else pictures
+        )
+
+    def _overlay(self, plain: Slice, labels: NDArray[Any], size: tuple[int, int]) -> Slice:
+        out, num = plain.copy(), len(self.volumes.class_names)
+        values = _resize(np.ascontiguousarray(labels), size, nearest=True)
+        for value in np.unique(values[values > 0]).tolist():
+            here = values == value
+            colour = np.array(_colour(value) if value < num else UNNAMED_COLOUR)
+            out[here] = (out[here] * (1 - OPACITY) + colour * OPACITY).round().astype(np.uint8)
+            self.labels |= {value} if value < num else set()
+        return out
+
+
+def _face(plane: NDArray[Any]) -> NDArray[Any]:
+    """(..., x, y) in RAS to (..., row, column): x to the right, y upwards."""
+    return plane[..., ::-1].swapaxes(-2, -1)
+
+
+def _fit(sides: Sequence[int], spacing: Sequence[float], cell: int) -> tuple[int, int]:
+    """(height, width) in pixels of true proportions, the longer one the cell's."""
+    true = np.array(sides) * np.where(np.asarray(spacing) > 0, spacing, 1.0)
+    height, width = np.maximum((true * (cell / true.max())).round(), 1).astype(int).tolist()
+    return height, width
+
+
+def _resize(pixels: NDArray[np.uint8], size: tuple[int, int], nearest: bool = False) -> NDArray[np.uint8]:
+    """size: (height, width). Larger pixels as squares, smaller ones as means unless `nearest`."""
+    from PIL import Image
+
+    means = not nearest and (size[0] < pixels.shape[0] or size[1] < pixels.shape[1])
+    how = Image.Resampling.BOX if means else Image.Resampling.NEAREST
+    resized: NDArray[np.uint8] = np.asarray(Image.fromarray(pixels).resize(size[::-1], how))
+    return resized
 
 
 def _is_colour(volumes: VolumeFile) -> bool:
     """Three channels are a colour in images, and where they are bytes."""
-    return channels_of(volumes) == 3 and (_axes(volumes) == 2 or volumes.dtype == np.uint8)
+    return volumes.channels == 3 and (volumes.spatial_axes == 2 or volumes.dtype == np.uint8)
 
 
 def _level(labels: NDArray[Any] | None, num: int) -> int:
@@ -149,27 +215,6 @@ def _to_bytes(shown: NDArray[Any]) -> Slice:
     colours = np.moveaxis(np.broadcast_to(shown, (3, *shown.shape[1:])), 0, -1).copy()
     colours[missing] = NAN_COLOUR
     return colours
-
-
-def _lay_out(grey: Slice, labels: NDArray[Any] | None, spacing: Sequence[float], seen: set[int], names: int) -> Slice:
-    """Enlarged or reduced to the cell with true proportions, label colours on it."""
-    from PIL import Image
-
-    sides = np.array(grey.shape[:2]) * np.where(np.asarray(spacing) > 0, spacing, 1.0)
-    height, width = np.maximum((sides * (CELL / sides.max())).round(), 1).astype(int).tolist()
-    smaller = Image.Resampling.BOX if height < grey.shape[0] or width < grey.shape[1] else Image.Resampling.NEAREST
-    out: Slice = np.asarray(Image.fromarray(grey).resize((width, height), smaller))
-    if labels is None:
-        return out
-    near = Image.Resampling.NEAREST
-    values = np.asarray(Image.fromarray(np.ascontiguousarray(labels)).resize((width, height), near))
-    out = out.copy()
-    for value in np.unique(values[values > 0]).tolist():
-        here = values == value
-        colour = np.array(_colour(value) if value < names else NAN_COLOUR)
-        out[here] = (out[here] * (1 - OPACITY) + colour * OPACITY).round().astype(np.uint8)
-        seen |= {value} if value < names else set()
-    return out
 
 
 def _colour(value: int) -> tuple[int, int, int]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from PIL.Image import Image as Drawn
 
-MARGIN, GAP, LINE, SWATCH = 14, 10, 17, 11
-"""pixels round the sheet, between pictures, of a line of text, of a colour's square"""
+MARGIN, GAP, LINE, SWATCH, NARROWEST = 14, 10, 17, 11, 600
+"""pixels round the sheet, between pictures, of a line of text, of a colour's square, of the sheet's width"""
 INK, FAINT, EMPTY = (20, 20, 20), (110, 110, 110), (225, 225, 225)
 HEADING_SIZE, TITLE_SIZE = 14, 11
 
@@ -39,11 +40,12 @@ class Sheet:
     legend: Sequence[tuple[str, tuple[int, int, int]]]
     cell: int
     """pixels of a picture's side"""
-    per_row: int
 
     @property
     def width(self) -> int:
-        return 2 * MARGIN + self.per_row * self.cell + (self.per_row - 1) * GAP
+        """For the longest row, and at least for the caption to be readable."""
+        longest = max((len(row.pictures) for row in self.rows), default=0)
+        return max(2 * MARGIN + longest * (self.cell + GAP) - GAP, NARROWEST)
 
     def draw(self) -> "Drawn":
         """The whole sheet as a PIL image in RGB."""
@@ -51,19 +53,18 @@ class Sheet:
 
         caption, legend = [*self._caption_lines()], [*self._legend_places()]
         top = MARGIN + LINE * len(caption)
-        height = top + len(self.rows) * self._row_height + MARGIN
-        if legend:
-            height += legend[-1][1] + LINE + GAP
+        tops = [*accumulate(map(self._height, self.rows), initial=top + GAP)]
+        height = tops[-1] + MARGIN + (legend[-1][1] + LINE if legend else 0)
         image = Image.new("RGB", (self.width, height), (255, 255, 255))
         pen = ImageDraw.Draw(image)
         for number, line in enumerate(caption):
             pen.text((MARGIN, MARGIN + number * LINE), line, INK if number == 0 else FAINT, self._heading)
-        for number, row in enumerate(self.rows):
-            self._draw_row(image, pen, row, top + GAP + number * self._row_height)
-        floor = top + GAP + len(self.rows) * self._row_height
+        for row, place in zip(self.rows, tops, strict=False):
+            self._draw_row(image, pen, row, place)
         for (name, colour), (left, down) in zip(self.legend, legend, strict=True):
-            pen.rectangle((left, floor + down + 2, left + SWATCH, floor + down + 2 + SWATCH), colour)
-            pen.text((left + SWATCH + 5, floor + down), name, INK, self._title)
+            down += tops[-1]
+            pen.rectangle((left, down + 2, left + SWATCH, down + 2 + SWATCH), colour)
+            pen.text((left + SWATCH + 5, down), name, INK, self._title)
         return image
 
     def _draw_row(self, image: "Drawn", pen: Any, row: Row, top: int) -> None:
@@ -77,14 +78,13 @@ class Sheet:
             corner = left, down + 2 * LINE - 2
             if picture.pixels is None:
                 pen.rectangle((*corner, corner[0] + self.cell - 1, corner[1] + self.cell - 1), EMPTY)
-                continue
-            height, width = picture.pixels.shape[:2]
-            place = corner[0] + (self.cell - width) // 2, corner[1] + (self.cell - height) // 2
-            image.paste(Image.fromarray(picture.pixels), place)
+            else:
+                image.paste(Image.fromarray(picture.pixels), corner)
 
-    @property
-    def _row_height(self) -> int:
-        return 3 * LINE + 2 + self.cell + GAP
+    def _height(self, row: Row) -> int:
+        """From this row's heading to the next one's."""
+        sides = [self.cell if one.pixels is None else one.pixels.shape[0] for one in row.pictures]
+        return GAP + LINE + (2 * LINE + 2 + max(sides) if sides else 0)
 
     def _caption_lines(self) -> Iterator[str]:
         for text in self.caption:
