@@ -30,13 +30,14 @@ def describe(
     everything: look at the voxels of all samples instead of a draw. verify: compare all checksums. Samples are read
     once for both. Raises OSError when a file cannot be opened; a sample that cannot be read is listed as damaged.
     """
+    facts = take_census(volumes)
     looked = np.arange(len(volumes)) if everything else choose_samples(volumes)
     sets, doubtful = candidates(volumes, math.inf if everything or verify else LOOK_BYTES)
     survey = Survey(volumes, looked, doubtful)
     read = range(len(volumes)) if verify else sorted({*looked.tolist(), *doubtful})
     survey.run(read, report)
     equal = confirm(volumes, sets, survey.digests)
-    facts = take_census(volumes) | {
+    facts |= {
         "looked_at": {"samples": len(looked), "bytes": survey.bytes_looked, "all": len(looked) == len(volumes)},
         "intensities": _intensities(survey),
         "voxels": _voxels(survey),

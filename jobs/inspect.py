@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from glob import glob
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +60,24 @@ def _inspect(given: argparse.Namespace) -> int:
     if given.json:
         print(json.dumps(facts, indent=2, allow_nan=False))
     else:
-        show(facts, Console(highlight=False, markup=False))
+        console = Console(highlight=False, markup=False)
+        with console.capture() as text:
+            show(facts, console)
+        print(text.get(), end="")
     sys.stdout.flush()
     _name_damaged(facts["damaged"])
     return 1 if facts["damaged"] else 0
 
 
 def _matching(patterns: Sequence[str]) -> list[Path]:
-    """The files of the patterns, in order of their names; a name that exists is taken as it is."""
+    """The files of the patterns, in order of their names; a name that exists is taken as it is. ValueError for none."""
     files = list[str]()
     for text in patterns:
-        found = [] if Path(text).exists() else sorted(glob(text))  # noqa: PTH207  of a whole path
-        files += found or [text]
+        wild = has_magic(text) and not Path(text).exists()
+        found = sorted(glob(text)) if wild else [text]  # noqa: PTH207  a whole path
+        if not found:
+            raise ValueError(f"no file matches {text!r}; list the files with 'ls {Path(text).parent}'")
+        files += found
     return [Path(name) for name in dict.fromkeys(files)]
 
 

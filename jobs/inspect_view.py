@@ -144,10 +144,8 @@ def _twins(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "equal", "no two samples"
     strangers = near["pairs"] - near["of_one_group"]
     own = f", and {near['of_one_group']} of one group" if near["of_one_group"] else ""
-    yield (
-        "nearly equal",
-        f"{strangers or 'no'} pair{'s' * (strangers != 1)}{own}, of {near['compared']} samples compared",
-    )
+    pairs = f"{strangers or 'no'} pair{'s' * (strangers != 1)}{own}"
+    yield "nearly equal", f"{pairs}, of {near['compared']} samples compared"
     for one in near["listed"][:TWINS_SHOWN]:
         yield "", " and ".join(_housed(one))
 

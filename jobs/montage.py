@@ -49,7 +49,7 @@ def require_png(path: Path) -> None:
 
 def draw_montage(volumes: VolumeFile, path: Path, report: Callable[[int, int], None] | None = None) -> None:
     """Write the PNG. `report` is told pictures drawn, and all. A sample that cannot be read is drawn as such."""
-    rows, painter = _choose(volumes), _Painter(volumes)
+    rows, painter = _choose(volumes), Painter(volumes)
     painter.cell = CELL if len(rows) > FEW_ROWS else LARGE_CELL
     total, done, drawn = sum(map(len, rows.values())), 0, []
     titles = _titles(volumes, [sample for samples in rows.values() for sample in samples])
@@ -122,7 +122,7 @@ def _num_shared(texts: Sequence[str]) -> int:
     return next((number for number, letters in columns if len(set(letters)) > 1), min(map(len, texts)))
 
 
-class _Painter:
+class Painter:
     """Samples to pictures; `labels` are the values drawn so far."""
 
     def __init__(self, volumes: VolumeFile) -> None:
@@ -147,14 +147,10 @@ class _Painter:
         size = _fit(shown.shape[1:], spacing, self.cell)
         plain = _resize(_to_bytes(shown), size)
         pictures = [Picture(title, note, plain)]
-        return (
-            [
-                *pictures,
-                Picture("", "with labels" if target.any() else "no label voxel", self._overlay(plain, target, size)),
-            ]
-            if maps
-            else pictures
-        )
+        if maps:
+            note = "with labels" if target.any() else "no label voxel"
+            pictures.append(Picture("", note, self._overlay(plain, target, size)))
+        return pictures
 
     def _overlay(self, plain: Slice, labels: NDArray[Any], size: tuple[int, int]) -> Slice:
         out, num = plain.copy(), len(self.volumes.class_names)
