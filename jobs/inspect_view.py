@@ -116,7 +116,7 @@ def _lines(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "sources", f"{facts['sources']} files; voxels {_spread(facts['source_shapes'])}"
     yield from _seen(facts)
     yield from _twins(facts)
-    yield "checksums", _checksums(facts)
+    yield "checked", _checked(facts)
     yield "fingerprint", facts["fingerprint"]
 
 
@@ -154,7 +154,7 @@ def _housed(one: dict[str, Any]) -> list[str]:
     return [f"{id} ({place})" for id, place in zip(one["ids"], one["places"], strict=True)]
 
 
-def _checksums(facts: dict[str, Any]) -> str:
+def _checked(facts: dict[str, Any]) -> str:
     bad, read, total = len(facts["damaged"]), facts["checksums_compared"], facts["num_samples"]
     if bad:
         return f"{bad} of {read} samples are damaged"
