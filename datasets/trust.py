@@ -95,7 +95,7 @@ def plain_offset(path: Path, dataset: h5py.Dataset) -> int:
 
 def dataset_bytes(dataset: h5py.Dataset) -> int:
     """Bytes that the header claims, in whole numbers of any size."""
-    return math.prod(dataset.shape) * int(dataset.dtype.itemsize)
+    return int(math.prod(dataset.shape) * dataset.dtype.itemsize)
 
 
 def read_bytes(path: Path, offset: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
