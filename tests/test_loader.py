@@ -389,7 +389,7 @@ def test_a_deleted_file_is_an_error(tmp_path):
         ({"split": "val"}, "split 'val' is unknown"),
         ({"split": "test"}, r"no sample in split 'test' \(train 23, validation 11, test 0\)"),
         ({"rank": 2, "world_size": 2}, "rank 2 is outside"),
-        ({"threads": 0}, "threads 0"),
+        ({"threads": -1}, "threads -1 must be 0 or more"),
         ({"seed": -1}, "seed -1 is out of range"),
         ({"verify": 2.0}, "verify 2.0 is a share"),
         ({"dtype": torch.int32}, "is no float"),
