@@ -192,8 +192,9 @@ class Intensities:
 
     def constant(self) -> NDArray[np.bool_]:
         """(samples,): there are finite voxels, but no channel has two different ones."""
-        differ: NDArray[np.bool_] = (self.low < self.high).any(axis=1)
-        return np.logical_and((self.count > 0).any(axis=1), ~differ)
+        differ: Any = self.low < self.high
+        same: NDArray[np.bool_] = np.logical_and((self.count > 0).any(axis=1), ~differ.any(axis=1))
+        return same
 
     def foreground_share(self) -> float | None:
         """Of all finite voxels, those above the lowest of their sample and channel."""

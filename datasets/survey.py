@@ -9,7 +9,6 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
 from threading import Event, Lock
 from typing import Any
 
@@ -21,8 +20,9 @@ from datasets.duplicates import Print, fingerprint
 from datasets.layout import VolumeFile, sample_checksum
 from datasets.order import philox_bits
 from datasets.partition import SPLITS
-from datasets.reading import Reader, open_reader
+from datasets.reading import DamagedSample, Reader
 from datasets.statistics import BLOCK, Intensities
+from datasets.stored import bytes_of
 
 LOOK_BYTES, MOST_LOOKED, FEWEST_LOOKED = 1 << 28, 2000, 4
 """bounds of the samples whose voxels are looked at unless all are asked for"""
@@ -105,12 +105,8 @@ class Survey:
         numbers = [int(sample) for sample in samples]
         most = max(1, _MOST_MEMORY // mean_bytes(self.volumes))
         threads = max(1, min(threads or available_threads(), most, len(numbers)))
-        reader = open_reader(self.volumes)
-        turn: AbstractContextManager[Any] = nullcontext() if reader.parallel else Lock()
-        try:
-            _share_out(numbers, lambda: _Desk(self, reader, turn).take, threads, report)
-        finally:
-            reader.close()
+        with Reader(self.volumes) as reader:
+            _share_out(numbers, lambda: _Desk(self, reader).take, threads, report)
 
     def take(self, sample: int, inputs: NDArray[Any], target: NDArray[np.uint8] | None) -> None:
         """Count one sample: inputs (C, *spatial) and its label map, if any, as stored. Threads may call at once."""
@@ -138,8 +134,8 @@ class Survey:
 class _Desk:
     """Where one thread reads samples into."""
 
-    def __init__(self, survey: Survey, reader: Reader, turn: AbstractContextManager[Any]) -> None:
-        self._survey, self._reader, self._turn = survey, reader, turn
+    def __init__(self, survey: Survey, reader: Reader) -> None:
+        self._survey, self._reader = survey, reader
         self._dtype = survey.volumes.dtype
         self._maps = survey.volumes.task == "segmentation"
         self._inputs, self._target = np.empty(0, self._dtype), np.empty(0, np.uint8)
@@ -152,23 +148,23 @@ class _Desk:
             self._target = np.empty(voxels if self._maps else 0, np.uint8)
         inputs, target = self._inputs[: channels * voxels], self._target[:voxels] if self._maps else None
         try:
-            with self._turn:
-                self._reader.read(sample, _raw(inputs), None if target is None else _raw(target))
+            self._reader.read(sample, bytes_of(inputs), None if target is None else bytes_of(target))
         except (OSError, ValueError) as error:
-            self._survey.faults[sample] = " ".join(str(error).split())
+            self._survey.faults[sample] = _reason(error)
         else:
             self._survey.take(sample, inputs.reshape(channels, *axes), None if target is None else target.reshape(axes))
 
 
-def _raw(flat: NDArray[Any]) -> memoryview:
-    """The bytes of a 1-D array."""
-    view: Any = flat.view(np.uint8)
-    return memoryview(view)
+def _reason(error: OSError | ValueError) -> str:
+    """What is wrong with one sample, without the names of file and sample."""
+    cause = error.__cause__ or error
+    words = cause.strerror if isinstance(cause, OSError) and cause.strerror else " ".join(str(cause).split())
+    return f"its bytes do not decode ({words})" if isinstance(error, DamagedSample) else f"it cannot be read: {words}"
 
 
 def _digest(inputs: NDArray[Any]) -> bytes:
     digest = hashlib.sha256(repr(inputs.shape).encode())
-    digest.update(_raw(inputs.reshape(-1)))
+    digest.update(bytes_of(inputs))
     return digest.digest()
 
 

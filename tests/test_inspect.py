@@ -15,6 +15,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from PIL import Image
 from rich.console import Console
 from scipy import ndimage
 from sklearn.utils.class_weight import compute_class_weight
@@ -263,17 +264,65 @@ def test_damaged_samples_are_named_with_their_file(tmp_path, capsys):
 
 def test_what_cannot_be_read_is_listed_and_does_not_end_the_run(tmp_path, monkeypatch):
     path = write(tmp_path / "o.h5", volumes_of(6), [0] * 6)
-    volumes, opened = open_volumes(path), survey.open_reader
+    volumes, opened = open_volumes(path), survey.Reader
 
     def cut_after_opening(volumes):
         reader = opened(volumes)
         os.truncate(path, volumes.shards[0].inputs.offset + 4 * 2640 + 7)
         return reader
 
-    monkeypatch.setattr(survey, "open_reader", cut_after_opening)
+    monkeypatch.setattr(survey, "Reader", cut_after_opening)
     facts = describe(volumes, verify=True)
     assert [one["id"] for one in facts["damaged"]] == ["s04", "s05"]
-    assert all("cut short" in one["reason"] for one in facts["damaged"]) and facts["looked_at"]["samples"] == 6
+    assert all("it cannot be read: it ends" in one["reason"] for one in facts["damaged"])
+    assert facts["intensities"][0]["max"] == volumes_of(6)[:4].max()
+
+
+LAYOUTS = {
+    "contiguous": {},
+    "whole chunks": {"chunk": (12, 11, 10), "codec": "blosc2-lz4"},
+    "patch chunks": {"chunk": (5, 6, 7), "codec": "zstd"},
+    "plain patch chunks": {"chunk": (5, 6, 7)},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_layout_changes_no_fact(tmp_path, capsys, layout):
+    maps = np.random.default_rng(3).integers(0, 3, (8, 12, 11, 10)).astype(np.uint8)
+    facts = []
+    for name, storage in (("a", {}), ("b", layout)):
+        path = write(tmp_path / f"{name}.h5", volumes_of(8), maps, task="segmentation", **storage)
+        facts.append(facts_of(capsys, path, "--verify", "--png", tmp_path / f"{name}.png"))
+        facts[-1].pop("files")
+    assert facts[0] == facts[1]
+    pictures = [np.asarray(Image.open(tmp_path / f"{name}.png")) for name in "ab"]
+    assert (pictures[0][40:] == pictures[1][40:]).all()
+
+
+@pytest.mark.parametrize("codec", ["blosc2-lz4", "zstd", "bitshuffle-lz4"])
+def test_a_chunk_that_does_not_decode_is_one_damaged_sample(tmp_path, capsys, codec):
+    path = write(tmp_path / "o.h5", volumes_of(8), [0] * 8, codec=codec)
+    chunks = open_volumes(path).shards[0].inputs.chunks
+    damage(path, int(chunks.offsets[3, 0]), bytes(int(chunks.sizes[3, 0])))
+    facts = facts_of(capsys, path, "--verify", "--png", tmp_path / "o.png", code=1)
+    assert [(one["id"], one["file"]) for one in facts["damaged"]] == [("s03", str(path))]
+    assert "bytes" in facts["damaged"][0]["reason"] and str(path) not in facts["damaged"][0]["reason"]
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_volumes_of_different_shapes_are_described(tmp_path, capsys, task):
+    shapes = [(2, 12, 11, 10), (2, 8, 11, 14), (2, 12, 11, 10), (2, 20, 5, 6)]
+    samples = [volumes_of(1, shape, seed=number)[0] for number, shape in enumerate(shapes)]
+    maps = [(sample[0] > 150).astype(np.uint8) for sample in samples]
+    path = write(tmp_path / "o.h5", samples, maps if task == "segmentation" else [0, 1] * 2, task=task)
+    facts = facts_of(capsys, path, "--verify", "--png", tmp_path / "o.png")
+    assert facts["shapes"]["distinct"] == 3 and facts["shapes"]["most_frequent"][0]["samples"] == 2
+    assert (facts["shapes"]["min"], facts["shapes"]["max"]) == ([2, 8, 5, 6], [2, 20, 11, 14])
+    assert facts["shapes"]["median"] == [2, 12, 11, 10]
+    both = np.concatenate([sample[1].ravel() for sample in samples])
+    exact = np.quantile(both, QUANTILES, method="inverted_cdf")
+    assert list(facts["intensities"][1]["stored"].values()) == exact.tolist()
+    assert run(path) == 0 and "4 samples of 3 shapes int16" in capsys.readouterr().out
 
 
 def test_an_interrupt_leaves_with_130(tmp_path):
