@@ -29,7 +29,8 @@ def _twins(equal: dict[str, Any], near: dict[str, Any]) -> Iterator[tuple[bool, 
         yield True, f"{_sets(equal['leaking'])} of equal samples in different splits or folds: {where}; {remedy}"
     for one in (one for one in near["listed"][:1] if near["leaking"]):
         pairs = f"{near['leaking']} pair{'s' * (near['leaking'] > 1)}"
-        yield True, f"{pairs} of nearly equal samples in different splits or folds: {_places(one)}; {remedy}"
+        where = f"{_places(one)}; compare them, and give one volume one group"
+        yield True, f"{pairs} of samples in different splits or folds look alike (by a perceptual hash): {where}"
     for one in [one for one in equal["listed"] if len(one["labels"]) > 1][:1]:
         labels = listing(one["labels"], len(one["labels"]))
         yield (

@@ -182,7 +182,7 @@ def _show_weights(facts: dict[str, Any], console: Console) -> None:
         there = [weight for weight in weights or [] if weight > 0]
         if not there:
             continue
-        if key == "class_weights" and len(there) == len(weights) and max(there) < EVEN * min(there):
+        if key == "class_weights" and max(there) < EVEN * min(there):
             console.print(Text("the classes are balanced: no weights are needed"))
             continue
         values = ", ".join(f"{weight:.4g}" for weight in weights)

@@ -17,6 +17,8 @@ MARGIN, GAP, LINE, SWATCH, NARROWEST = 14, 10, 17, 11, 600
 """pixels round the sheet, between pictures, of a line of text, of a colour's square, of the sheet's width"""
 INK, FAINT, EMPTY = (20, 20, 20), (110, 110, 110), (225, 225, 225)
 HEADING_SIZE, TITLE_SIZE = 14, 11
+ROWS_A_COLUMN, MOST_COLUMNS, ALLEY = 12, 4, 40
+"""rows above each other, columns of rows, pixels between those"""
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,13 @@ class Sheet:
 
     @property
     def width(self) -> int:
-        """For the longest row, and at least for the caption to be readable."""
-        longest = max((len(row.pictures) for row in self.rows), default=0)
-        return max(2 * MARGIN + longest * (self.cell + GAP) - GAP, NARROWEST)
+        """At least for the caption to be readable."""
+        return max(self.num_columns * (self._column_width + ALLEY) - ALLEY + 2 * MARGIN, NARROWEST)
+
+    @property
+    def num_columns(self) -> int:
+        """Many rows stand side by side, so that the sheet is not much higher than wide."""
+        return min(-(-len(self.rows) // ROWS_A_COLUMN), MOST_COLUMNS)
 
     def draw(self) -> "Drawn":
         """The whole sheet as a PIL image in RGB."""
@@ -53,26 +59,31 @@ class Sheet:
 
         caption, legend = [*self._caption_lines()], [*self._legend_places()]
         top = MARGIN + LINE * len(caption)
-        tops = [*accumulate(map(self._height, self.rows), initial=top + GAP)]
-        height = tops[-1] + MARGIN + (legend[-1][1] + LINE if legend else 0)
+        each = -(-len(self.rows) // max(self.num_columns, 1))
+        columns = [self.rows[first : first + each] for first in range(0, len(self.rows), each or 1)]
+        tops = [[*accumulate(map(self._height, rows), initial=top + GAP)] for rows in columns]
+        floor = max((places[-1] for places in tops), default=top)
+        height = floor + MARGIN + (legend[-1][1] + LINE if legend else 0)
         image = Image.new("RGB", (self.width, height), (255, 255, 255))
         pen = ImageDraw.Draw(image)
         for number, line in enumerate(caption):
             pen.text((MARGIN, MARGIN + number * LINE), line, INK if number == 0 else FAINT, self._heading)
-        for row, place in zip(self.rows, tops, strict=False):
-            self._draw_row(image, pen, row, place)
+        for number, (rows, places) in enumerate(zip(columns, tops, strict=True)):
+            for row, place in zip(rows, places, strict=False):
+                self._draw_row(image, pen, row, MARGIN + number * (self._column_width + ALLEY), place)
         for (name, colour), (left, down) in zip(self.legend, legend, strict=True):
-            down += tops[-1]
+            down += floor
             pen.rectangle((left, down + 2, left + SWATCH, down + 2 + SWATCH), colour)
-            pen.text((left + SWATCH + 5, down), name, INK, self._title)
+            pen.text((left + SWATCH + 5, down), self._legend_name(name), INK, self._title)
         return image
 
-    def _draw_row(self, image: "Drawn", pen: Any, row: Row, top: int) -> None:
+    def _draw_row(self, image: "Drawn", pen: Any, row: Row, edge: int, top: int) -> None:
         from PIL import Image
 
-        pen.text((MARGIN, top), shorten(row.heading, self._heading, self.width - 2 * MARGIN), INK, self._heading)
+        room = self._column_width if self.num_columns > 1 else self.width - 2 * MARGIN
+        pen.text((edge, top), shorten(row.heading, self._heading, room), INK, self._heading)
         for number, picture in enumerate(row.pictures):
-            left, down = MARGIN + number * (self.cell + GAP), top + LINE + 4
+            left, down = edge + number * (self.cell + GAP), top + LINE + 4
             pen.text((left, down), shorten(picture.title, self._title, self.cell), INK, self._title)
             pen.text((left, down + LINE - 3), shorten(picture.note, self._title, self.cell), FAINT, self._title)
             corner = left, down + 2 * LINE - 2
@@ -80,6 +91,11 @@ class Sheet:
                 pen.rectangle((*corner, corner[0] + self.cell - 1, corner[1] + self.cell - 1), EMPTY)
             else:
                 image.paste(Image.fromarray(picture.pixels), corner)
+
+    @property
+    def _column_width(self) -> int:
+        longest = max((len(row.pictures) for row in self.rows), default=0)
+        return max(longest * (self.cell + GAP) - GAP, 2 * self.cell)
 
     def _height(self, row: Row) -> int:
         """From this row's heading to the next one's."""
@@ -94,11 +110,14 @@ class Sheet:
         """Left and top of each entry, from the legend's corner."""
         left, top = MARGIN, 0
         for name, _ in self.legend:
-            size = SWATCH + 5 + round(self._title.getlength(name))
+            size = SWATCH + 5 + round(self._title.getlength(self._legend_name(name)))
             if left > MARGIN and left + size > self.width - MARGIN:
                 left, top = MARGIN, top + LINE
             yield left, top
             left += size + 2 * GAP
+
+    def _legend_name(self, name: str) -> str:
+        return shorten(name, self._title, self.width - 2 * MARGIN - SWATCH - 5)
 
     @cached_property
     def _heading(self) -> Any:
