@@ -12,6 +12,7 @@ Contiguous and ragged samples are plain writes at their offsets, without HDF5. T
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,7 +167,7 @@ def complete(
     order, of a chunked draft. ValueError for columns that do not fit, or a group in two splits.
     """
     tables = _check_columns(plan, columns, len(class_names))
-    attributes = {
+    attributes: dict[str, Any] = {
         layout.TASK_ATTR: plan.task,
         layout.CLASSES_ATTR: list(class_names),
         layout.ORIENTATION_ATTR: orientation,
@@ -176,8 +177,10 @@ def complete(
             Names(tables[layout.IDS]),
             *(tables.get(name) for name in (layout.TARGETS, layout.SPLIT, layout.CHECKSUMS, layout.FOLDS)),
         ),
-        layout.FORMAT_ATTR: layout.FORMAT,
     }
+    sums = {name: zlib.crc32(table.data) for name, table in tables.items() if name != layout.FOREGROUND}
+    attributes[layout.TABLES_ATTR] = layout.tables_checksum({name: attributes[name] for name in layout.TEXTS}, sums)
+    attributes[layout.FORMAT_ATTR] = layout.FORMAT  # the last to be written
     with _open(draft, "r+") as file:
         for chunk in chunks:
             write_chunk(file, *chunk)
@@ -302,7 +305,7 @@ def _check_columns(plan: Plan, columns: dict[str, Any], num_classes: int) -> lay
     tables: layout.Tables = {}
     for name in (name for name in specs if name in given):
         shape, kind = specs[name]
-        tables[name] = encode_names(given[name]) if kind == "S" else np.asarray(given[name], kind)
+        tables[name] = encode_names(given[name]) if kind == "S" else np.ascontiguousarray(given[name], kind)
         if tables[name].shape != shape:
             raise ValueError(f"column {name} has shape {tables[name].shape}, not {shape}")
     _check_names(tables)

@@ -7,6 +7,7 @@ Opening reads the small tables and closes the file again, so that a VolumeFile s
 """
 
 import hashlib
+import json
 import os
 import zlib
 from bisect import bisect_right
@@ -38,7 +39,10 @@ SHAPES, OFFSETS = "shapes", "offsets"
 DATASETS = (INPUTS, TARGETS, IDS, GROUPS, SPLIT, AFFINE, SOURCE_SHAPE, SCALE, OFFSET, CHECKSUMS)
 FORMAT_ATTR, TASK_ATTR, CLASSES_ATTR, ORIENTATION_ATTR = "format", "task", "class_names", "orientation"
 SOURCE_ATTR, FINGERPRINT_ATTR, PACKING_ATTR = "source", "fingerprint", "packing"
-ATTRIBUTES = (FORMAT_ATTR, TASK_ATTR, CLASSES_ATTR, ORIENTATION_ATTR, SOURCE_ATTR, FINGERPRINT_ATTR, PACKING_ATTR)
+TABLES_ATTR = "tables"
+"""CRC-32 of all tables but FOREGROUND, and of the texts that say what they mean."""
+TEXTS = (TASK_ATTR, CLASSES_ATTR, ORIENTATION_ATTR, PACKING_ATTR)
+ATTRIBUTES = (FORMAT_ATTR, *TEXTS, SOURCE_ATTR, FINGERPRINT_ATTR, TABLES_ATTR)
 TASKS = ("classification", "multilabel", "segmentation")
 INPUT_DTYPES = ("uint8", "int16", "float16", "float32")
 TARGET_DTYPES = {"classification": "int64", "multilabel": "uint8", "segmentation": "uint8"}
@@ -82,6 +86,11 @@ def table_specs(
     if task != "segmentation":
         specs[TARGETS] = ((num, *target_shape(task, shape, num_classes)), TARGET_DTYPES[task])
     return specs
+
+
+def tables_checksum(texts: dict[str, Any], sums: dict[str, int]) -> int:
+    """CRC-32 over the texts as they are in the attributes, and the CRC-32 of the bytes of each table."""
+    return zlib.crc32(json.dumps([texts, sums], sort_keys=True).encode())
 
 
 def compute_fingerprint(

@@ -1,5 +1,6 @@
 """Opens a volume file and checks it against its layout; what is broken, foreign or half written is refused."""
 
+import zlib
 from pathlib import Path
 
 import h5py
@@ -29,18 +30,23 @@ from datasets.layout import (
     SCALE,
     SHAPES,
     SPLIT,
+    TABLES_ATTR,
     TARGET_DTYPES,
     TARGETS,
     TASK_ATTR,
     TASKS,
+    TEXTS,
     Shard,
     compute_fingerprint,
     table_specs,
+    tables_checksum,
 )
 from datasets.names import Names, decodes
 from datasets.partition import HELD_OUT, SPLITS
 from datasets.trust import (
     VolumeFileError,
+    dataset_bytes,
+    file_checksum,
     file_identity,
     opened,
     own_dataset,
@@ -61,17 +67,25 @@ def read_shard(path: Path) -> Shard:
         identity = file_identity(path.stat())
         _check_names(path, file)
         shard = _read_facts(path, file, identity)
-        stored = read_text(path, file, FINGERPRINT_ATTR)
-    _check_values(shard)
-    tables = shard.tables
-    if stored != compute_fingerprint(
-        Names(tables[IDS]), tables.get(TARGETS), tables[SPLIT], tables[CHECKSUMS], tables.get(FOLDS)
-    ):
+        _check_values(shard)
+        _check_sums(path, file, shard)
+    return shard
+
+
+def _check_sums(path: Path, file: h5py.File, shard: Shard) -> None:
+    tables, stored = shard.tables, read_text(path, file, FINGERPRINT_ATTR)
+    parts = (tables.get(TARGETS), tables[SPLIT], tables[CHECKSUMS], tables.get(FOLDS))
+    if stored != compute_fingerprint(Names(tables[IDS]), *parts):
         raise VolumeFileError(
             f"{path}: ids, targets, split, checksums or folds are not those it was packed with (fingerprint "
             f"{stored[:12]}); pack it again"
         )
-    return shard
+    sums = {name: zlib.crc32(table.data) for name, table in tables.items()}
+    for name, offset in shard.on_demand.items():
+        sums[name] = file_checksum(path, offset, dataset_bytes(file[name]))
+    texts = {name: read_attribute(path, file, name) for name in TEXTS}
+    if read_attribute(path, file, TABLES_ATTR) != tables_checksum(texts, sums):
+        raise VolumeFileError(f"{path}: its tables are not those it was packed with; copy or pack it again")
 
 
 def _check_names(path: Path, file: h5py.File) -> None:

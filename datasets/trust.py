@@ -7,6 +7,7 @@ an array of its size is made; its bytes are then read without HDF5. Compressed c
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 """first bytes of an HDF5 file"""
 MAX_NAMES = 65_536
 """items of a list in an attribute"""
+_BLOCK = 1 << 20
 
 
 class VolumeFileError(ValueError):
@@ -107,6 +109,16 @@ def read_bytes(path: Path, offset: int, shape: tuple[int, ...], dtype: Any) -> N
     table = table.reshape(shape)
     table.flags.writeable = False
     return table
+
+
+def file_checksum(path: Path, offset: int, size: int) -> int:
+    """CRC-32 of a part of a file, read piece by piece."""
+    found = 0
+    with path.open("rb") as file:
+        file.seek(offset)
+        while size > 0 and (block := file.read(min(size, _BLOCK))):
+            found, size = zlib.crc32(block, found), size - len(block)
+    return found
 
 
 def read_attribute(path: Path, file: h5py.File, name: str) -> Any:
