@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +28,8 @@ from datasets.trust import VolumeFileError
 _LOG = logging.getLogger(__name__)
 _MARKER = "whole.json"
 _PART_BYTES = 8 << 20
+_AGAIN_S = 0.05
+"""Until the copies are looked at again, where another process was about to make or to remove them."""
 COMPARED_SAMPLES = 16
 """Samples of a copy whose checksum is compared before it is used."""
 
@@ -66,17 +69,19 @@ def stage(volumes: VolumeFile, scratch: Sequence[str | os.PathLike[str]]) -> Sta
     folder = base / _digest(volumes)
     _remove_stale(base, folder)
     while True:
-        lock = _lock_alone(folder)
+        lock = _open_lock(folder)
         try:
-            if not _is_whole(folder, volumes):
+            fcntl.flock(lock, fcntl.LOCK_SH)  # waits for who is copying
+            if not _is_whole(folder, volumes) and _alone(lock) and _is_current(lock, folder):
                 _copy(volumes, folder)
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            if _is_whole(folder, volumes):  # between the two locks one that left may have removed them
+                fcntl.flock(lock, fcntl.LOCK_SH)
+            if _is_current(lock, folder) and _is_whole(folder, volumes):
                 return Staged(_copies(volumes, folder), folder, lock)
         except BaseException:
             os.close(lock)
             raise
         os.close(lock)
+        time.sleep(_AGAIN_S)
 
 
 def _private_folder(scratch: Sequence[str | os.PathLike[str]]) -> Path:
@@ -103,26 +108,32 @@ def _lock_path(folder: Path) -> Path:
     return folder.with_suffix(".lock")
 
 
-def _lock_alone(folder: Path) -> int:
-    """The lock's descriptor, once nobody else holds it."""
-    path = _lock_path(folder)
-    while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), os.lstat(path)):  # or it was removed while this waited
-                return lock
-        os.close(lock)
+def _open_lock(folder: Path) -> int:
+    return os.open(_lock_path(folder), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _alone(lock: int) -> bool:
+    """Hold the lock alone, if nobody else holds it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_current(lock: int, folder: Path) -> bool:
+    """Whether this is still the lock that others open: who removes the copies removes it, too."""
+    try:
+        return os.path.samestat(os.fstat(lock), os.lstat(_lock_path(folder)))
+    except FileNotFoundError:
+        return False
 
 
 def _remove_unused(folder: Path, lock: int) -> None:
     """Remove the copies if nobody holds them; closes the descriptor."""
-    with suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), os.lstat(_lock_path(folder))):
-                shutil.rmtree(folder, ignore_errors=True)
-                _lock_path(folder).unlink(missing_ok=True)
+    if _alone(lock) and _is_current(lock, folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        _lock_path(folder).unlink(missing_ok=True)
     os.close(lock)
 
 
