@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.annotation import Atlas, Row, match_rows, merge_list, read_atlas, read_table, sort_names
+from datasets.atlas import Atlas, read_atlas
 from datasets.duplicates import (
     ACTIONS,
     Print,
@@ -52,6 +52,8 @@ from datasets.prepare import (
     resolve_dtype,
     store,
 )
+from datasets.splitlist import merge_list
+from datasets.tables import Columns, Row, match_rows, read_table, sort_names
 from datasets.writer import VolumeWriter, require_replaceable
 
 Progress = Callable[[int, int, str], None]
@@ -163,8 +165,8 @@ class _Survey:
         return (self.row and self.row.group) or self.id
 
     @property
-    def label(self) -> str | None:
-        return self.row.label if self.row else None
+    def labels(self) -> tuple[str, ...]:
+        return self.row.labels if self.row else ()
 
     @property
     def split(self) -> int:
@@ -280,8 +282,8 @@ def _protect_inputs(options: PackOptions, sources: list[Path]) -> None:
 def _read_labels(options: PackOptions, ids: list[str]) -> _Labels:
     rows = None
     if options.labels is not None:
-        rows = read_table(options.labels, options.group, need_label=options.atlas is None)
-        match_rows(options.labels, rows, ids)
+        columns = Columns(labels=("label",) if options.atlas is None else (), group=options.group)
+        rows = match_rows(options.labels, read_table(options.labels, columns).rows, ids)
     if options.split_list is not None:
         rows = merge_list(options.split_list, rows, ids)
     if rows is not None and options.folds is None and any(row.fold != UNSET for row in rows.values()):
@@ -291,7 +293,7 @@ def _read_labels(options: PackOptions, ids: list[str]) -> _Labels:
         atlas = read_atlas(options.atlas, options.regions)
         return _Labels(atlas.class_names, rows, atlas)
     assert rows is not None
-    return _Labels(sort_names({row.label for row in rows.values() if row.label is not None}), rows, None)
+    return _Labels(sort_names({name for row in rows.values() for name in row.labels}), rows, None)
 
 
 def _survey_all(
@@ -311,7 +313,7 @@ def _survey_all(
 def _survey(options: PackOptions, name: str, path: Path, labels: _Labels) -> _Survey:
     volume = read_volume(path)
     row = labels.rows[name] if labels.rows else None
-    label = labels.class_names.index(row.label) if row and row.label is not None else None
+    label = labels.class_names.index(row.labels[0]) if row and row.labels else None
     places = [_Place(label)] if options.patch is None and label is not None else []
     if options.patch is not None:
         places = _draw_patches(options, name, volume, labels.atlas, label)
@@ -323,7 +325,7 @@ def _survey(options: PackOptions, name: str, path: Path, labels: _Labels) -> _Su
         measure(volume.data),
         places,
         describe_source(path),
-        fingerprint(volume.data),
+        fingerprint(volume.data[None]),
     )
 
 

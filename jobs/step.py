@@ -96,16 +96,17 @@ def check(pack: list[str] | None, data: str, split: str, fold: int | None = None
 
 def _check_pack(arguments: list[str], split: str, number: int, fold: int | None) -> str:
     """Sources and table, before any volume is read; the split must get samples by its share or by the table."""
-    from datasets.annotation import match_rows, merge_list, read_table
     from datasets.packing import find_sources
+    from datasets.splitlist import merge_list
+    from datasets.tables import Columns, match_rows, read_table
     from jobs.pack import parse
 
     options = parse(arguments)
     sources = find_sources(options.sources)
     given, rows = set(), None
     if options.labels is not None:
-        rows = read_table(options.labels, options.group, need_label=options.atlas is None)
-        match_rows(options.labels, rows, list(sources))
+        columns = Columns(labels=("label",) if options.atlas is None else (), group=options.group)
+        rows = match_rows(options.labels, read_table(options.labels, columns).rows, list(sources))
         given = {row.split for row in rows.values()}
     if options.split_list is not None:
         given = {row.split for row in merge_list(options.split_list, rows, list(sources)).values()}

@@ -7,6 +7,8 @@ import nibabel
 import numpy as np
 import pytest
 from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from datasets import open_volumes
 from datasets.duplicates import Print, find_twins, fingerprint, refuse_leaks
@@ -20,14 +22,14 @@ class Volume:
     print: Print
     id: str = ""
     path: Path = Path("scan.nii")
-    label: str | None = None
+    labels: tuple[str, ...] = ()
     split: int = -1
     fold: int = -1
 
 
 def twins_of(volumes):
     """(first, second, alike) by number."""
-    items = [Volume(fingerprint(data), id=str(number)) for number, data in enumerate(volumes)]
+    items = [Volume(fingerprint(np.asarray(data)[None]), id=str(number)) for number, data in enumerate(volumes)]
     return [(int(pair.first.id), int(pair.second.id), pair.alike) for pair in find_twins(items)]
 
 
@@ -46,6 +48,7 @@ def changed():
     yield "gamma", (one / one.max()) ** 0.85, True
     yield "bytes", np.rint(one / one.max() * 255).astype(np.uint8), True
     yield "shift", np.roll(one, 1, axis=0), True
+    yield "double", one.repeat(2, axis=0).repeat(2, axis=1), True
 
 
 @pytest.mark.parametrize(("data", "alike"), [row[1:] for row in changed()], ids=[row[0] for row in changed()])
@@ -71,6 +74,78 @@ def test_minus_zero_is_zero_and_large_integers_are_themselves():
     small = np.arange(-32, 32).reshape(4, 4, 4)
     assert twins_of([small.astype(np.int16), np.where(small == 0, -0.0, small)]) == [(0, 1, False)]
     assert not twins_of([np.full((4, 4, 4), 2**53), np.full((4, 4, 4), 2**53 + 1)])
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", ">i4", "u8", "f2", ">f4", "f8"])
+def test_equal_values_are_equal_in_every_dtype_that_holds_them(dtype):
+    rng = np.random.default_rng(0)
+    for values in (rng.integers(0, 100, (2, 70, 60, 50)), rng.integers(-9, 9, (1, 9, 9)), np.full((1, 3, 3), 2**15)):
+        other = values.astype(dtype)
+        if (other.astype(np.float64) == values).all():
+            assert fingerprint(other).digest == fingerprint(values).digest
+        else:
+            assert fingerprint(other).digest != fingerprint(values).digest
+
+
+def test_one_voxel_anywhere_and_the_order_count():
+    data = np.random.default_rng(0).integers(0, 900, (1, 64, 64, 64)).astype(np.int16)
+    seen = {
+        fingerprint(data).digest,
+        fingerprint(data[:, ::-1]).digest,
+        fingerprint(data.reshape(1, 64, 128, 32)).digest,
+    }
+    for place in (0, 99_999, data.size - 1):
+        other = data.copy()
+        other.flat[place] += 1
+        seen.add(fingerprint(other).digest)
+    swapped = data.reshape(-1, 4).copy()  # words of 8 bytes
+    swapped[[0, 1]] = swapped[[1, 0]]
+    assert len(seen | {fingerprint(swapped.reshape(data.shape)).digest}) == 7
+
+
+def test_real_numbers_are_equal_in_single_and_double_precision():
+    single = np.random.default_rng(0).normal(size=(1, 40, 40, 40)).astype(np.float32)
+    double = single.astype(np.float64)
+    assert fingerprint(single).digest == fingerprint(double).digest
+    double[0, 3, 3, 3] += 1e-12
+    assert fingerprint(single).digest != fingerprint(double).digest
+
+
+def test_a_symmetric_body_with_noise_is_the_same():
+    body = np.pad(head(1), [(2, 2), (4, 4), (6, 6)]).astype(float)  # means of two voxels
+    body += body[::-1]
+    noisy = body + np.random.default_rng(0).normal(0, 0.02 * body.max(), body.shape)
+    assert twins_of([body, noisy]) == [(0, 1, True)]
+
+
+def test_pictures_by_their_brightness_and_volumes_of_several_channels():
+    rng = np.random.default_rng(0)
+    colour = ndimage.gaussian_filter(rng.normal(size=(3, 300, 400)), (0, 12, 12))
+    colour = (255 * (colour - colour.min()) / np.ptp(colour)).astype(np.uint8)
+    grey = np.tensordot([0.299, 0.587, 0.114], colour, 1)[None]
+    other = fingerprint(colour[::-1])
+    first, second = fingerprint(colour), fingerprint(grey)
+    apart = [np.bitwise_count(first.bits ^ one.bits).sum() / first.num_bits for one in (second, other)]
+    assert apart[0] < 0.02 and apart[1] > 0.1 and first.digest != second.digest
+    series = np.stack([head(1) + number for number in range(20)])
+    assert twins_of([head(1)]) == [] and fingerprint(series).num_bits == 511
+
+
+def test_all_that_are_alike_are_joined_as_by_comparing_each_pair():
+    rng = np.random.default_rng(0)
+    bits = rng.random((2500, 512)) < 0.5
+    bits[:, 511] = False
+    for number in range(1500, 2500):  # chains and crowds, over the bounds of blocks
+        bits[number] = bits[rng.integers(0, 900) if number % 3 else number - 1] ^ (rng.random(512) < 0.03)
+    bits[:, 511] = False
+    words = np.packbits(bits, axis=1).view(np.uint64)
+    twins = find_twins([Volume(Print(str(n), row, 511), id=str(n)) for n, row in enumerate(words)])
+    pairs = np.array([(int(pair.first.id), int(pair.second.id)) for pair in twins])
+    near = np.concatenate([np.bitwise_count(words ^ row).sum(axis=1, dtype=int)[None] for row in words]) <= 0.07 * 511
+    groups = connected_components(near)
+    assert near[tuple(pairs.T)].all() and (pairs[:, 0] < pairs[:, 1]).all()
+    found = connected_components(coo_array((np.ones(len(pairs)), tuple(pairs.T)), near.shape))
+    assert 0 < len(pairs) == len(words) - groups[0] and np.array_equal(found[1], groups[1])
 
 
 def test_a_chain_of_alike_ones_leaks_nowhere():
@@ -123,7 +198,7 @@ def test_they_are_dropped_and_nearly_equal_ones_stay(scans, capsys):
 
 def test_neither_is_dropped_where_their_labels_differ(scans, capsys):
     assert run(scans, "--split", "100/0/0", "--duplicates", "drop") == 2
-    assert "labelled sick and well: their label differ, so neither is dropped" in capsys.readouterr().err
+    assert "labelled sick and well: their labels differ, so neither is dropped" in capsys.readouterr().err
 
 
 def test_they_may_be_an_error(scans, capsys):

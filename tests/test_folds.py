@@ -228,9 +228,9 @@ ALL = names_of(range(20))
         ({"train": ALL, "val": ["s03"]}, [], "puts 's03' into two parts"),
         ({"train": ALL[1:]}, [], "no line names 's00'"),
         ({"train": [*ALL, "s99"]}, [], "no file is given for 's99'"),
-        ({"training": ALL}, [], "is not {"),
+        ({"trainig": ALL}, [], "is not {"),
         ({"train": "s00"}, [], "is not {"),
-        ({}, [], "names no volume"),
+        ({}, [], "names no sample"),
         ([{"train": ALL[1:], "val": ALL[:1]}, {"train": ALL[:1], "val": ALL[1:]}], [], "has folds: add --folds 2"),
         ([{"train": ALL[10:], "val": ALL[:10]}, {"train": ALL[:10], "val": ALL[9:]}], ["--folds", 2], "'s09' into two"),
         (

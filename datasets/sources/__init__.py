@@ -1,0 +1,112 @@
+"""Sources of samples: NIfTI, DICOM, NRRD, NumPy, TIFF and image files, found, described and read in one way.
+
+`find` names them, `header` tells shape, dtype and affine without reading voxels, `read` gives the voxels. The promises
+are in datasets/sources/contract.py.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from datasets.sources import arrays, images, nifti
+from datasets.sources.contract import SUFFIXES, Header, NotASource, Source, UnusableSource, Volume, split_name
+from datasets.sources.finding import find
+from datasets.sources.voxels import check_values
+
+__all__ = [
+    "SUFFIXES",
+    "Header",
+    "NotASource",
+    "Source",
+    "UnusableSource",
+    "Volume",
+    "describe",
+    "find",
+    "header",
+    "read",
+    "split_name",
+]
+
+READERS: dict[str, Any] = {"nifti": nifti, "numpy": arrays, "image": images}
+SAME_PLACE = 1e-3
+"""mm, or part of a voxel's size, that the affines of two channels may differ by"""
+
+Found = TypeVar("Found")
+
+
+def header(source: Source) -> Header:
+    """Shape, dtype and affine as `read` will give them; no voxels are read. UnusableSource with the reason."""
+    if not source.channels:
+        return _header(source, source.files)
+    heads = [_header(source, (file,)) for file in source.files]
+    for file, head in zip(source.files, heads, strict=True):
+        _match(source.files[0], heads[0], file, head)
+    dtype = np.result_type(*(head.dtype for head in heads))
+    return Header((len(heads), *heads[0].shape[1:]), dtype, heads[0].affine)
+
+
+def read(source: Source) -> Volume:
+    """All voxels of a source. UnusableSource with the reason; values that are NaN, infinite or huge are one."""
+    if not source.channels:
+        return _volume(source, source.files)
+    head = header(source)
+    data = np.empty(head.shape, head.dtype)
+    for number, file in enumerate(source.files):
+        data[number] = _volume(source, (file,)).data[0]
+    return Volume(data, head.affine)
+
+
+def describe(source: Source) -> dict[str, Any]:
+    """Manifest entry: name, size in bytes, sha256; of several files their sum, and of their bytes in order."""
+    digest = hashlib.sha256()
+    size = 0
+    for path in source.files:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+                size += len(block)
+    return {"name": source.path.name, "size": size, "sha256": digest.hexdigest()}
+
+
+def _header(source: Source, files: tuple[Path, ...]) -> Header:
+    found: Header = _worded(READERS[source.kind].read_header, files)
+    return found
+
+
+def _volume(source: Source, files: tuple[Path, ...]) -> Volume:
+    found: Volume = _worded(READERS[source.kind].read_volume, files)
+    check_values(found.data)
+    return found
+
+
+def _worded(reader: Callable[[tuple[Path, ...]], Found], files: tuple[Path, ...]) -> Found:
+    """What a reader returns; whatever a library raises over a stranger's file becomes one line."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return reader(files)
+    except (NotASource, UnusableSource):
+        raise
+    except MemoryError as error:
+        raise UnusableSource("it does not fit in this machine's memory") from error
+    except Exception as error:
+        raise UnusableSource(f"broken data ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
+def _match(first: Path, wanted: Header, file: Path, found: Header) -> None:
+    """UnusableSource unless two channels lie on one grid, one channel each."""
+    if found.shape[0] != 1:
+        raise UnusableSource(f"{file.name} has {found.shape[0]} channels; a channel is a file with one")
+    if found.shape != wanted.shape:
+        sizes = (
+            f"{path.name} ({'x'.join(map(str, head.shape[1:]))})" for path, head in ((first, wanted), (file, found))
+        )
+        raise UnusableSource(f"its channels differ in shape: {' and '.join(sizes)}; resample one")
+    size = np.linalg.norm(wanted.affine[:3, :3], axis=0).min()
+    corners = np.array([(0, 0, 0, 1), (*(found.shape[1:] if len(found.shape) == 4 else (0, 0, 0)), 1)]).T
+    if not np.allclose(wanted.affine @ corners, found.affine @ corners, atol=max(SAME_PLACE, 0.01 * size)):
+        raise UnusableSource(f"its channels lie in different places: {first.name} and {file.name}; resample one")
