@@ -33,7 +33,7 @@ class _Sample:
     id: str
     path: Path
     print: Print
-    label: str | None = None
+    labels: tuple[str, ...] = ()
     split: int = 0
     fold: int = 0
 

@@ -190,11 +190,18 @@ class Intensities:
             return None, None
         return float(self.low[there, channel].min()), float(self.high[there, channel].max())
 
+    def varies(self, place: int | slice = slice(None)) -> NDArray[np.bool_]:
+        """Whether a channel of a sample has two different finite voxels."""
+        differ: NDArray[np.bool_] = np.less(self.low[place], self.high[place]).any(axis=-1)
+        return differ
+
     def constant(self) -> NDArray[np.bool_]:
         """(samples,): there are finite voxels, but no channel has two different ones."""
-        differ: Any = self.low < self.high
-        same: NDArray[np.bool_] = np.logical_and((self.count > 0).any(axis=1), ~differ.any(axis=1))
+        same: NDArray[np.bool_] = np.logical_and((self.count > 0).any(axis=1), ~self.varies())
         return same
+
+    def is_finite(self, place: int) -> bool:
+        return not (self.nan[place].any() or self.infinite[place].any())
 
     def foreground_share(self) -> float | None:
         """Of all finite voxels, those above the lowest of their sample and channel."""

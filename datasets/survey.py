@@ -116,17 +116,18 @@ class Survey:
             return
         if sample in self._digested:
             self.digests[sample] = _digest(inputs)
-        if sample in self._printed:
-            # of one channel, as the hash of three axes is of space
-            self.prints[sample] = fingerprint(np.nan_to_num(inputs[0]))
         if sample in self._place:
             self._look(sample, inputs, target)
 
     def _look(self, sample: int, inputs: NDArray[Any], target: NDArray[np.uint8] | None) -> None:
         flat = inputs.reshape(len(inputs), -1)
-        self.intensities.add(self._place[sample], flat, self.volumes.scale[sample], self.volumes.offset[sample])
+        place = self._place[sample]
+        self.intensities.add(place, flat, self.volumes.scale[sample], self.volumes.offset[sample])
         if target is not None:
             self.labels.add(int(self.volumes.split[sample]), target.reshape(-1))
+        if sample in self._printed and self.intensities.varies(place):  # all constant ones look alike
+            whole = self.intensities.is_finite(place)
+            self.prints[sample] = fingerprint(inputs if whole else np.nan_to_num(inputs, posinf=0.0, neginf=0.0))
         with self._lock:
             self.bytes_looked += inputs.nbytes + (0 if target is None else target.nbytes)
 
