@@ -1,11 +1,9 @@
 """NIfTI and labels to a volume file, through the command line as `hpc pack` and `hpc inspect` call it."""
 
 import hashlib
-import json
 import re
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import nibabel
@@ -307,52 +305,7 @@ def test_one_group_cannot_fill_three_splits(atlas, tmp_path, capsys):
     assert "1 free group(s) cannot fill train and validation and test" in capsys.readouterr().err
 
 
-def test_inspect_says_what_is_in_the_file(scans, tmp_path, capsys):
-    folder, labels = scans
-    out, picture = tmp_path / "o.h5", tmp_path / "o.png"
-    assert run(folder, "-o", out, "--labels", labels) == 0
-    capsys.readouterr()
-    assert inspect.main([str(out), "--json", "--verify", "--png", str(picture)]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["num_samples"] == 12 and facts["shape"] == [1, 6, 7, 8] and facts["damaged"] == []
-    assert sum(facts["classes"]["sick"].values()) == 6 and facts["spacing_mm"] == [[1.0, 1.5, 2.0]]
-    assert facts["fingerprint"] == open_volumes(out).fingerprint
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert inspect.main([str(out)]) == 0
-    assert "12 samples of 1x6x7x8 int16, classification" in capsys.readouterr().out
-
-
-def test_titles_of_neighbouring_pictures_do_not_overlap(scans, tmp_path, monkeypatch):
-    folder, _ = scans
-    for path in list(folder.iterdir()):
-        path.rename(folder / f"sub-{path.name[:3]}_SESSION-BASELINE_SPACE-MNI152NLIN2009_{path.name}")
-    labels = table(tmp_path / "l.csv", [f"{path.name},{n % 2}" for n, path in enumerate(folder.iterdir())])
-    assert run(folder, "-o", tmp_path / "o.h5", "--labels", labels) == 0
-    drawn = []
-    monkeypatch.setattr("matplotlib.pyplot.close", drawn.append)
-    inspect.draw_montage(open_volumes(tmp_path / "o.h5"), tmp_path / "o.png")
-    monkeypatch.undo()
-    titles = [axis.title for axis in drawn[0].axes[: inspect.PER_CLASS]]
-    boxes = [title.get_window_extent() for title in titles]
-    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
-    assert all(re.fullmatch(r"\.\.\..*_s\d\d", title.get_text()) for title in titles)
-
-
-def test_inspect_finds_damage_and_refuses_what_is_no_volume_file(scans, tmp_path, capsys):
-    folder, labels = scans
-    out = tmp_path / "o.h5"
-    assert run(folder, "-o", out, "--labels", labels) == 0
-    shard = open_volumes(out).shards[0]
-    with out.open("r+b") as file:
-        file.seek(shard.inputs.offset + 5 * 6 * 7 * 8 * 2)
-        file.write(b"\xff\xfe")
-    assert inspect.main([str(out), "--verify"]) == 1
-    assert "damaged: s05" in capsys.readouterr().err
-    assert inspect.main([str(labels)]) == 2
-    assert "is not an HDF5 file" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("module", ["jobs.pack", "jobs.inspect", "datasets", "datasets.layout", "datasets.packing"])
+@pytest.mark.parametrize("module", ["jobs.pack", "jobs.inspect", "datasets", "datasets.layout", "datasets.packing.packer"])
 def test_no_torch_is_imported(module):
     code = f"import sys, {module}; bad = {{'torch', 'matplotlib'}} & set(sys.modules); sys.exit(', '.join(bad) or 0)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
