@@ -57,7 +57,7 @@ def read_volume(files: tuple[Path, ...]) -> Volume:
 
 def _fill(file: IO[bytes], rest: memoryview) -> None:
     while rest.nbytes:
-        part = file.readinto(rest[: 2**24])  # type: ignore[attr-defined]
+        part = file.readinto(rest[: 2**20])  # type: ignore[attr-defined]
         if not part:
             raise UnusableSource(f"broken data (it ends {rest.nbytes:,} bytes too early)")
         rest = rest[part:]
