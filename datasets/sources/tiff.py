@@ -109,7 +109,8 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _refuse_bombs(file: Any, page: Any) -> None:
     """UnusableSource for a strip or tile that inflates to more than its page: tifffile would inflate it whole."""
-    limit = max(page.nbytes, page.tilewidth * page.tilelength * page.tiledepth * page.samplesperpixel * 8)
+    key = page.keyframe
+    limit = max(key.nbytes, key.tilewidth * key.tilelength * key.tiledepth * key.samplesperpixel * 8)
     for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True):
         if size * DEFLATE_MOST > SURE_BYTES:
             file.filehandle.seek(offset)
