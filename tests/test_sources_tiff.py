@@ -1,5 +1,7 @@
 """TIFF sources against tifffile and Pillow: axes, channels, sizes of voxels, and what is refused."""
 
+import zlib
+
 import numpy as np
 import pytest
 import tifffile
@@ -129,6 +131,17 @@ def bomb(path):
             file.pages[0].tags[tag].overwrite(60_000)
 
 
+def hidden(path):
+    """A strip that inflates to 32 MiB, of a page of 40 bytes."""
+    packed = zlib.compress(bytes(2**25) + RNG.bytes(600_000), 1)
+    tifffile.imwrite(path, noise(4, 5), photometric="minisblack", compression="zlib", metadata=None)
+    with tifffile.TiffFile(path, mode="r+") as file:
+        tags = file.pages[0].tags
+        tags["StripByteCounts"].overwrite(len(packed)), tags["StripOffsets"].overwrite(path.stat().st_size)
+    with path.open("ab") as end:
+        end.write(packed)
+
+
 def claims(path):
     tifffile.imwrite(path, noise(4, 5), photometric="minisblack", metadata=None)
     with tifffile.TiffFile(path, mode="r+") as file:
@@ -144,8 +157,8 @@ WRONG = {
     "half": (changed(lambda raw: raw[: len(raw) // 2]), "claims 12,000 bytes, but the file has"),
     "cut": (changed(lambda raw: raw[:-5], compression="zlib"), "broken data"),
     "flipped": (changed(lambda raw: raw[:-40] + bytes(40), compression="zlib"), "broken data"),
-    "lzw": (pillow(GREY, compression="tiff_lzw"), "its COMPRESSION.LZW needs imagecodecs: pip install imagecodecs"),
-    "jpeg": (pillow(GREY, compression="jpeg"), "its COMPRESSION.JPEG needs imagecodecs"),
+    "lzw": (pillow(GREY, compression="tiff_lzw"), "its codec LZW needs imagecodecs: pip install imagecodecs"),
+    "jpeg": (pillow(GREY, compression="jpeg"), "its codec JPEG needs imagecodecs"),
     "palette": (pillow(GREY.convert("P")), "its colours are a palette; convert it to RGB"),
     "time": (written(noise(3, 4, 5), imagej=True, metadata={"axes": "TYX"}), "axes are T 3, Y 4, X 5; pick one time"),
     "two images": (two, "it holds 2 images of their own"),
@@ -155,6 +168,7 @@ WRONG = {
     ),
     "elsewhere": (elsewhere, "some of its pages are not in the file|claims"),
     "bomb": (bomb, "above 512 MiB at most 200 times are read"),
+    "hidden": (hidden, "its compressed parts hold more than the 40 bytes of a page"),
     "claims": (claims, "claims 600,000 bytes, but the file has"),
     "complex": (written(noise(3, 4, dtype=np.complex64)), "its voxels are complex64"),
     "NaN": (written(NAN, photometric="minisblack"), "60 voxels are NaN or infinite"),

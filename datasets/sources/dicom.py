@@ -49,9 +49,9 @@ def label(path: Path) -> Label:
     names = ("SeriesInstanceUID", "SeriesNumber", "SeriesDescription", "NumberOfFrames", "Rows")
     wanted = [pydicom.tag.Tag(name) for name in names]
     try:
-        _refuse_deflated(path)
         with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            _refuse_deflated(path)
             found: Any = pydicom.filereader.read_partial(
                 file, stop_when=lambda tag, *_: tag > LAST_TAG, force=True, specific_tags=wanted
             )

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.sources.contract import Header, UnusableSource, Volume, library
-from datasets.sources.voxels import check_claim, check_shape, compact, packable
+from datasets.sources.packed import fastest
+from datasets.sources.voxels import SURE_BYTES, check_claim, check_shape, compact, packable
 
 PAGES, CHANNELS = "ZQI", "CS"
 """tifffile's letters; Q and I are pages of which nothing is said"""
@@ -25,6 +27,10 @@ MILLIMETRES = {"m": 1e3, "cm": 10.0, "mm": 1.0, "nm": 1e-6} | dict.fromkeys(
     ("um", "µm", "μm", "\\u00B5m", "micron", "microns", "micrometer"), 1e-3
 )
 CENTIMETRE = 3
+NONE, DEFLATE, PACKBITS = 1, (8, 32946), 32773
+"""values of Compression; tifffile alone reads no others"""
+DEFLATE_MOST = 1032
+"""times that deflate can shrink (zlib.net, zlib_tech.html)"""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ def read_volume(files: tuple[Path, ...]) -> Volume:
         for page in layout.series.pages:
             if page is None or 0 in page.databytecounts:
                 raise UnusableSource("broken data (some of its pages are not in the file)")
+            if layout.series.keyframe.compression in DEFLATE:
+                _refuse_bombs(file, page)
         data = layout.series.asarray(maxworkers=1)
     if layout.inverted is not None:
         data = np.subtract(data.dtype.type(layout.inverted), data)
@@ -97,13 +105,17 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except tifffile.TiffFileError as error:
         raise UnusableSource(f"it is not TIFF, whatever its name says, or it is broken ({error})") from error
-    except ValueError as error:
-        if "imagecodecs" not in str(error):
-            raise
-        codec = str(error).partition(":")[0].strip("<")
-        raise UnusableSource(
-            f"its {codec} needs imagecodecs: pip install imagecodecs, or store it as deflate"
-        ) from error
+
+
+def _refuse_bombs(file: Any, page: Any) -> None:
+    """UnusableSource for a strip or tile that inflates to more than its page: tifffile would inflate it whole."""
+    key = page.keyframe
+    limit = max(key.nbytes, key.tilewidth * key.tilelength * key.tiledepth * key.samplesperpixel * 8)
+    for offset, size in zip(page.dataoffsets, page.databytecounts, strict=True):
+        if size * DEFLATE_MOST > SURE_BYTES:
+            file.filehandle.seek(offset)
+            if len(fastest.decompressobj().decompress(file.filehandle.read(size), limit + 1)) > limit:
+                raise UnusableSource(f"its compressed parts hold more than the {limit:,} bytes of a page")
 
 
 def _layout(file: Any, path: Path) -> _Layout:
@@ -114,7 +126,10 @@ def _layout(file: Any, path: Path) -> _Layout:
     check_shape(series.shape)
     packable(series.dtype)
     axes = _axes(series)
-    check_claim(series.nbytes, path.stat().st_size, compressed=page.compression != 1)
+    check_claim(series.nbytes, path.stat().st_size, compressed=page.compression != NONE)
+    if page.compression not in (NONE, *DEFLATE, PACKBITS) and find_spec("imagecodecs") is None:
+        codec = getattr(page.compression, "name", page.compression)
+        raise UnusableSource(f"its codec {codec} needs imagecodecs: pip install imagecodecs, or store it as deflate")
     if page.photometric == 3:
         raise UnusableSource("its colours are a palette; convert it to RGB")
     alphas = sum(extra in ALPHA for extra in page.extrasamples) if "S" in axes else 0
