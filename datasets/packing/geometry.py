@@ -80,15 +80,18 @@ def _interpolate(
             np.clip(np.floor(first + step * np.arange(size) + 0.5).astype(int), 0, length - 1)
             for first, step, size, length in zip(start, steps, shape, data.shape, strict=True)
         ]
-        return data[np.ix_(*found)]
+        nearest: NDArray[Any] = data[np.ix_(*found)]
+        return nearest
     numbers = data.astype(np.float32)
     if max(steps) > 1:
         numbers = ndimage.gaussian_filter(numbers, [max(0.0, (step - 1) / 2) for step in steps], mode="nearest")
-    out = ndimage.affine_transform(
+    out: NDArray[np.float32] = ndimage.affine_transform(
         numbers, np.array(steps), start, output_shape=shape, output=np.float32, order=3, mode="nearest"
     )
-    out = np.clip(out, float(data.min()), float(data.max()), out=out)
-    return np.rint(out, out=out) if data.dtype.kind in "iu" else out
+    np.clip(out, float(data.min()), float(data.max()), out=out)
+    if data.dtype.kind in "iu":
+        np.rint(out, out=out)
+    return out
 
 
 def centre_fit(

@@ -49,7 +49,8 @@ def clip(data: NDArray[Any], window: tuple[float, float]) -> NDArray[Any]:
     if data.dtype.kind in "iu":
         limits = np.iinfo(data.dtype)
         low, high = (min(max(end, limits.min), limits.max) for end in (int(np.ceil(low)), int(np.floor(high))))
-    return np.clip(data, data.dtype.type(low), data.dtype.type(high))
+    clipped: NDArray[Any] = np.clip(data, data.dtype.type(low), data.dtype.type(high))
+    return clipped
 
 
 def measure(data: NDArray[Any], window: tuple[float, float] | None = None) -> Intensities:

@@ -5,7 +5,7 @@ import hashlib
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -232,22 +232,11 @@ class Appender:
         label: int | None,
         row: Row | None,
     ) -> Entry:
-        checksum = zlib.crc32(memoryview(inputs).cast("B"))
+        checksum = zlib.crc32(_bytes(inputs))
         if maps is not None:
-            checksum = zlib.crc32(memoryview(maps).cast("B"), checksum)
-        if row is not None:
-            places = self._put(row.file, row.inputs, [inputs]), ()
-            if maps is not None and row.maps is not None:
-                places = places[0], self._put(row.file, row.maps, [maps])
-        elif self._bench.form is not None and self._bench.form.box is not None:
-            chunks = [chunk[1:] for chunk in drafts.encode_sample(self._bench.form, inputs, maps)]
-            places = (
-                self._append([stored for stored, _ in chunks]),
-                self._append([stored for _, stored in chunks if stored is not None]),
-            )
-        else:
-            places = self._append([inputs]), ()
-        noted = None if drawn is None else (self._own, *self._append([drawn])[0])
+            checksum = zlib.crc32(_bytes(maps), checksum)
+        places = self._place(inputs, maps, row)
+        noted = None if drawn is None else (self._own, *self._append([_bytes(drawn)])[0])
         return Entry(
             file=row.file if row else self._own,
             inputs=places[0],
@@ -258,6 +247,20 @@ class Appender:
             affine=tuple(affine.reshape(-1).tolist()),
             label=label,
         )
+
+    def _place(
+        self, inputs: NDArray[Any], maps: NDArray[np.uint8] | None, row: Row | None
+    ) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+        """Write a sample's bytes and say where: its inputs', its label map's."""
+        if row is not None:
+            there = () if maps is None or row.maps is None else self._put(row.file, row.maps, [_bytes(maps)])
+            return self._put(row.file, row.inputs, [_bytes(inputs)]), there
+        form = self._bench.form
+        if form is None or form.box is None:
+            return self._append([_bytes(inputs)]), ()
+        chunks = [chunk[1:] for chunk in drafts.encode_sample(form, inputs, maps)]
+        kept = [stored for _, stored in chunks if stored is not None]
+        return self._append([stored for stored, _ in chunks]), self._append(kept)
 
     def _append(self, pieces: list[Any]) -> tuple[Piece, ...]:
         places = self._put(self._own, self._end, pieces)
@@ -270,7 +273,7 @@ class Appender:
             if name not in self._open:
                 self._open[name] = os.open(self._bench.folder / name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
             for piece in pieces:
-                buffer = memoryview(piece).cast("B")
+                buffer = memoryview(piece)
                 done = 0
                 while done < buffer.nbytes:
                     done += os.pwrite(self._open[name], buffer[done:], offset + done)
@@ -285,6 +288,11 @@ class Appender:
             os.close(self._open.popitem()[1])
 
 
+def _bytes(array: NDArray[Any]) -> memoryview:
+    flat: Any = array.reshape(-1).view(np.uint8)
+    return memoryview(flat)
+
+
 @contextlib.contextmanager
 def marked(folder: Path, path: Path) -> Iterator[None]:
     """Says for as long as it lasts what this process reads: what killed it can be named."""
@@ -296,6 +304,3 @@ def marked(folder: Path, path: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             mark.unlink()
-
-
-Work = Callable[[Task], Finished]
