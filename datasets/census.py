@@ -4,7 +4,6 @@ Everything is plain data for JSON, and vectorised: a million samples take a seco
 """
 
 import zlib
-from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -80,8 +79,8 @@ def distinct_rows(rows: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int
     number_of = np.zeros(len(rows), np.int64)
     first = np.zeros(1, np.int64)
     for column in rows.T:
-        values, codes = np.unique(column, return_inverse=True)
-        if len(values) > 1:
+        if (column != column[0]).any():
+            values, codes = np.unique(column, return_inverse=True)
             _, first, number_of = np.unique(number_of * len(values) + codes, return_index=True, return_inverse=True)
     return first, number_of
 
@@ -127,9 +126,14 @@ def _input_sums(volumes: VolumeFile) -> NDArray[np.uint32]:
     if volumes.task == "segmentation":
         return volumes.checksums
     rows = volumes.targets.astype(TARGET_DTYPES[volumes.task])
-    first, number_of = distinct_rows(rows.reshape(len(rows), -1))
+    first, number_of = distinct_rows(_packed(rows))
     own = np.array([zlib.crc32(rows[row].tobytes()) for row in first], np.uint32)
     return volumes.checksums ^ own[number_of]
+
+
+def _packed(targets: NDArray[Any]) -> NDArray[Any]:
+    """(N, columns) that differ where targets do: eight labels in one column, or (N, 1) class numbers."""
+    return np.packbits(targets, axis=1) if targets.ndim == 2 else targets[:, None]
 
 
 def _divide(above: NDArray[np.float64], below: NDArray[np.float64]) -> list[float]:
@@ -138,7 +142,7 @@ def _divide(above: NDArray[np.float64], below: NDArray[np.float64]) -> list[floa
 
 
 def _num_groups(volumes: VolumeFile, code: int) -> int:
-    return len(set(compress(volumes.groups, volumes.split == code)))
+    return len(set(volumes.groups.stored[volumes.split == code].tolist()))
 
 
 def _fold_counts(volumes: VolumeFile, chosen: Any = slice(None)) -> list[int]:
@@ -163,7 +167,7 @@ def _class_counts(volumes: VolumeFile) -> dict[str, dict[str, Any]]:
 def _label_sets(volumes: VolumeFile) -> dict[str, Any]:
     """The sets of labels that occur together, the most frequent first, and samples without any."""
     names = volumes.class_names
-    first, number_of = distinct_rows(np.packbits(volumes.targets, axis=1))
+    first, number_of = distinct_rows(_packed(volumes.targets))
     counts = np.bincount(number_of)
     often = np.argsort(-counts, kind="stable")[:MOST_FREQUENT]
     bare = ~volumes.targets.any(axis=1)

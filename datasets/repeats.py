@@ -41,9 +41,9 @@ class _Sample:
 def candidates(volumes: VolumeFile, max_bytes: float) -> tuple[list[list[int]], list[int]]:
     """Sets of samples with equal checksums, those that would leak first, and the samples to read to be sure of them."""
     sets = sorted(equal_sums(volumes), key=lambda samples: not leaks(volumes, samples))
-    chosen: list[int] = []
+    chosen, most = list[int](), max_bytes / mean_bytes(volumes)
     for samples in sets:
-        if (len(chosen) + len(samples)) * mean_bytes(volumes) > max_bytes:
+        if len(chosen) + len(samples) > most:
             break
         chosen += samples
     return sets, chosen
