@@ -66,12 +66,8 @@ class Finished:
 
     @classmethod
     def from_line(cls, plain: dict[str, Any]) -> Self:
-        samples = tuple(
-            Entry(**entry | {name: _nested(entry[name]) for name in ("inputs", "maps", "drawn", "shape", "affine")})
-            for entry in plain["samples"]
-        )
-        rest = {name: tuple(plain[name]) for name in ("scale", "offset", "source_shape", "counts", "manifest")}
-        return cls(**plain | rest | {"samples": samples})
+        samples = tuple(Entry(**{name: _nested(value) for name, value in entry.items()}) for entry in plain["samples"])
+        return cls(**{name: _nested(value) for name, value in plain.items()} | {"samples": samples})
 
 
 def _nested(value: Any) -> Any:
