@@ -1,5 +1,6 @@
 """What every reader promises (datasets/sources/contract.py), over real files and one of each format made here."""
 
+import sys
 import tracemalloc
 import warnings
 from pathlib import Path
@@ -76,7 +77,7 @@ def keep_the_promises(source):
     assert len(head.shape) in (3, 4) and head.dtype.kind in "iuf" and head.dtype.isnative
     assert head.affine.shape == (4, 4) and np.array_equal(head.affine, volume.affine)
     assert np.isfinite(head.affine).all() and abs(np.linalg.det(head.affine[:3, :3])) > 0
-    assert volume.data.flags.c_contiguous and np.isfinite(volume.data).all()
+    assert volume.data.flags.carray and np.isfinite(volume.data).all()
     assert describe(source)["size"] >= source.path.stat().st_size or len(source.files) > 1
     return True
 
@@ -125,6 +126,23 @@ def test_reading_takes_at_most_three_times_the_volume(tmp_path):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 3.2 * volume.data.nbytes, path.name
+
+
+@pytest.mark.parametrize(
+    ("suffix", "module", "name"),
+    [
+        (".dcm", "pydicom", "DICOM needs pydicom"),
+        (".nrrd", "nrrd", "NRRD needs pynrrd"),
+        (".tif", "tifffile", "TIFF needs tifffile"),
+        (".png", "PIL.Image", "images needs Pillow"),
+    ],
+)
+def test_a_reader_that_is_not_installed_is_named_with_its_command(tmp_path, monkeypatch, suffix, module, name):
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(b"NRRD0004\n")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(NotASource, match=rf"reading {name}: pip install 'hpc-batch\[formats\]'"):
+        read(find([path])["a"])
 
 
 def test_headers_are_cheap(tmp_path):
