@@ -65,6 +65,13 @@ def fold_samples(
     return folds
 
 
+def balanced_weights(counts: Sequence[int]) -> list[float]:
+    """A weight for each class by its samples: N / (K * count) over the K classes that have some, as scikit-learn's
+    'balanced'; 0 for a class without any."""
+    present = sum(1 for count in counts if count)
+    return [sum(counts) / (present * count) if count else 0.0 for count in counts]
+
+
 def multi_hot(labels: Sequence[Iterable[Any]], classes: Sequence[Any]) -> NDArray[np.uint8]:
     """(N, classes) 1 where a sample has the class: of several labels, or of the classes that a label map has."""
     number = {name: place for place, name in enumerate(classes)}
