@@ -9,41 +9,50 @@ Opening reads the small tables and closes the file again, so that a VolumeFile s
 import hashlib
 import json
 import os
+import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Self
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from datasets.chunks import Stored
+from datasets.names import Names, first_divided, first_repeated, json_blocks
 from datasets.partition import HELD_OUT, SPLITS, check_groups, fold_names
+from datasets.trust import VolumeFileError, file_identity, opened, read_bytes, read_json
 
 FORMAT = 1
 INPUTS, TARGETS, IDS, GROUPS, SPLIT = "inputs", "targets", "ids", "groups", "split"
 AFFINE, SOURCE_SHAPE, SCALE, OFFSET, CHECKSUMS = "affine", "source_shape", "scale", "offset", "checksums"
 FOLDS = "folds"
 """Only in a file packed for cross-validation."""
+FOREGROUND = "foreground"
+"""Only with label maps: (N, K, M) flat voxel indices of each class, drawn at random, -1 fills up."""
+SHAPES, OFFSETS = "shapes", "offsets"
+"""Only in a ragged file, whose volumes have different shapes: (C, *spatial) and first element of each."""
 DATASETS = (INPUTS, TARGETS, IDS, GROUPS, SPLIT, AFFINE, SOURCE_SHAPE, SCALE, OFFSET, CHECKSUMS)
-RAGGED_SHAPES = "shapes"
 FORMAT_ATTR, TASK_ATTR, CLASSES_ATTR, ORIENTATION_ATTR = "format", "task", "class_names", "orientation"
 SOURCE_ATTR, FINGERPRINT_ATTR, PACKING_ATTR = "source", "fingerprint", "packing"
-ATTRIBUTES = (FORMAT_ATTR, TASK_ATTR, CLASSES_ATTR, ORIENTATION_ATTR, SOURCE_ATTR, FINGERPRINT_ATTR, PACKING_ATTR)
+TABLES_ATTR = "tables"
+"""CRC-32 of all tables but FOREGROUND, and of the texts that say what they mean."""
+TEXTS = (TASK_ATTR, CLASSES_ATTR, ORIENTATION_ATTR, PACKING_ATTR)
+ATTRIBUTES = (FORMAT_ATTR, *TEXTS, SOURCE_ATTR, FINGERPRINT_ATTR, TABLES_ATTR)
 TASKS = ("classification", "multilabel", "segmentation")
 INPUT_DTYPES = ("uint8", "int16", "float16", "float32")
 TARGET_DTYPES = {"classification": "int64", "multilabel": "uint8", "segmentation": "uint8"}
+ON_DEMAND = (AFFINE, SOURCE_SHAPE)
+"""tables that training does not need: read from the file each time"""
+
+SHARD_NAME = re.compile(r"-\d+-of-(\d+)$")
 
 Tables = dict[str, NDArray[Any]]
-
-
-class VolumeFileError(ValueError):
-    """A file that cannot be used as a volume file; the message is one line with the reason and the remedy."""
 
 
 def target_shape(task: str, shape: tuple[int, ...], num_classes: int) -> tuple[int, ...]:
@@ -56,40 +65,100 @@ def sample_checksum(inputs: Any, target: Any) -> int:
     return zlib.crc32(target, zlib.crc32(inputs))
 
 
+def table_specs(
+    num: int, shape: tuple[int, ...], task: str, num_classes: int
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every table of `num` samples of (C, *spatial); S: zero-padded UTF-8 of any length.
+
+    Those of SHAPES, OFFSETS and FOLDS hold where there are such tables; TARGETS only where they are no label maps.
+    """
+    channels, axes = shape[0], len(shape) - 1
+    specs: dict[str, tuple[tuple[int, ...], str]] = {
+        IDS: ((num,), "S"),
+        GROUPS: ((num,), "S"),
+        SPLIT: ((num,), "uint8"),
+        FOLDS: ((num,), "uint8"),
+        AFFINE: ((num, 4, 4), "float64"),
+        SOURCE_SHAPE: ((num, axes), "int64"),
+        SCALE: ((num, channels), "float32"),
+        OFFSET: ((num, channels), "float32"),
+        CHECKSUMS: ((num,), "uint32"),
+        SHAPES: ((num, 1 + axes), "int64"),
+        OFFSETS: ((num,), "int64"),
+    }
+    if task != "segmentation":
+        specs[TARGETS] = ((num, *target_shape(task, shape, num_classes)), TARGET_DTYPES[task])
+    return specs
+
+
+def tables_checksum(texts: dict[str, Any], sums: dict[str, int]) -> int:
+    """CRC-32 over the texts as they are in the attributes, and the CRC-32 of the bytes of each table."""
+    return zlib.crc32(json.dumps([texts, sums], sort_keys=True).encode())
+
+
 def compute_fingerprint(
     ids: Sequence[str], targets: NDArray[Any] | None, split: Any, checksums: Any, folds: Any = None
 ) -> str:
     """SHA-256 over ids, targets, split, checksums, folds. Label maps (`targets` None) count through the checksums."""
     digest = hashlib.sha256()
-    digest.update(json.dumps(list(ids), ensure_ascii=False).encode())
+    for block in json_blocks(ids):
+        digest.update(block)
     for table in (targets, split, checksums, folds):
         if table is not None:
             digest.update(f"{table.dtype.str}{table.shape}".encode())
-            digest.update(np.ascontiguousarray(table).tobytes())
+            digest.update(np.ascontiguousarray(table).data)
     return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file on disk: its facts, its small tables, and where the samples begin (None: chunked, read by HDF5)."""
+    """One file on disk: its facts, the small tables that training needs, and where the bytes of its samples lie."""
 
     path: Path
     identity: tuple[int, int, int]
     """inode, size and modification time in ns: a reader refuses a file that was exchanged since it was opened"""
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
+    """(C, *spatial); None: ragged, see the tables SHAPES (N, 1 + spatial axes) and OFFSETS (N,) in elements"""
+    channels: int
+    spatial_axes: int
     dtype: np.dtype[Any]
     task: str
     class_names: tuple[str, ...]
     orientation: str
-    source: list[dict[str, Any]]
     packing: dict[str, Any]
     tables: Tables
-    inputs_offset: int | None
-    targets_offset: int | None
+    """in memory; names as bytes"""
+    on_demand: dict[str, int]
+    """file offsets of the tables that are read from the file each time"""
+    inputs: Stored
+    targets: Stored | None
+    """None unless label maps"""
+    foreground: tuple[int, int] | None
+    """file offset of row 0, and M, the number of voxel indices kept for each class"""
 
     @property
     def num_samples(self) -> int:
         return len(self.tables[SPLIT])
+
+    def read_table(self, name: str) -> NDArray[Any]:
+        """A table from memory or from the file. VolumeFileError when the file was exchanged."""
+        if name in self.tables:
+            return self.tables[name]
+        self.require_unchanged()
+        sample = (self.channels, *[0] * self.spatial_axes)
+        shape, dtype = table_specs(self.num_samples, sample, self.task, len(self.class_names))[name]
+        return read_bytes(self.path, self.on_demand[name], shape, dtype)
+
+    def read_source(self) -> list[dict[str, Any]]:
+        """Manifest of the packed files: name, size in bytes, sha256."""
+        self.require_unchanged()
+        with opened(self.path) as file:
+            entries: list[dict[str, Any]] = read_json(self.path, file, SOURCE_ATTR, list)
+        return entries
+
+    def require_unchanged(self) -> None:
+        if not self.path.is_file() or file_identity(self.path.stat()) != self.identity:
+            raise VolumeFileError(f"{self.path} was removed or exchanged since it was opened; start again")
 
 
 class VolumeFile:
@@ -101,28 +170,35 @@ class VolumeFile:
     def __init__(self, shards: Sequence[Shard]) -> None:
         if not shards:
             raise VolumeFileError("no volume file was given; make one with 'hpc pack SRC... -o FILE.h5'")
-        self.shards = tuple(shards)
-        first = self.shards[0]
-        for other in self.shards[1:]:
+        first = shards[0]
+        for other in shards[1:]:
             _require_same(first, other)
-        self.paths = tuple(shard.path for shard in self.shards)
-        self.shape, self.dtype = first.shape, first.dtype
+        self.dtype, self.channels, self.spatial_axes = first.dtype, first.channels, first.spatial_axes
         self.task, self.class_names, self.orientation = first.task, first.class_names, first.orientation
-        self.packing = first.packing
-        self._starts = [0, *accumulate(shard.num_samples for shard in self.shards)]
+        self.packing, self.ragged = first.packing, first.shape is None
+        self.paths = tuple(shard.path for shard in shards)
+        self._starts = [0, *accumulate(shard.num_samples for shard in shards)]
         self.num_samples = self._starts[-1]
-        self.target_shape = target_shape(self.task, self.shape, len(self.class_names))
         self.target_dtype = np.dtype(TARGET_DTYPES[self.task])
-        self._refuse_repeated_ids()
-        check_groups(self.groups, self.split)
+        self._tables = _join([shard.tables for shard in shards])
+        self.shards = tuple(
+            replace(
+                shard, tables={name: table[start : start + shard.num_samples] for name, table in self._tables.items()}
+            )
+            for shard, start in zip(shards, self._starts, strict=False)
+        )
+        if (twice := first_repeated(self.ids)) is not None:
+            raise VolumeFileError(f"{self.name}: sample id {twice!r} occurs twice; pack again with unique ids")
+        self._refuse_leaks(self.split, SPLITS)
         if self.folds is not None:
-            check_groups(self.groups, self.folds, fold_names())
+            self._refuse_leaks(self.folds, fold_names())
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __repr__(self) -> str:
-        return f"VolumeFile({', '.join(map(str, self.paths))}: {self.num_samples} x {self.shape} {self.dtype})"
+        shape = "different shapes" if self.ragged else self.shape
+        return f"VolumeFile({', '.join(map(str, self.paths))}: {self.num_samples} x {shape} {self.dtype})"
 
     @property
     def name(self) -> str:
@@ -130,9 +206,26 @@ class VolumeFile:
         return " ".join(map(str, self.paths))
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, *spatial) of every sample. VolumeFileError in a ragged file."""
+        if self.shards[0].shape is None:
+            raise VolumeFileError(f"{self.name} holds volumes of different shapes; train on patches: data.patch")
+        return self.shards[0].shape
+
+    @property
+    def target_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's target. VolumeFileError for the label maps of a ragged file."""
+        shape = self.shape if self.task == "segmentation" else (self.channels,)
+        return target_shape(self.task, shape, len(self.class_names))
+
+    def sample_shape(self, sample: int) -> tuple[int, ...]:
+        """(C, *spatial) of one sample."""
+        return tuple(self._tables[SHAPES][sample].tolist()) if self.ragged else self.shape
+
+    @property
     def source(self) -> list[dict[str, Any]]:
         """Manifest of the packed files: name, size in bytes, sha256."""
-        return [entry for shard in self.shards for entry in shard.source]
+        return [entry for shard in self.shards for entry in shard.read_source()]
 
     @property
     def targets(self) -> NDArray[Any]:
@@ -141,13 +234,13 @@ class VolumeFile:
             raise ValueError(f"{self.name} holds label maps, which are read per sample: use read(sample)")
         return self._table(TARGETS)
 
-    @cached_property
-    def ids(self) -> tuple[str, ...]:
-        return tuple(self._table(IDS))
+    @property
+    def ids(self) -> Names:
+        return Names(self._table(IDS))
 
-    @cached_property
-    def groups(self) -> tuple[str, ...]:
-        return tuple(self._table(GROUPS))
+    @property
+    def groups(self) -> Names:
+        return Names(self._table(GROUPS))
 
     @property
     def split(self) -> NDArray[np.uint8]:
@@ -181,12 +274,12 @@ class VolumeFile:
 
     @property
     def affine(self) -> NDArray[np.float64]:
-        """(N, 4, 4) from voxel indices of the stored sample to mm (RAS)."""
+        """(N, 4, 4) from voxel indices of the stored sample to mm (RAS). Read from the file each time."""
         return self._table(AFFINE)
 
     @property
     def source_shape(self) -> NDArray[np.int64]:
-        """(N, spatial axes) voxels of the source volume, after reorientation."""
+        """(N, spatial axes) voxels of the source volume, after reorientation. Read from the file each time."""
         return self._table(SOURCE_SHAPE)
 
     @property
@@ -235,173 +328,57 @@ class VolumeFile:
         return list(find_damaged(self, range(self.num_samples) if indices is None else indices))
 
     def _table(self, name: str) -> NDArray[Any]:
-        if name not in self._tables:
-            self._tables[name] = np.concatenate([shard.tables[name] for shard in self.shards])
-            self._tables[name].flags.writeable = False
-        return self._tables[name]
+        if name in self._tables:
+            return self._tables[name]
+        return np.concatenate([shard.read_table(name) for shard in self.shards])
 
-    @cached_property
-    def _tables(self) -> Tables:
-        return dict(self.shards[0].tables) if len(self.shards) == 1 else {}
-
-    def _refuse_repeated_ids(self) -> None:
-        if len(set(self.ids)) < self.num_samples:
-            seen: set[str] = set()
-            twice = next(name for name in self.ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-            raise VolumeFileError(f"{self.name}: sample id {twice!r} occurs twice; pack again with unique ids")
+    def _refuse_leaks(self, parts: NDArray[np.uint8], names: Sequence[str]) -> None:
+        rows = first_divided(self.groups, parts)
+        check_groups([self.groups[row] for row in rows.tolist()], parts[rows], names)
 
 
 def open_volumes(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> VolumeFile:
     """Open one volume file, or several shards as one, and check them; raises VolumeFileError with one line.
 
+    `scans-*.h5` stands for all shards of a pack, none of which may be missing.
+
     Refused: a missing file, one that is not HDF5, cut short or half written, of another format number, with a missing
-    or ill-shaped dataset, with tables changed since packing, with external data, or with ragged samples.
+    or ill-shaped dataset, with tables changed since packing, with data that lie elsewhere, were never written, claim
+    more than the file can hold, or went through a filter that is not in datasets.codecs.
     """
+    from datasets.opening import read_shard
+
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
-    return VolumeFile([read_shard(Path(item)) for item in paths])
+    return VolumeFile([read_shard(file) for item in paths for file in _matching(Path(item))])
 
 
-def read_shard(path: Path) -> Shard:
-    """The facts and small tables of one file. Raises VolumeFileError."""
-    if not path.is_file():
-        what = "is a folder, not an HDF5 file" if path.is_dir() else "does not exist"
-        raise VolumeFileError(f"{path} {what}; make one with 'hpc pack SRC... -o {path.with_suffix('.h5')}'")
-    try:
-        status = path.stat()
-        if not h5py.is_hdf5(path):
-            raise VolumeFileError(f"{path} is not an HDF5 file; make one with 'hpc pack SRC... -o FILE.h5'")
-        with h5py.File(path, "r", locking=False) as file:
-            shard = _read_tables(path, file, (status.st_ino, status.st_size, status.st_mtime_ns))
-    except VolumeFileError:
-        raise
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise VolumeFileError(f"{path} is cut short or damaged: copy or pack it again (HDF5: {reason})") from error
-    _check_values(shard)
-    return shard
-
-
-def _read_tables(path: Path, file: h5py.File, identity: tuple[int, int, int]) -> Shard:
-    _check_names(path, file)
-    inputs, targets = file[INPUTS], file[TARGETS]
-    task, classes = str(file.attrs[TASK_ATTR]), tuple(str(name) for name in file.attrs[CLASSES_ATTR])
-    shape = tuple(int(size) for size in inputs.shape[1:])
-    _check_arrays(path, file, task, classes)
-    tables = {name: file[name][()] for name in (SPLIT, AFFINE, SOURCE_SHAPE, SCALE, OFFSET, CHECKSUMS)}
-    if FOLDS in file:
-        tables[FOLDS] = file[FOLDS][()]
-    for name in (IDS, GROUPS):
-        tables[name] = file[name].asstr()[()]
-    if task != "segmentation":
-        tables[TARGETS] = targets[()]
-    for table in tables.values():
-        table.flags.writeable = False
-    shard = Shard(
-        path=path,
-        identity=identity,
-        shape=shape,
-        dtype=inputs.dtype,
-        task=task,
-        class_names=classes,
-        orientation=str(file.attrs[ORIENTATION_ATTR]),
-        source=json.loads(file.attrs[SOURCE_ATTR]),
-        packing=json.loads(file.attrs[PACKING_ATTR]),
-        tables=tables,
-        inputs_offset=inputs.id.get_offset(),
-        targets_offset=targets.id.get_offset() if task == "segmentation" else None,
-    )
-    stored = str(file.attrs[FINGERPRINT_ATTR])
-    if stored != compute_fingerprint(
-        tables[IDS], tables.get(TARGETS), tables[SPLIT], tables[CHECKSUMS], tables.get(FOLDS)
-    ):
-        raise VolumeFileError(
-            f"{path}: ids, targets, split, checksums or folds are not those it was packed with (fingerprint "
-            f"{stored[:12]}); pack it again"
-        )
-    return shard
-
-
-def _check_names(path: Path, file: h5py.File) -> None:
-    if FORMAT_ATTR not in file.attrs:
-        raise VolumeFileError(f"{path} has no attribute {FORMAT_ATTR!r}: half written, or not made by 'hpc pack'")
-    number = file.attrs[FORMAT_ATTR]
-    if number != FORMAT:
-        raise VolumeFileError(f"{path} has format {number}, this version reads format {FORMAT}; pack it again")
-    if RAGGED_SHAPES in file:
-        raise VolumeFileError(f"{path} holds volumes of different shapes, which cannot be read yet; pack with --size")
-    missing = [name for name in DATASETS if name not in file] + [
-        f"attribute {name}" for name in ATTRIBUTES if name not in file.attrs
-    ]
-    if missing:
-        raise VolumeFileError(f"{path} is half written or damaged: no {', '.join(missing)}; pack it again")
-    for name in (*DATASETS, FOLDS):
-        if name in file:
-            _refuse_foreign(path, file, name)
-
-
-def _refuse_foreign(path: Path, file: h5py.File, name: str) -> None:
-    """Everything must lie in this file: no links, no external storage, no virtual dataset."""
-    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-        raise VolumeFileError(f"{path}: {name} is a link to elsewhere; pack all samples into one file, or give shards")
-    dataset = file[name]
-    if not isinstance(dataset, h5py.Dataset):
-        raise VolumeFileError(f"{path}: {name} is not a dataset; pack it again")
-    if dataset.external is not None or dataset.is_virtual:
-        raise VolumeFileError(f"{path}: the data of {name} lie outside the file; pack all samples into one file")
-
-
-def _check_arrays(path: Path, file: h5py.File, task: str, classes: tuple[str, ...]) -> None:
-    inputs = file[INPUTS]
-    if task not in TASKS:
-        raise VolumeFileError(f"{path}: task {task!r} is unknown; this version reads {', '.join(TASKS)}")
-    if inputs.ndim < 4 or inputs.dtype.name not in INPUT_DTYPES or not inputs.dtype.isnative or 0 in inputs.shape:
-        raise VolumeFileError(
-            f"{path}: inputs are {inputs.shape} {inputs.dtype}; they must be (N, C, *spatial) with two or three "
-            f"spatial axes, none empty, and {', '.join(INPUT_DTYPES)}"
-        )
-    num, shape = int(inputs.shape[0]), tuple(int(size) for size in inputs.shape[1:])
-    expected = dict.fromkeys((IDS, GROUPS, SPLIT, CHECKSUMS), (num,)) | {
-        TARGETS: (num, *target_shape(task, shape, len(classes))),
-        AFFINE: (num, 4, 4),
-        SOURCE_SHAPE: (num, len(shape) - 1),
-        SCALE: (num, shape[0]),
-        OFFSET: (num, shape[0]),
-    }
-    if FOLDS in file:
-        expected[FOLDS] = (num,)
-    for name, wanted in expected.items():
-        if file[name].shape != wanted:
-            raise VolumeFileError(f"{path}: {name} has shape {file[name].shape}, not {wanted}; pack it again")
-    kinds = {TARGETS: TARGET_DTYPES[task], SPLIT: "uint8", CHECKSUMS: "uint32", FOLDS: "uint8"}
-    for name, kind in kinds.items():
-        if name in file and file[name].dtype != np.dtype(kind):
-            raise VolumeFileError(f"{path}: {name} has dtype {file[name].dtype}, not {kind}; pack it again")
-    for name in (INPUTS, TARGETS):
-        offset, size = file[name].id.get_offset(), path.stat().st_size
-        if offset is not None and offset + file[name].nbytes > size:
-            raise VolumeFileError(f"{path} is cut short: {name} ends past its {size} bytes; copy or pack it again")
-
-
-def _check_values(shard: Shard) -> None:
-    if shard.tables[SPLIT].max() >= len(SPLITS):
-        raise VolumeFileError(f"{shard.path}: split holds {shard.tables[SPLIT].max()}; only 0, 1 and 2 are known")
-    if (
-        FOLDS in shard.tables
-        and ((shard.tables[FOLDS] == HELD_OUT) != (shard.tables[SPLIT] == SPLITS.index("test"))).any()
-    ):
-        raise VolumeFileError(f"{shard.path}: test samples are in a fold, or others in none; pack it again")
-    if shard.task == "classification":
-        low, high = int(shard.tables[TARGETS].min()), int(shard.tables[TARGETS].max())
-        if low < 0 or high >= len(shard.class_names):
-            raise VolumeFileError(
-                f"{shard.path}: class numbers run from {low} to {high}, but {len(shard.class_names)} classes are named"
-            )
+def _matching(path: Path) -> list[Path]:
+    """The files that a pattern names, in order."""
+    if path.exists() or not set("*?[") & set(path.name):
+        return [path]
+    found = sorted(path.parent.glob(path.name))
+    if not found:
+        raise VolumeFileError(f"no file is named like {path}; make some with 'hpc pack ... --shard-size 2GiB'")
+    counts = {int(told[1]) for file in found if (told := SHARD_NAME.search(file.stem))}
+    if counts and counts != {len(found)}:
+        raise VolumeFileError(f"{path} names {len(found)} files, but there should be {max(counts)}; copy all shards")
+    return found
 
 
 def _require_same(first: Shard, other: Shard) -> None:
     if (FOLDS in first.tables) != (FOLDS in other.tables):
         raise VolumeFileError(f"one of {first.path} and {other.path} has folds, the other not; pack both alike")
-    for name in ("shape", "dtype", "task", "class_names", "orientation"):
+    for name in ("shape", "channels", "spatial_axes", "dtype", "task", "class_names", "orientation"):
         mine, theirs = getattr(first, name), getattr(other, name)
         if mine != theirs:
             raise VolumeFileError(f"{other.path} has {name} {theirs}, but {first.path} has {mine}; shards must agree")
+
+
+def _join(parts: Sequence[Tables]) -> Tables:
+    """Tables of all shards one after the other, read-only."""
+    if len(parts) == 1:
+        return dict(parts[0])
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for table in joined.values():
+        table.flags.writeable = False
+    return joined

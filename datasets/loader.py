@@ -4,33 +4,32 @@
     loader.seek(epoch=3, step=17)
     for batch in loader: ...            # the rest of epoch 3; the next loop is epoch 4
 
-Which samples make up global batch (epoch, step) depends on neither threads nor ranks.
+Which samples make up global batch (epoch, step), and each of their voxels, depends on neither threads nor ranks.
 """
 
-import time
+import math
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from datasets.augment import Augment
 from datasets.layout import VolumeFile
-from datasets.order import Stream, epoch_order, num_steps, rank_share, uniforms
+from datasets.order import num_steps
 from datasets.partition import SPLITS
-from datasets.reading import Reader, check_sample, open_reader
-from datasets.ring import Ring, Slot
+from datasets.patches import Patches
+from datasets.prefetch import Prefetch, Reading, Work
+from datasets.ring import Ring
+from datasets.sampling import Numbers, Sampler, Uniform, Weighted, draw_epoch, make_sampler
 
-PIECE_BYTES = 1 << 20
-"""a batch is cut into parts of at least this size, which threads read at the same time"""
+COPIED_AHEAD = 2
+"""Batches that are on their way to a GPU, or there, before they are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,19 +45,42 @@ class Batch:
     samples: Tensor
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A batch as stored, on its way to normalisation."""
+
+    inputs: Tensor
+    targets: Tensor
+    samples: Tensor
+    numbers: Numbers
+    keys: Numbers
+    """(B,) sample + view * N: what the draws of augmentation depend on"""
+    copied: Any = None
+    """torch.cuda.Event of the copy to the device"""
+
+
 class Loader:
     """Iterating yields the rest of the current epoch and then moves to the next one.
 
     - `batch_size` is global: rank r of world_size gets positions r, r + world_size, ... of each batch.
-    - Shuffled (default for 'train'): a permutation by (seed, epoch), the remainder of an epoch is dropped. Otherwise
-      file order, each sample once, the last batch short.
+    - Shuffled (default for 'train'): the order of `sampler` by (seed, epoch), the remainder of an epoch is dropped:
+      'uniform' (a permutation), 'balanced' (all classes equally often) or 'weighted' (by `weights`, one for each sample
+      of the file), see datasets/sampling.py. Otherwise file order, each sample once, the last batch short.
+    - `views`: an epoch has each sample so many times; augmentation and patches differ between them.
+    - `patch` (voxels along each axis): boxes of that size in place of whole volumes, drawn by (seed, epoch, sample,
+      view), or the centre of the volume where nothing is shuffled. `foreground` is the share of them that holds a
+      voxel of a class other than 0. Volumes of different shapes need it, or one sample for each rank.
     - `dtype` None gives the numbers as stored; torch.float32, bfloat16 or float16 gives stored * scale + offset, the
       normalised intensities. `augment` (Augment or a mapping of its options) needs such a dtype.
-    - `verify` is the share of samples whose checksum is compared as they are read.
+    - `verify` is the share of samples whose checksum is compared as they are read (for patches: is read whole).
+    - `on_bad_sample`: 'skip' takes another of the same class in place of one that cannot be read, or whose checksum was
+      compared and differs, and adds (sample, reason) to `skipped`. A file that is gone, exchanged or cut short ends the
+      iteration in any case.
+    - `threads` read; with 0 the thread that iterates. They live only while an iteration does.
     - A batch stays valid as long as it, or a view of it, is held. One iteration at a time: a new one ends the last.
-    - Threads live only while an iteration does. Kept by tests/test_loader.py.
 
-    Raises ValueError for settings that cannot work, OSError (naming the file) when data are gone, cut short or damaged.
+    Raises ValueError for settings that cannot work, OSError (naming file and sample) when data are gone, cut short or
+    damaged. Kept by tests/test_loader.py, test_sampling.py and test_patches.py.
     """
 
     def __init__(
@@ -75,30 +97,36 @@ class Loader:
         dtype: torch.dtype | None = None,
         shuffle: bool | None = None,
         verify: float = 0.0,
+        sampler: str = "uniform",
+        weights: Any = None,
+        views: int = 1,
+        patch: tuple[int, ...] | None = None,
+        foreground: float = 0.0,
+        on_bad_sample: Literal["stop", "skip"] = "stop",
     ) -> None:
         self.volumes, self.split, self.batch_size, self.seed = volumes, split, batch_size, seed
         self.rank, self.world_size, self.threads, self.verify = rank, world_size, threads, verify
         self.device, self.dtype = torch.device(device), dtype
         self.shuffle = split == SPLITS[0] if shuffle is None else shuffle
         self.augment = Augment.from_mapping(augment) if isinstance(augment, Mapping) else augment
+        self.sampler, self.views, self.foreground, self.on_bad_sample = sampler, views, foreground, on_bad_sample
+        self.patch = None if patch is None else tuple(patch)
         self.samples = volumes.indices(split)
         """(n,) numbers of the split's samples in the volume file"""
-        self.epoch = 0
-        self.step = 0
-        """step of the next batch; it equals len(self) between the last batch and the end of the loop"""
+        self.epoch, self.step = 0, 0
+        """position of the next batch; step equals len(self) between the last batch and the end of the loop"""
         self.waited = 0.0
         """seconds that iteration has waited for data since the loader was made"""
+        self.skipped: list[tuple[int, str]] = []
+        """(sample, reason) of the bad samples that others were taken for"""
         self._check()
-        maps = volumes.target_shape if volumes.task == "segmentation" else None
-        self.rows = -(-min(batch_size, len(self.samples)) // world_size)
-        """samples of this rank in a full batch, at most"""
-        self._ring = Ring(volumes.shape, volumes.dtype, maps, self.rows, pinned=self.device.type == "cuda")
-        self._floats = Ring(volumes.shape, np.dtype(np.float32), None, self.rows, pinned=False)
+        self._sampler = self._make_sampler(weights)
+        self._make_room()
         self._running: weakref.ref[Generator[Batch, None, None]] | None = None
 
     def __len__(self) -> int:
         """Steps of an epoch, the same on every rank."""
-        return num_steps(len(self.samples), self.batch_size, self.shuffle)
+        return num_steps(len(self.samples) * self.views, self.batch_size, self.shuffle)
 
     def seek(self, epoch: int, step: int = 0) -> None:
         """Make batch (epoch, step) the next one; step may be len(self), the end of that epoch. Ends any iteration."""
@@ -128,144 +156,194 @@ class Loader:
     ) -> None:
         self.close()
 
-    def _check(self) -> None:
-        size, name = len(self.samples), self.volumes.name
-        for option, value, low in (("batch_size", self.batch_size, 1), ("world_size", self.world_size, 1)):
-            if value < low:
-                raise ValueError(f"{option} {value} must be {low} or more")
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(
-                f"rank {self.rank} is outside: with world_size {self.world_size} it is 0 to world_size - 1"
-            )
-        if self.threads < 1:
-            raise ValueError(f"threads {self.threads} must be 1 or more: something has to read")
-        if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed {self.seed} is out of range; use 0 to 2**64 - 1")
-        if not 0 <= self.verify <= 1:
-            raise ValueError(f"verify {self.verify} is a share of the samples: use 0 (none) to 1 (all)")
-        if size == 0:
-            counts = ", ".join(f"{other} {len(self.volumes.indices(other))}" for other in SPLITS)
-            raise ValueError(f"{name} has no sample in split {self.split!r} ({counts}); pack it with another --split")
-        if self.shuffle and size < self.batch_size:
-            raise ValueError(
-                f"batch_size {self.batch_size} is over the {size} samples of split {self.split!r} of {name}"
-            )
-        if self.dtype is not None and not self.dtype.is_floating_point:
-            raise ValueError(f"dtype {self.dtype} is no float; use torch.float32 or torch.bfloat16, or None: as stored")
-        if self.augment is not None:
-            if self.dtype is None:
-                raise ValueError("augment changes normalised intensities: give dtype, for example torch.float32")
-            beyond = [axis for axis in self.augment.flip if axis >= len(self.volumes.shape) - 1]
-            if beyond:
-                raise ValueError(f"augment: flip axis {beyond[0]} is over the spatial axes of {self.volumes.shape}")
+    def _make_sampler(self, weights: Any) -> Sampler:
+        if not self.shuffle:
+            return Uniform(self.seed, len(self.samples), 1, shuffle=False)
+        total = len(self) * self.batch_size
+        return make_sampler(self.sampler, self.volumes, self.samples, self.seed, total, self.views, weights)
+
+    def _make_room(self) -> None:
+        self.rows = -(-min(self.batch_size, len(self.samples) * self.views) // self.world_size)
+        """samples of this rank in a full batch, at most"""
+        shape, dtype = self._sample_shape(), self.volumes.dtype
+        maps = shape[1:] if self.volumes.task == "segmentation" else None
+        self._ring = Ring(shape, dtype, maps, self.rows, pinned=self.device.type == "cuda")
+        self._floats = Ring(shape, np.dtype(np.float32), None, self.rows, pinned=False)
+        self._stream: Any = None
+        """torch.cuda.Stream of the copies"""
+
+    def _sample_shape(self) -> tuple[int, ...]:
+        """(C, *spatial) of a sample of a batch; of volumes of different shapes, of as many voxels as the largest."""
+        if self.patch is not None:
+            return (self.volumes.channels, *self.patch)
+        if not self.volumes.ragged:
+            return self.volumes.shape
+        shapes = (self.volumes.sample_shape(int(sample)) for sample in self.samples)
+        return max(shapes, key=math.prod)
 
     def _iterate(self) -> Generator[Batch, None, None]:
         epoch = self.epoch
-        order = self.samples[epoch_order(len(self.samples), self.seed, epoch, self.shuffle)]
+        order = draw_epoch(self._sampler, self.samples, epoch)
         steps = range(self.step, len(self))
-        shares = (rank_share(order, step, self.batch_size, self.rank, self.world_size) for step in steps)
-        with _Prefetch(self, shares, self._chosen_for_check(epoch)) as prefetch:
-            for _ in steps:
-                batch = self._deliver(*prefetch.next(), epoch)
+        shares = (order.share(step, self.batch_size, self.rank, self.world_size) for step in steps)
+        with Prefetch(self._reading(epoch), self._ring, shares, self.threads, self.rows) as prefetch:
+            for stored in self._on_device(prefetch):
+                self._account(prefetch)
+                batch = self._finish(stored, epoch)
+                del stored  # or this frame would keep the slot from being used again
                 self.step += 1
                 yield batch
-                del batch  # or this frame would keep the slot from being used again
+                del batch
         self.epoch, self.step = epoch + 1, 0
 
-    def _chosen_for_check(self, epoch: int) -> NDArray[np.bool_]:
-        """(N,) which samples of the file are checked in this epoch."""
-        if self.verify == 0:
-            return np.zeros(len(self.volumes), bool)
-        return uniforms(self.seed, epoch, Stream.VERIFY, len(self.volumes)) < self.verify
+    def _reading(self, epoch: int) -> Reading:
+        patches = None if self.patch is None else Patches(self.volumes, self.patch, self.seed, self.shuffle)
+        candidates = self.samples if self.on_bad_sample == "skip" else None
+        if candidates is not None and isinstance(self._sampler, Weighted):
+            candidates = candidates[self._sampler.weights > 0]
+        return Reading(self.volumes, self.seed, epoch, self.verify, patches, self.foreground, candidates)
 
-    def _deliver(self, slot: Slot, samples: NDArray[np.int64], epoch: int) -> Batch:
-        maps = self.volumes.task == "segmentation"
-        inputs = torch.from_numpy(slot.inputs(len(samples)))
-        targets = torch.from_numpy(slot.maps(len(samples)) if maps else self.volumes.targets[samples])
-        numbers = torch.from_numpy(samples.copy())
+    def _account(self, prefetch: Prefetch) -> None:
+        self.waited += prefetch.waited
+        self.skipped += prefetch.skipped
+        prefetch.waited, prefetch.skipped = 0.0, []
+
+    def _on_device(self, prefetch: Prefetch) -> Iterator[_Stored]:
+        """The batches as stored; on a GPU, the next ones are copied as soon as they are read."""
+        ahead = COPIED_AHEAD if self.device.type == "cuda" else 1
+        queue: deque[_Stored] = deque()
+        while True:
+            while len(queue) < ahead and (not queue or prefetch.ready):
+                if (work := prefetch.next()) is None:
+                    break
+                queue.append(self._copy(work))
+            if not queue:
+                return
+            yield queue.popleft()
+
+    def _copy(self, work: Work) -> _Stored:
+        volumes, slot, count = self.volumes, work.slot, len(work.samples)
+        shape = volumes.sample_shape(int(work.samples[0])) if volumes.ragged and self.patch is None and count else None
+        maps = volumes.task == "segmentation"
+        targets = slot.maps(count, shape and shape[1:]) if maps else volumes.targets[work.samples]
+        arrays = (slot.inputs(count, shape), targets, work.samples.copy())
+        host = [torch.from_numpy(array) for array in arrays]
+        keys = work.samples + work.share.views * len(volumes)
+        stored = _Stored(host[0], host[1], host[2], work.samples, keys)
         if self.device.type != "cpu":
-            inputs, targets, numbers = (
-                tensor.to(self.device, non_blocking=True) for tensor in (inputs, targets, numbers)
-            )
-        if self.device.type == "cuda":
-            slot.mark_copied(self.device)
+            stored = self._copy_over(stored)
+            slot.copied = stored.copied
         slot.busy = False
-        if self.dtype is not None:
-            inputs = self._normalise(inputs, samples)
-            if self.augment is not None:
-                inputs, flipped = self.augment(inputs, samples, self.seed, epoch, targets if maps else None)
-                targets = targets if flipped is None else flipped
-            inputs = inputs.to(self.dtype)
-        return Batch(inputs, targets, numbers)
+        return stored
 
-    def _normalise(self, inputs: Tensor, samples: NDArray[np.int64]) -> Tensor:
+    def _copy_over(self, stored: _Stored) -> _Stored:
+        """The copies on the device; to a CUDA one, queued on the loader's own stream."""
+        if self.device.type != "cuda":
+            return self._moved(stored)
+        self._stream = self._stream or torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._stream):
+            done: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            moved = self._moved(stored)
+            done.record(self._stream)
+        return replace(moved, copied=done)
+
+    def _moved(self, stored: _Stored) -> _Stored:
+        tensors = (stored.inputs, stored.targets, stored.samples)
+        inputs, targets, samples = (tensor.to(self.device, non_blocking=True) for tensor in tensors)
+        return replace(stored, inputs=inputs, targets=targets, samples=samples)
+
+    def _finish(self, stored: _Stored, epoch: int) -> Batch:
+        """Normalised and augmented, on the current stream of the device."""
+        inputs, targets = stored.inputs, stored.targets
+        if stored.copied is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(stored.copied)
+            for tensor in (inputs, targets, stored.samples):
+                tensor.record_stream(current)  # made on the loader's stream: not to be given back before it is used
+        if self.dtype is not None:
+            inputs = self._normalise(inputs, stored.numbers)
+            if self.augment is not None:
+                maps = targets if self.volumes.task == "segmentation" else None
+                inputs, changed = self.augment(inputs, stored.keys, self.seed, epoch, maps)
+                targets = targets if changed is None else changed
+            inputs = inputs.to(self.dtype)
+        return Batch(inputs, targets, stored.samples)
+
+    def _normalise(self, inputs: Tensor, samples: Numbers) -> Tensor:
         """float32, whatever the dtype asked for: augmentation is computed before rounding."""
         shape = (len(samples), -1, *[1] * (inputs.ndim - 2)) if len(samples) else (0, *[1] * (inputs.ndim - 1))
         scale, offset = (
-            torch.from_numpy(table[samples]).to(self.device).reshape(shape)
+            torch.from_numpy(table[samples]).to(self.device, non_blocking=True).reshape(shape)
             for table in (self.volumes.scale, self.volumes.offset)
         )
         if self.device.type != "cpu":
             return torch.mul(inputs, scale).add_(offset)
         slot = self._floats.acquire(spare=1)
-        out = torch.from_numpy(slot.inputs(len(samples)))
+        out = torch.from_numpy(slot.inputs(len(samples), tuple(inputs.shape[1:])))
         slot.busy = False
         return out.copy_(inputs).mul_(scale).add_(offset)
 
+    # What cannot work is refused when the loader is made.
 
-class _Prefetch:
-    """Reads the coming batches of an iteration in threads; a context manager that joins them."""
+    def _check(self) -> None:
+        self._check_numbers()
+        self._check_samples()
+        if self.patch is not None or self.volumes.ragged or self.foreground:
+            self._check_patch()
+        if self.on_bad_sample not in ("stop", "skip"):
+            raise ValueError(f"on_bad_sample {self.on_bad_sample!r} is unknown; use stop or skip")
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            raise ValueError(f"dtype {self.dtype} is no float; use torch.float32 or torch.bfloat16, or None: as stored")
+        if self.augment is not None:
+            if self.dtype is None:
+                raise ValueError("augment changes normalised intensities: give dtype, for example torch.float32")
+            axes = self.volumes.spatial_axes
+            beyond = [axis for axis in self.augment.flip if axis >= axes]
+            if beyond:
+                raise ValueError(f"augment: flip axis {beyond[0]} is over the {axes} spatial axes of the volumes")
 
-    def __init__(self, loader: Loader, shares: Iterator[NDArray[np.int64]], checked: NDArray[np.bool_]) -> None:
-        self._volumes, self._ring, self._checked = loader.volumes, loader._ring, checked
-        self._loader = loader
-        self._coming = shares
-        self._pending: deque[tuple[Slot, NDArray[np.int64], list[Future[None]]]] = deque()
-        self._reader: Reader = open_reader(loader.volumes)
-        threads = loader.threads if self._reader.parallel else 1
-        sample_bytes = int(np.prod(self._volumes.shape)) * self._volumes.dtype.itemsize
-        rows = loader.rows
-        self._pieces = max(1, min(threads, rows, rows * sample_bytes // PIECE_BYTES))
-        self._depth = 1 + -(-threads // self._pieces)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader")
+    def _check_numbers(self) -> None:
+        lowest = {"batch_size": 1, "world_size": 1, "views": 1, "threads": 0}
+        for option, low in lowest.items():
+            if getattr(self, option) < low:
+                raise ValueError(f"{option} {getattr(self, option)} must be {low} or more")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(
+                f"rank {self.rank} is outside: with world_size {self.world_size} it is 0 to world_size - 1"
+            )
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed {self.seed} is out of range; use 0 to 2**64 - 1")
+        for option in ("verify", "foreground"):
+            if not 0 <= getattr(self, option) <= 1:
+                raise ValueError(f"{option} {getattr(self, option)} is a share: use 0 (none) to 1 (all)")
 
-    def __enter__(self) -> Self:
-        return self
+    def _check_samples(self) -> None:
+        size, name = len(self.samples), self.volumes.name
+        if size == 0:
+            counts = ", ".join(f"{other} {len(self.volumes.indices(other))}" for other in SPLITS)
+            raise ValueError(f"{name} has no sample in split {self.split!r} ({counts}); pack it with another --split")
+        if self.shuffle and size * self.views < self.batch_size:
+            raise ValueError(
+                f"batch_size {self.batch_size} is over the {size} samples of split {self.split!r} of {name}"
+            )
+        for option, default in (("sampler", "uniform"), ("views", 1), ("foreground", 0.0)):
+            if not self.shuffle and getattr(self, option) != default:
+                raise ValueError(f"{option} {getattr(self, option)!r} has no effect where nothing is shuffled")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self._reader.close()
-        for slot, _, _ in self._pending:
-            slot.busy = False
-
-    def next(self) -> tuple[Slot, NDArray[np.int64]]:
-        """The next slot, filled, and its sample numbers; the time spent waiting for it counts."""
-        while len(self._pending) < self._depth and (share := next(self._coming, None)) is not None:
-            self._pending.append(self._start(share))
-        slot, share, futures = self._pending[0]
-        started = time.monotonic()
-        try:
-            for future in futures:
-                future.result()
-        finally:
-            self._loader.waited += time.monotonic() - started
-        self._pending.popleft()
-        return slot, share
-
-    def _start(self, share: NDArray[np.int64]) -> tuple[Slot, NDArray[np.int64], list[Future[None]]]:
-        slot = self._ring.acquire(spare=self._depth)
-        edges = [len(share) * piece // self._pieces for piece in range(self._pieces + 1)]
-        futures = [
-            self._pool.submit(self._read, slot, share, first, last) for first, last in pairwise(edges) if last > first
-        ]
-        return slot, share, futures
-
-    def _read(self, slot: Slot, share: NDArray[np.int64], first: int, last: int) -> None:
-        for row in range(first, last):
-            sample = int(share[row])
-            inputs, target = slot.input_buffer(row), slot.map_buffer(row)
-            self._reader.read(sample, inputs, target)
-            if self._checked[sample]:
-                check_sample(self._volumes, sample, inputs, target)
+    def _check_patch(self) -> None:
+        volumes, axes = self.volumes, self.volumes.spatial_axes
+        if self.patch is None and self.foreground:
+            raise ValueError("foreground has no effect without patch: whole volumes hold all of it")
+        if self.patch is None:
+            if self.batch_size > self.world_size:
+                raise ValueError(
+                    f"{volumes.name} holds volumes of different shapes: give patch, or batch_size {self.world_size}"
+                )
+            return
+        if len(self.patch) != axes or min(self.patch) < 1:
+            raise ValueError(f"patch {list(self.patch)} must be {axes} sizes of 1 or more, one for each spatial axis")
+        if self.foreground and any(shard.foreground is None for shard in volumes.shards):
+            raise ValueError(
+                f"foreground {self.foreground} needs stored voxels of each class, but {volumes.name} has none: "
+                f"they are kept where label maps are packed"
+            )

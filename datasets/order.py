@@ -18,6 +18,12 @@ class Stream(IntEnum):
     VERIFY = 1
     AUGMENT = 2
     NOISE = 3
+    PATCH = 4
+    SAMPLER = 5
+    REPLACE = 6
+    TRANSFORMS = 16
+    ELASTIC = 17
+    CUTOUT = 18
 
 
 def random_bits(seed: int, epoch: int, stream: Stream, count: int, sample: int = 0) -> NDArray[np.uint64]:
@@ -49,8 +55,3 @@ def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> NDArr
 def num_steps(num_samples: int, batch_size: int, shuffle: bool) -> int:
     """Steps of an epoch: the remainder is dropped when shuffled, and is a short last batch when not."""
     return num_samples // batch_size if shuffle else -(-num_samples // batch_size)
-
-
-def rank_share(order: NDArray[Any], step: int, batch_size: int, rank: int, world_size: int) -> NDArray[Any]:
-    """This rank's part of global batch `step`: every world_size-th of its batch_size entries, beginning at rank."""
-    return order[step * batch_size : (step + 1) * batch_size][rank::world_size]

@@ -1,103 +1,145 @@
-"""Reads samples as bytes: positioned reads at the offsets of contiguous data, HDF5 for chunked data.
+"""Reads samples as bytes, whole or boxes of their voxels, by several threads at once and without HDF5.
 
-A reader fills buffers that the caller owns: `read(sample, inputs, target)`, with `target` None unless the file holds
-label maps. Every failure is an OSError that names the file; damage is `DamagedSample`.
+A reader fills buffers that the caller owns, with `target` None unless the file holds label maps. Every failure is an
+OSError that names the file and the sample; `BadSample` when only this one cannot be had.
 """
 
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any, Self
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.layout import INPUTS, TARGETS, Shard, VolumeFile, sample_checksum
+from datasets.chunks import Stored
+from datasets.layout import OFFSETS, SHAPES, Shard, VolumeFile, sample_checksum
+from datasets.stored import Array, Box, Chunked, CutShort, OpenFile, Plain, Scratch, bytes_of
 
 
-class DamagedSample(OSError):
+class BadSample(OSError):
+    """One sample cannot be read; the others may be good."""
+
+
+class DamagedSample(BadSample):
     """The bytes of a sample are not those that were packed."""
 
 
-class Reader(Protocol):
-    parallel: bool
-    """whether several threads may call `read` at once"""
-
-    def read(self, sample: int, inputs: memoryview, target: memoryview | None) -> None:
-        """Fill `inputs` and `target` (bytes, whole sample) with sample number `sample`."""
-
-    def close(self) -> None: ...
-
-
-def open_reader(volumes: VolumeFile) -> Reader:
-    """The fastest reader that serves all shards. OSError when a file is gone or was exchanged since it was opened."""
-    contiguous = all(
-        shard.inputs_offset is not None and (shard.task != "segmentation" or shard.targets_offset is not None)
-        for shard in volumes.shards
-    )
-    return PositionedReader(volumes) if contiguous else ChunkedReader(volumes)
-
-
-class PositionedReader:
-    """os.preadv straight into the caller's buffers, without HDF5 and its lock."""
-
-    parallel = True
+class Reader:
+    """All samples of a volume file. OSError when a file is gone or was exchanged since it was opened."""
 
     def __init__(self, volumes: VolumeFile) -> None:
-        self._volumes = volumes
-        self._descriptors: list[int] = []
+        self._volumes, self._scratch = volumes, Scratch()
+        self._files: list[OpenFile] = []
+        self._arrays: list[tuple[Array, Array | None]] = []
         try:
             for shard in volumes.shards:
-                self._descriptors.append(os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC))
-                _require_unchanged(shard, os.fstat(self._descriptors[-1]))
+                self._files.append(OpenFile(shard))
+                self._arrays.append(_arrays(shard, self._files[-1], self._scratch))
         except BaseException:
             self.close()
             raise
 
     def read(self, sample: int, inputs: memoryview, target: memoryview | None) -> None:
+        """Fill `inputs` and `target` (bytes, whole sample) with sample number `sample`."""
         number, row = self._volumes.locate(sample)
-        shard, descriptor = self._volumes.shards[number], self._descriptors[number]
-        assert shard.inputs_offset is not None
-        _fill(descriptor, inputs, shard.inputs_offset + row * inputs.nbytes, shard)
-        if target is not None:
-            assert shard.targets_offset is not None
-            _fill(descriptor, target, shard.targets_offset + row * target.nbytes, shard)
 
-    def close(self) -> None:
-        while self._descriptors:
-            os.close(self._descriptors.pop())
+        def fill() -> None:
+            images, maps = self._arrays[number]
+            images.read(row, inputs)
+            if target is not None and maps is not None:
+                maps.read(row, target)
 
+        self._named(sample, fill)
 
-class ChunkedReader:
-    """HDF5's own reads, for chunked or compressed files: one thread at a time."""
+    def read_patch(
+        self, sample: int, start: tuple[int, ...], size: tuple[int, ...], inputs: memoryview, target: memoryview | None
+    ) -> None:
+        """Fill `inputs` (C, *size) and `target` (*size) with the box of all channels whose first voxel is `start`.
 
-    parallel = False
+        Voxels outside of the volume repeat the nearest edge voxel, in inputs and label maps alike.
+        """
+        volumes = self._volumes
+        number, row = volumes.locate(sample)
+        channels, *extent = volumes.sample_shape(sample)
+        box = Box(start, size, tuple(extent))
 
-    def __init__(self, volumes: VolumeFile) -> None:
-        self._volumes = volumes
-        self._stack = ExitStack()
-        self._files: list[h5py.File] = []
-        with ExitStack() as stack:
-            for shard in volumes.shards:
-                _require_unchanged(shard, shard.path.stat())
-                self._files.append(stack.enter_context(h5py.File(shard.path, "r", locking=False)))
-            self._stack = stack.pop_all()
+        def fill() -> None:
+            images, maps = self._arrays[number]
+            parts: list[tuple[Array, NDArray[Any]]] = [
+                (images, np.frombuffer(inputs, volumes.dtype).reshape(channels, *size))
+            ]
+            if target is not None and maps is not None:
+                parts.append((maps, np.frombuffer(target, np.uint8).reshape(1, *size)))
+            for array, out in parts:
+                array.read_box(row, box, out)
+                box.repeat_edges(out)
 
-    def read(self, sample: int, inputs: memoryview, target: memoryview | None) -> None:
+        self._named(sample, fill)
+
+    def foreground(self, sample: int) -> NDArray[np.int32]:
+        """(K, M) flat voxel indices of each class drawn at random, -1 where there are no more."""
         number, row = self._volumes.locate(sample)
-        file = self._files[number]
+        place = self._volumes.shards[number].foreground
+        if place is None:
+            raise ValueError(f"{self._volumes.paths[number]} has no foreground table")
+        table = np.empty((len(self._volumes.class_names), place[1]), np.int32)
+        self._named(sample, lambda: self._files[number].fill(bytes_of(table), place[0] + row * table.nbytes))
+        return table
+
+    def _named(self, sample: int, work: Callable[[], None]) -> None:
         try:
-            _read_row(file[INPUTS], row, inputs)
-            if target is not None:
-                _read_row(file[TARGETS], row, target)
-        except (OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise OSError(f"{self._volumes.shards[number].path}: sample {sample} cannot be read ({reason})") from error
+            work()
+        except (OSError, ValueError) as error:
+            self._raise(sample, error)
+
+    def _raise(self, sample: int, error: OSError | ValueError) -> None:
+        path = self._volumes.paths[self._volumes.locate(sample)[0]]
+        name = f"sample {self._volumes.ids[sample]!r} (number {sample})"
+        if isinstance(error, CutShort):
+            raise OSError(f"{path} was cut short while it was read: {error}, within {name}") from error
+        if isinstance(error, OSError):
+            raise BadSample(error.errno, f"{path}: {name} cannot be read: {error.strerror}") from error
+        raise DamagedSample(
+            f"{path}: {name} is damaged, it does not decode ({error}); list all with 'hpc inspect {path} --verify'"
+        ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def close(self) -> None:
-        self._stack.close()
-        self._files.clear()
+        while self._files:
+            self._files.pop().close()
+        self._arrays.clear()
+
+
+def _arrays(shard: Shard, file: OpenFile, scratch: Scratch) -> tuple[Array, Array | None]:
+    inputs = _array(shard, shard.inputs, file, scratch, shard.dtype, maps=False)
+    if shard.targets is None:
+        return inputs, None
+    return inputs, _array(shard, shard.targets, file, scratch, np.dtype(np.uint8), maps=True)
+
+
+def _array(shard: Shard, stored: Stored, file: OpenFile, scratch: Scratch, dtype: np.dtype[Any], maps: bool) -> Array:
+    if stored.offset is not None and shard.shape is None:
+        shapes, starts = shard.tables[SHAPES], shard.tables[OFFSETS]
+        if maps:
+            shapes, starts = np.concatenate([np.ones_like(shapes[:, :1]), shapes[:, 1:]], 1), starts // shapes[:, 0]
+        return Plain(file, stored.offset + starts * dtype.itemsize, shapes, dtype)
+    assert shard.shape is not None
+    shape = (1, *shard.shape[1:]) if maps else shard.shape
+    shapes = np.broadcast_to(np.array(shape, np.int64), (shard.num_samples, len(shape)))
+    if stored.offset is not None:
+        step = int(np.prod(shape)) * dtype.itemsize
+        return Plain(file, stored.offset + step * np.arange(shard.num_samples), shapes, dtype)
+    assert stored.chunks is not None
+    if stored.chunks.codec is None and stored.chunks.offsets.shape[1] == 1:
+        return Plain(file, stored.chunks.offsets[:, 0], shapes, dtype)
+    return Chunked(file, stored.chunks, shape, dtype, scratch)
 
 
 def check_sample(volumes: VolumeFile, sample: int, inputs: Any, target: Any | None) -> None:
@@ -113,57 +155,30 @@ def check_sample(volumes: VolumeFile, sample: int, inputs: Any, target: Any | No
 
 def find_damaged(volumes: VolumeFile, indices: Iterable[int]) -> Iterator[int]:
     """Sample numbers among `indices` whose bytes differ from their checksum, as they are found."""
-    reader = open_reader(volumes)
-    inputs, target = _buffers(volumes)
-    try:
+    with Reader(volumes) as reader:
         for sample in map(int, indices):
             try:
-                reader.read(sample, _bytes(inputs), None if target is None else _bytes(target))
-                check_sample(volumes, sample, _bytes(inputs), None if target is None else _bytes(target))
+                check_whole(volumes, reader, sample)
             except DamagedSample:
                 yield sample
-    finally:
-        reader.close()
+
+
+def check_whole(volumes: VolumeFile, reader: Reader, sample: int) -> None:
+    """Read a sample and compare it with its CRC-32. Raises DamagedSample, OSError."""
+    inputs, target = _read(volumes, reader, sample)
+    check_sample(volumes, sample, bytes_of(inputs), None if target is None else bytes_of(target))
 
 
 def read_sample(volumes: VolumeFile, sample: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """One sample as stored: inputs (C, *spatial) and its target."""
-    reader = open_reader(volumes)
-    inputs, target = _buffers(volumes)
-    try:
-        reader.read(sample, _bytes(inputs), None if target is None else _bytes(target))
-    finally:
-        reader.close()
+    with Reader(volumes) as reader:
+        inputs, target = _read(volumes, reader, sample)
     return inputs, np.asarray(volumes.targets[sample]) if target is None else target
 
 
-def _buffers(volumes: VolumeFile) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    maps = volumes.task == "segmentation"
-    target = np.empty(volumes.target_shape, volumes.target_dtype) if maps else None
-    return np.empty(volumes.shape, volumes.dtype), target
-
-
-def _bytes(array: NDArray[Any]) -> memoryview:
-    flat: Any = array.reshape(-1).view(np.uint8)
-    return memoryview(flat)
-
-
-def _fill(descriptor: int, buffer: memoryview, offset: int, shard: Shard) -> None:
-    done = 0
-    while done < buffer.nbytes:
-        try:
-            count = os.preadv(descriptor, [buffer[done:]], offset + done)
-        except OSError as error:
-            raise OSError(error.errno, f"{shard.path} cannot be read: {error.strerror}") from error
-        if count == 0:
-            raise OSError(f"{shard.path} was cut short while it was read: it ends at byte {offset + done}")
-        done += count
-
-
-def _read_row(dataset: h5py.Dataset, row: int, buffer: memoryview) -> None:
-    dataset.read_direct(np.frombuffer(buffer, dataset.dtype).reshape(dataset.shape[1:]), np.s_[row])
-
-
-def _require_unchanged(shard: Shard, status: os.stat_result) -> None:
-    if (status.st_ino, status.st_size, status.st_mtime_ns) != shard.identity:
-        raise OSError(f"{shard.path} was exchanged since it was opened ({status.st_size} bytes now); start again")
+def _read(volumes: VolumeFile, reader: Reader, sample: int) -> tuple[NDArray[Any], NDArray[np.uint8] | None]:
+    shape = volumes.sample_shape(sample)
+    inputs = np.empty(shape, volumes.dtype)
+    target = np.empty(shape[1:], np.uint8) if volumes.task == "segmentation" else None
+    reader.read(sample, bytes_of(inputs), None if target is None else bytes_of(target))
+    return inputs, target

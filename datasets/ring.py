@@ -5,6 +5,7 @@ is one NumPy array; every tensor on it, and every view of such a tensor, keeps a
 of references says whether it is free. The ring grows when batches are held, and shrinks again.
 """
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +25,11 @@ class _Layout:
 
     @property
     def input_bytes(self) -> int:
-        return int(np.prod(self.inputs)) * self.dtype.itemsize
+        return math.prod(self.inputs) * self.dtype.itemsize
 
     @property
     def map_bytes(self) -> int:
-        return 0 if self.maps is None else int(np.prod(self.maps))
+        return 0 if self.maps is None else math.prod(self.maps)
 
 
 class Slot:
@@ -56,23 +57,19 @@ class Slot:
         size, start = self._layout.map_bytes, self._rows * self._layout.input_bytes
         return memoryview(self._memory)[start + row * size : start + (row + 1) * size]
 
-    def inputs(self, count: int) -> NDArray[Any]:
-        """(count, C, *spatial) view of the first samples."""
-        part: NDArray[Any] = self._memory[: count * self._layout.input_bytes]
-        return part.view(self._layout.dtype).reshape(count, *self._layout.inputs)
+    def inputs(self, count: int, shape: tuple[int, ...] | None = None) -> NDArray[Any]:
+        """(count, C, *spatial) view of the first samples; `shape` of one sample, where it is not the slot's own."""
+        return self._view(0, count, shape or self._layout.inputs, self._layout.dtype)
 
-    def maps(self, count: int) -> NDArray[np.uint8]:
+    def maps(self, count: int, shape: tuple[int, ...] | None = None) -> NDArray[np.uint8]:
         """(count, *spatial) view of the first label maps."""
         assert self._layout.maps is not None
         start = self._rows * self._layout.input_bytes
-        part: NDArray[np.uint8] = self._memory[start : start + count * self._layout.map_bytes]
-        return part.reshape(count, *self._layout.maps)
+        return self._view(start, count, shape or self._layout.maps, np.dtype(np.uint8))
 
-    def mark_copied(self, device: torch.device) -> None:
-        """The copy to this CUDA device was just queued on its current stream."""
-        event: Any = torch.cuda.Event
-        self.copied = event()
-        self.copied.record(torch.cuda.current_stream(device))
+    def _view(self, start: int, count: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        part: NDArray[Any] = self._memory[start : start + count * math.prod(shape) * dtype.itemsize]
+        return part.view(dtype).reshape(count, *shape)
 
     @property
     def free(self) -> bool:
@@ -90,6 +87,10 @@ class Ring:
     ) -> None:
         self._layout, self._rows, self._pinned = _Layout(inputs, dtype, maps), rows, pinned
         self.slots: list[Slot] = []
+
+    @property
+    def sample_bytes(self) -> int:
+        return self._layout.input_bytes + self._layout.map_bytes
 
     def acquire(self, spare: int) -> Slot:
         """A slot nobody sees, marked busy; of the other free ones, at most `spare` are kept."""

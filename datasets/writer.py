@@ -1,9 +1,10 @@
 """Writes a volume file sample by sample under a temporary name; the real name appears only when it is complete."""
 
-import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,11 +13,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from datasets import layout
-from datasets.partition import HELD_OUT, SPLITS, check_groups, fold_names
-
-PAGE = 4096
-SIGNATURE = b"\x89HDF\r\n\x1a\n"
-"""first bytes of an HDF5 file"""
+from datasets.drafts import Plan, allocate, complete, encode_sample, write_chunk, write_sample
+from datasets.partition import HELD_OUT, SPLITS
+from datasets.trust import is_hdf5
 
 
 class VolumeWriter:
@@ -25,16 +24,18 @@ class VolumeWriter:
         with VolumeWriter(path, shape=(1, 64, 64, 64), dtype="int16", num_samples=2, class_names=["a", "b"]) as writer:
             writer.add(volume, 0, id="case1", group="patient1", split="train")
 
-    shape: (C, *spatial). task: classification (class number), multilabel ((K,) of 0 and 1) or segmentation (uint8 map
-    of the spatial shape). folds: for cross-validation, `add` is told the fold of each sample. Data are contiguous and
-    begin at a page. ValueError when samples do not fit or are missing.
+    shape: (C, *spatial), or None where each sample has its own (ragged). task: classification (class number),
+    multilabel ((K,) of 0 and 1) or segmentation (uint8 map of the spatial shape). folds: for cross-validation, `add`
+    is told the fold of each sample. Data are contiguous and begin at a page, unless there is a chunk (a box of voxels)
+    or a codec (one of datasets.codecs; alone: of whole samples). foreground: (N, K, M), see datasets.layout.
+    ValueError when samples do not fit or are missing.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str],
         *,
-        shape: Sequence[int],
+        shape: Sequence[int] | None,
         dtype: str | np.dtype[Any],
         num_samples: int,
         class_names: Sequence[str],
@@ -43,36 +44,35 @@ class VolumeWriter:
         source: Sequence[dict[str, Any]] = (),
         orientation: str = "RAS",
         folds: bool = False,
+        chunk: Sequence[int] | None = None,
+        codec: str | None = None,
+        foreground: ArrayLike | None = None,
     ) -> None:
-        self.path = Path(path)
-        self.shape, self.dtype, self.num_samples = tuple(shape), np.dtype(dtype), num_samples
-        self.task, self.class_names = task, tuple(class_names)
-        self._attributes = {
-            layout.TASK_ATTR: task,
-            layout.CLASSES_ATTR: list(self.class_names),
-            layout.ORIENTATION_ATTR: orientation,
-            layout.SOURCE_ATTR: json.dumps(list(source)),
-            layout.PACKING_ATTR: json.dumps(packing or {}),
-        }
-        self._folds = folds
-        self._check()
-        self._target_shape = layout.target_shape(task, self.shape, len(self.class_names))
-        self._ids: list[str] = []
-        self._groups: list[str] = []
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self.path, self.class_names = Path(path), tuple(class_names)
+        self._facts: dict[str, Any] = {"packing": packing, "source": source, "orientation": orientation}
+        self._folds, self._foreground = folds, foreground
+        self._settings: dict[str, Any] = {"dtype": np.dtype(dtype).name, "task": task, "num_samples": num_samples}
+        self._storage: dict[str, Any] = {"chunk": chunk and tuple(chunk), "codec": codec}
+        self._plan = None if shape is None else Plan(shape=tuple(shape), **self._settings, **self._storage)
+        if shape is None:  # what else is wrong is found now, not after the last sample
+            Plan(shapes=np.ones((num_samples, 4), np.int64), **self._settings, **self._storage)
+        require_replaceable(self.path)
+        self._rows: list[dict[str, Any]] = []
+        self._draft = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Self:
         try:
-            # format 1.10 of HDF5: attributes may be larger than 64 KiB
-            self._file = h5py.File(
-                self._temporary, "w-", libver=("v110", "v110"), alignment_threshold=PAGE, alignment_interval=PAGE
-            )
+            self._draft.touch(exist_ok=False)
         except FileExistsError as error:
-            raise ValueError(f"{self._temporary} is being written by another process; wait or remove it") from error
+            raise ValueError(f"{self._draft} is being written by another process; wait or remove it") from error
         try:
-            self._create()
+            self._sink: _Spool | _Writes | _ChunkWrites
+            if self._plan is None:
+                self._sink = _Spool(self._draft)
+            else:
+                self._sink = (_ChunkWrites if self._plan.box else _Writes)(self._draft, self._plan)
         except BaseException:
-            self._discard()
+            self._draft.unlink(missing_ok=True)
             raise
         return self
 
@@ -94,21 +94,26 @@ class VolumeWriter:
 
         fold: of a file with `folds`, for each sample that is not of the test split.
         """
-        row = len(self._ids)
-        stored = self._check_sample(np.asarray(inputs), id, row)
-        label = self._check_target(np.asarray(target), id)
-        self._file[layout.INPUTS][row] = stored
-        self._rows[layout.TARGETS][row] = label
-        self._rows[layout.SPLIT][row] = SPLITS.index(split)
+        stored = self._check_sample(np.asarray(inputs), id)
+        label = self._check_target(np.asarray(target), stored.shape, id)
+        maps = self._settings["task"] == "segmentation"
+        self._sink.put(len(self._rows), stored, label if maps else None)
+        row = {
+            layout.IDS: id,
+            layout.GROUPS: id if group is None else group,
+            layout.SPLIT: SPLITS.index(split),
+            layout.AFFINE: np.eye(4) if affine is None else affine,
+            layout.SOURCE_SHAPE: stored.shape[1:] if source_shape is None else source_shape,
+            layout.SCALE: np.broadcast_to(scale, len(stored)),
+            layout.OFFSET: np.broadcast_to(offset, len(stored)),
+            layout.CHECKSUMS: layout.sample_checksum(stored, label),
+            layout.SHAPES: stored.shape,
+        }
+        if not maps:
+            row[layout.TARGETS] = label
         if self._folds:
-            self._rows[layout.FOLDS][row] = HELD_OUT if fold is None else fold
-        self._rows[layout.AFFINE][row] = np.eye(4) if affine is None else affine
-        self._rows[layout.SOURCE_SHAPE][row] = self.shape[1:] if source_shape is None else source_shape
-        self._rows[layout.SCALE][row] = scale
-        self._rows[layout.OFFSET][row] = offset
-        self._rows[layout.CHECKSUMS][row] = layout.sample_checksum(stored, label)
-        self._ids.append(id)
-        self._groups.append(id if group is None else group)
+            row[layout.FOLDS] = HELD_OUT if fold is None else fold
+        self._rows.append(row)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -117,84 +122,106 @@ class VolumeWriter:
             if kind is None:
                 self._finish()
         finally:
-            self._discard()
+            self._sink.close()
+            self._draft.unlink(missing_ok=True)
 
-    def _check(self) -> None:
-        if self.task not in layout.TASKS:
-            raise ValueError(f"task {self.task!r} is unknown; use {', '.join(layout.TASKS)}")
-        if self.dtype.name not in layout.INPUT_DTYPES:
-            raise ValueError(f"dtype {self.dtype} cannot be stored; use {', '.join(layout.INPUT_DTYPES)}")
-        if len(self.shape) < 3 or min(self.shape) < 1 or self.num_samples < 1:
-            raise ValueError(f"{self.num_samples} samples of shape {self.shape} cannot be stored; need (C, *spatial)")
-        require_replaceable(self.path)
-
-    def _create(self) -> None:
-        num, channels = self.num_samples, self.shape[0]
-        self._file.create_dataset(layout.INPUTS, (num, *self.shape), self.dtype)
-        targets = (num, *self._target_shape), np.dtype(layout.TARGET_DTYPES[self.task])
-        tables: dict[str, Any] = {
-            layout.SPLIT: np.zeros(num, np.uint8),
-            layout.AFFINE: np.zeros((num, 4, 4)),
-            layout.SOURCE_SHAPE: np.zeros((num, len(self.shape) - 1), np.int64),
-            layout.SCALE: np.zeros((num, channels), np.float32),
-            layout.OFFSET: np.zeros((num, channels), np.float32),
-            layout.CHECKSUMS: np.zeros(num, np.uint32),
-        }
-        if self._folds:
-            tables[layout.FOLDS] = np.zeros(num, np.uint8)
-        # label maps go straight to the file, everything else fits in memory until the end
-        maps = self.task == "segmentation"
-        tables[layout.TARGETS] = self._file.create_dataset(layout.TARGETS, *targets) if maps else np.zeros(*targets)
-        self._rows = tables
-
-    def _check_sample(self, inputs: NDArray[Any], id: str, row: int) -> NDArray[Any]:
-        if row >= self.num_samples:
-            raise ValueError(f"sample {id!r} is one more than the {self.num_samples} that were announced")
-        if inputs.shape != self.shape or inputs.dtype != self.dtype:
-            raise ValueError(
-                f"sample {id!r} is {inputs.shape} {inputs.dtype}; the file holds {self.shape} {self.dtype}"
-            )
+    def _check_sample(self, inputs: NDArray[Any], id: str) -> NDArray[Any]:
+        row, num = len(self._rows), self._settings["num_samples"]
+        if row >= num:
+            raise ValueError(f"sample {id!r} is one more than the {num} that were announced")
+        shape = inputs.shape if self._plan is None else self._plan.shape
+        if inputs.shape != shape or inputs.dtype != self._settings["dtype"]:
+            wanted = f"{'volumes of' if shape is None else shape} {self._settings['dtype']}"
+            raise ValueError(f"sample {id!r} is {inputs.shape} {inputs.dtype}; the file holds {wanted}")
         return np.ascontiguousarray(inputs)
 
-    def _check_target(self, target: NDArray[Any], id: str) -> NDArray[Any]:
-        if target.shape != self._target_shape or not np.can_cast(target.dtype, np.int64):
-            raise ValueError(f"sample {id!r} has a target {target.shape} {target.dtype}; need {self._target_shape}")
-        limit = 2 if self.task == "multilabel" else len(self.class_names)
+    def _check_target(self, target: NDArray[Any], shape: tuple[int, ...], id: str) -> NDArray[Any]:
+        task, classes = self._settings["task"], len(self.class_names)
+        wanted = layout.target_shape(task, shape, classes)
+        if target.shape != wanted or not np.can_cast(target.dtype, np.int64):
+            raise ValueError(f"sample {id!r} has a target {target.shape} {target.dtype}; need {wanted}")
+        limit = 2 if task == "multilabel" else classes
         if target.size and (target.min() < 0 or target.max() >= limit):
             raise ValueError(f"sample {id!r} has target values {target.min()} to {target.max()}; need 0 to {limit - 1}")
-        return np.ascontiguousarray(target, np.dtype(layout.TARGET_DTYPES[self.task])).reshape(self._target_shape)
+        return np.ascontiguousarray(target, np.dtype(layout.TARGET_DTYPES[task])).reshape(wanted)
 
     def _finish(self) -> None:
-        if len(self._ids) != self.num_samples:
-            raise ValueError(f"{self.path}: {len(self._ids)} of {self.num_samples} announced samples were added")
-        check_groups(self._groups, self._rows[layout.SPLIT])
-        if self._folds:
-            check_groups(self._groups, self._rows[layout.FOLDS], fold_names())
-        text = h5py.string_dtype("utf-8")
-        self._file.create_dataset(layout.IDS, data=self._ids, dtype=text)
-        self._file.create_dataset(layout.GROUPS, data=self._groups, dtype=text)
-        for name, table in self._rows.items():
-            if name not in self._file:
-                self._file.create_dataset(name, data=table)
-        targets = None if self.task == "segmentation" else self._rows[layout.TARGETS]
-        self._attributes[layout.FINGERPRINT_ATTR] = layout.compute_fingerprint(
-            *(self._ids, targets, self._rows[layout.SPLIT], self._rows[layout.CHECKSUMS]),
-            self._rows.get(layout.FOLDS),
-        )
-        for name, value in self._attributes.items():
-            self._file.attrs[name] = value
-        self._file.attrs[layout.FORMAT_ATTR] = layout.FORMAT
-        self._file.close()
-        _sync(self._temporary)
-        self._temporary.replace(self.path)
-        _sync(self.path.parent)
+        if len(self._rows) != self._settings["num_samples"]:
+            announced = self._settings["num_samples"]
+            raise ValueError(f"{self.path}: {len(self._rows)} of {announced} announced samples were added")
+        columns: dict[str, Any] = {
+            name: [row[name] for row in self._rows] for name in self._rows[0] if name != layout.SHAPES
+        }
+        if self._foreground is not None:
+            columns[layout.FOREGROUND] = np.asarray(self._foreground)
+        plan = self._plan
+        if isinstance(self._sink, _Spool):
+            plan = Plan(shapes=np.array([row[layout.SHAPES] for row in self._rows]), **self._settings)
+            self._sink.pour(plan)
+        self._sink.close()
+        assert plan is not None
+        complete(self._draft, self.path, plan, columns, class_names=self.class_names, **self._facts)
 
-    def _discard(self) -> None:
-        """Close, and remove what has not been renamed."""
-        try:
-            self._file.close()
-        finally:
-            self._temporary.unlink(missing_ok=True)
+
+class _Writes:
+    """Samples of one shape, each at its offset."""
+
+    def __init__(self, draft: Path, plan: Plan) -> None:
+        self._plan, self._places = plan, allocate(draft, plan)
+        self._file = draft.open("r+b")
+
+    def put(self, row: int, inputs: NDArray[Any], target: NDArray[Any] | None) -> None:
+        write_sample(self._file.fileno(), self._plan, self._places, row, inputs, target)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _ChunkWrites:
+    """Chunks, through HDF5."""
+
+    def __init__(self, draft: Path, plan: Plan) -> None:
+        self._plan = plan
+        allocate(draft, plan)
+        self._file = h5py.File(draft, "r+", locking=False)
+
+    def put(self, row: int, inputs: NDArray[Any], target: NDArray[Any] | None) -> None:
+        for chunk in encode_sample(self._plan, inputs, target):
+            write_chunk(self._file, row, *chunk)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Spool:
+    """Samples of different shapes, one after the other in a file of their own until the last is known."""
+
+    def __init__(self, draft: Path) -> None:
+        self._draft = draft
+        self._file = TemporaryFile(dir=draft.parent)  # noqa: SIM115
+
+    def put(self, row: int, inputs: NDArray[Any], target: NDArray[Any] | None) -> None:
+        self._file.write(inputs.tobytes())
+        if target is not None:
+            self._file.write(target.tobytes())
+
+    def pour(self, plan: Plan) -> None:
+        """Now that all shapes are known: each sample to its place in the draft."""
+        places = allocate(self._draft, plan)
+        self._file.seek(0)
+        with self._draft.open("r+b") as draft:
+            for row in range(plan.num_samples):
+                shape = plan.sample_shape(row)
+                inputs = self._take(shape, plan.dtype)
+                target = self._take(shape[1:], "uint8") if plan.maps else None
+                write_sample(draft.fileno(), plan, places, row, inputs, target)
+
+    def _take(self, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        data = self._file.read(math.prod(shape) * np.dtype(dtype).itemsize)
+        return np.frombuffer(data, dtype).reshape(shape)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def require_replaceable(path: Path) -> None:
@@ -202,22 +229,7 @@ def require_replaceable(path: Path) -> None:
     if path.is_dir() or not path.parent.is_dir():
         what = "is a folder" if path.is_dir() else "cannot be written: its folder does not exist"
         raise ValueError(f"{path} {what}; give the name of a file in an existing folder")
-    if path.exists() and not _is_hdf5(path):
+    if path.exists() and not is_hdf5(path):
         raise ValueError(
             f"{path} exists and is not an HDF5 file, so it is not replaced; give another name or remove it"
         )
-
-
-def _is_hdf5(path: Path) -> bool:
-    if not path.is_file():  # a device or a pipe: reading could wait for ever
-        return False
-    with path.open("rb") as file:
-        return file.read(len(SIGNATURE)) == SIGNATURE
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -87,6 +87,12 @@ def nodes(environ: Mapping[str, str] = os.environ) -> str:
     return environ.get("SLURM_JOB_NODELIST", "")
 
 
+def scratch_folders(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Where this node may have a disk of its own, the best first: the instance's, the job's, the machine's."""
+    named = (environ.get(key, "") for key in ("HPC_SCRATCH", "SLURM_TMPDIR", "TMPDIR"))
+    return [place for place in (*named, "/tmp") if place]
+
+
 def cluster_name(environ: Mapping[str, str] = os.environ) -> str:
     """SLURM's name of the cluster of this job; empty outside one."""
     return environ.get("SLURM_CLUSTER_NAME", "")

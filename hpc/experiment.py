@@ -84,12 +84,35 @@ class Data(Section):
     """Of a file packed with --folds: the validation of this run; the other folds are its training."""
     batch_size: Positive = 8
     """Global: of one optimizer step, over all ranks and accumulated parts."""
+    sampler: Literal["uniform", "balanced", "weighted"] = "uniform"
+    """balanced: all classes equally often; weighted: by `weights`."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """How often a sample is drawn, by its class, relative to a class that is not named (1); 0 leaves a class out."""
+    views: Positive = 1
+    """An epoch has each training sample so many times, each time augmented anew, from another patch."""
+    patch: Annotated[list[Positive], Field(min_length=2, max_length=3)] | None = None
+    """Voxels along each axis: train on random boxes of this size, validate on the centre of each volume."""
+    foreground: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the training patches that hold a voxel of a class other than the first."""
     augment: dict[str, Any] = {}
     """Options of datasets.augment.Augment; empty for none."""
-    threads: Positive = 2
-    """Reading threads of each rank."""
-    verify: Annotated[float, Field(ge=0, le=1)] = 1 / 64
-    """Share of the training samples whose checksum is compared as they are read."""
+    threads: Annotated[int, Field(ge=0)] = 2
+    """Reading threads of each rank; 0: the training's own."""
+    stage: Literal["none", "node"] = "none"
+    """node: each node copies the file to its own scratch space first, and removes it at the end."""
+    verify: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the training samples whose checksum is compared as they are read; a patch's sample is read whole for it.
+    None: as many that 1 of 64 bytes is compared."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """skip: another sample of the same class in place of one that is damaged or cannot be read; counted in the log."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        if bool(self.weights) != (self.sampler == "weighted"):
+            raise ValueError("weights belong to sampler: weighted, which needs them, for example weights: {rare: 5}")
+        if self.foreground and self.patch is None:
+            raise ValueError("foreground has no effect without patch: whole volumes hold all of it")
+        return self
 
 
 class Optimizer(Section):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import open_volumes
@@ -19,9 +20,9 @@ from hpc.preempt import ExitCode
 from hpc.rundir import RunDir
 
 
-def open_data(experiment: Experiment) -> VolumeFile:
-    """The data file, compared with the experiment. Raises ValueError or UserError with one line."""
-    volumes, fold = open_volumes(experiment.data.file), experiment.data.fold
+def open_data(experiment: Experiment, files: Sequence[Path] = ()) -> VolumeFile:
+    """The data file (`files`: copies of it), compared with the experiment. Raises ValueError or UserError, one line."""
+    volumes, fold = open_volumes(files or experiment.data.file), experiment.data.fold
     if fold is not None:
         volumes = volumes.fold(fold)
     elif volumes.num_folds:
@@ -39,7 +40,7 @@ def open_data(experiment: Experiment) -> VolumeFile:
         raise UserError(f"model.num_classes is {asked}, but {experiment.data.file} has {classes} classes: {names}")
     train, validation = volumes.indices("train"), volumes.indices("validation")
     batch = experiment.data.batch_size
-    if len(train) < batch:
+    if len(train) * experiment.data.views < batch:
         raise UserError(f"data.batch_size is {batch}, but the training split has {len(train)} samples")
     if not len(validation):
         raise UserError(f"{experiment.data.file} has no validation samples: pack it with --split 70/15/15")

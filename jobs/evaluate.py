@@ -54,6 +54,7 @@ def evaluate(run: RunDir, split: str, wanted: str) -> tuple[str, Scores, list[st
         device=device,
         dtype=torch.float32,
         shuffle=False,
+        patch=data.patch,
     )
     task = Classification(experiment.train.loss, parts.weights, device)
     counts, scores, samples = Counts(parts.num_classes, device), [], []

@@ -1,199 +1,123 @@
 """`hpc inspect`: what is in a volume file, and is it sound. Run alone: python -m jobs.inspect --help
 
-Exit code 0: sound as far as looked. 1: samples are damaged. 2: not a volume file.
+Exit code 0: sound as far as looked. 1: samples are damaged. 2: not a volume file, or bad usage. 130: interrupted.
 """
 
 import argparse
 import json
+import os
+import signal
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from datasets.layout import VolumeFile, open_volumes
-from datasets.partition import SPLITS
+from datasets.description import describe
+from datasets.layout import open_volumes
+from datasets.survey import Report
+from jobs.inspect_view import show
+from jobs.montage import draw_montage, require_png
 
 PROG = "hpc inspect"
-LOOKED_AT = 64
-"""samples whose intensities are read"""
-PER_CLASS = 6
-MAX_CLASSES = 24
-"""rows and columns of the montage"""
-TITLE = 18
-"""characters of an id that fit over its picture; ids tend to differ at their end"""
+MOST_NAMED = 100
+"""damaged samples that are named on the terminal; --json names all"""
+EXAMPLES = """examples:
+  hpc inspect scans.h5                              counts, intensities, duplicates, weights
+  hpc inspect 'scans-*.h5' --verify                 all checksums of all shards
+  hpc inspect scans.h5 --png slices.png             what the network will see
+  hpc inspect scans.h5 --all --json > facts.json    every voxel, for a program"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
-        volumes = open_volumes(given.files)
-        facts = describe(volumes)
-        if given.verify:
-            facts["damaged"] = [volumes.ids[sample] for sample in volumes.verify()]
-        if given.png:
-            draw_montage(volumes, given.png)
-    except (ValueError, OSError) as error:
+        return _inspect(given)
+    except BrokenPipeError:  # nobody reads on, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (ValueError, OSError, ImportError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(facts, indent=2)) if given.json else _show(facts)
-    for name in facts.get("damaged", []):
-        print(f"{PROG}: damaged: {name}; its bytes differ from those packed, pack the file again", file=sys.stderr)
-    return 1 if facts.get("damaged") else 0
+    except KeyboardInterrupt:
+        print(f"{PROG}: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
-def describe(volumes: VolumeFile) -> dict[str, Any]:
-    """The facts as plain data: shape (C, x, y, z), samples per class and split, spacing in mm, intensities, twins."""
-    return {
-        "files": [str(path) for path in volumes.paths],
-        "num_samples": len(volumes),
-        "shape": list(volumes.shape),
-        "dtype": volumes.dtype.name,
-        "task": volumes.task,
-        "splits": {split: len(volumes.indices(split)) for split in SPLITS},
-        "groups": {split: len({volumes.groups[i] for i in volumes.indices(split)}) for split in SPLITS},
-        "folds": [len(volumes.fold(number).indices("validation")) for number in range(volumes.num_folds)],
-        "classes": _count_classes(volumes),
-        "spacing_mm": _spacings(volumes),
-        "intensities": _intensities(volumes),
-        "duplicates": _duplicates(volumes),
-        "sources": len(volumes.source),
-        "packing": volumes.packing,
-        "fingerprint": volumes.fingerprint,
-    }
+def _inspect(given: argparse.Namespace) -> int:
+    if given.png:
+        require_png(given.png)
+    volumes = open_volumes(_matching(given.files))
+    with _progress("comparing checksums" if given.verify else "reading samples") as report:
+        facts = describe(volumes, everything=given.all, verify=given.verify, report=report)
+    if given.png:
+        with _progress("drawing") as report:
+            draw_montage(volumes, given.png, report)
+    if given.json:
+        print(json.dumps(facts, indent=2, allow_nan=False))
+    else:
+        console = Console(highlight=False, markup=False)
+        with console.capture() as text:
+            show(facts, console)
+        print(text.get(), end="")
+    sys.stdout.flush()
+    _name_damaged(facts["damaged"])
+    return 1 if facts["damaged"] else 0
 
 
-def draw_montage(volumes: VolumeFile, path: Path) -> None:
-    """PNG of middle slices along the last axis, a row per class, grey from the 1st to the 99th percentile."""
-    import matplotlib
+def _matching(patterns: Sequence[str]) -> list[Path]:
+    """The files of the patterns, in order of their names; a name that exists is taken as it is. ValueError for none."""
+    files = list[str]()
+    for text in patterns:
+        wild = has_magic(text) and not Path(text).exists()
+        found = sorted(glob(text)) if wild else [text]  # noqa: PTH207  a whole path
+        if not found:
+            raise ValueError(f"no file matches {text!r}; list the files with 'ls {Path(text).parent}'")
+        files += found
+    return [Path(name) for name in dict.fromkeys(files)]
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    rows = _montage_rows(volumes)
-    figure, axes = pyplot.subplots(
-        len(rows), PER_CLASS, figsize=(1.6 * PER_CLASS, 1.7 * len(rows)), squeeze=False, layout="constrained"
-    )
-    for (name, samples), line in zip(rows.items(), axes, strict=True):
-        line[0].set_ylabel(name, fontsize=8)
-        for sample, axis in zip(samples, line, strict=False):
-            image = volumes.read(sample)[0][0]
-            image = image[..., image.shape[-1] // 2] if image.ndim == 3 else image
-            low, high = np.percentile(image, (1, 99))
-            axis.imshow(image.T, cmap="gray", origin="lower", vmin=low, vmax=max(high, low + 1e-6))
-            axis.set_title(_shorten(volumes.ids[sample]), fontsize=5)
-        for axis in line:
-            axis.set(xticks=[], yticks=[])
-            axis.set_frame_on(False)
-    try:
-        figure.savefig(path, dpi=120, format="png")
-    finally:
-        pyplot.close(figure)
+def _name_damaged(damaged: Sequence[dict[str, Any]]) -> None:
+    for one in damaged[:MOST_NAMED]:
+        where = f"{one['id']} (number {one['sample']}) of {one['file']}"
+        print(f"{PROG}: damaged: {where}: {one['reason']}", file=sys.stderr)
+    if len(damaged) > MOST_NAMED:
+        print(f"{PROG}: {len(damaged) - MOST_NAMED} more are damaged; --json names all", file=sys.stderr)
+    if damaged:
+        print(f"{PROG}: {len(damaged)} damaged sample(s); copy the file again, or pack it again", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=PROG, description="Says what is in a volume file and whether it is sound.", allow_abbrev=False
+        prog=PROG,
+        description="Says what is in a volume file and whether it is sound.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.h5", help="a volume file, or its shards")
-    parser.add_argument("--verify", action="store_true", help="read every sample and compare its checksum")
-    parser.add_argument("--png", type=Path, metavar="OUT", help="draw the middle slices of some samples of each class")
-    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    add = parser.add_argument
+    add("files", nargs="+", metavar="FILE.h5", help="a volume file, or its shards, or a pattern that they match")
+    add("--verify", action="store_true", help="read every sample and compare its checksum")
+    add("--all", action="store_true", help="look at the voxels of all samples (default: of up to 2000, or 256 MB)")
+    add("--png", type=Path, metavar="OUT", help="draw the middle slices of some samples of each class")
+    add("--json", action="store_true", help="print the facts as JSON")
     return parser
 
 
-def _count_classes(volumes: VolumeFile) -> dict[str, dict[str, int]]:
-    """class -> split -> samples (multi-label: samples that have the class). Empty for label maps."""
-    if volumes.task == "segmentation":
-        return {}
-    counts: dict[str, dict[str, int]] = {}
-    for number, name in enumerate(volumes.class_names):
-        has = _has_class(volumes, number)
-        tally = Counter(volumes.split[has].tolist())
-        counts[name] = {split: tally[code] for code, split in enumerate(SPLITS)}
-    return counts
-
-
-def _has_class(volumes: VolumeFile, number: int) -> NDArray[np.bool_]:
-    targets = volumes.targets
-    found: NDArray[np.bool_] = targets == number if targets.ndim == 1 else targets[:, number] == 1
-    return found
-
-
-def _spacings(volumes: VolumeFile) -> list[list[float]]:
-    """Voxel sizes that occur, in mm."""
-    sizes = np.unique(np.linalg.norm(volumes.affine[:, :3, :3], axis=1).round(4), axis=0)
-    return [[float(axis) for axis in size] for size in sizes]
-
-
-def _intensities(volumes: VolumeFile) -> dict[str, Any]:
-    """Range as stored, and mean and standard deviation as normalised, of samples spread evenly over the file."""
-    chosen = np.unique(np.linspace(0, len(volumes) - 1, LOOKED_AT).round().astype(int))
-    low, high, total, squares, count = np.inf, -np.inf, 0.0, 0.0, 0
-    for sample in chosen.tolist():
-        stored = volumes.read(sample)[0].reshape(volumes.shape[0], -1).astype(np.float64)
-        low, high = min(low, float(stored.min())), max(high, float(stored.max()))
-        normal = stored * volumes.scale[sample][:, None] + volumes.offset[sample][:, None]
-        total, squares, count = total + float(normal.sum()), squares + float((normal**2).sum()), count + normal.size
-    mean = total / count
-    deviation = max(squares / count - mean**2, 0.0) ** 0.5
-    return {"samples": len(chosen), "stored": [low, high], "normalised_mean": mean, "normalised_std": deviation}
-
-
-def _duplicates(volumes: VolumeFile) -> list[list[str]]:
-    """Ids of samples with equal checksums."""
-    twins: dict[int, list[str]] = {}
-    for name, checksum in zip(volumes.ids, volumes.checksums.tolist(), strict=True):
-        twins.setdefault(checksum, []).append(name)
-    return [names for names in twins.values() if len(names) > 1]
-
-
-def _montage_rows(volumes: VolumeFile) -> dict[str, list[int]]:
-    if volumes.task == "segmentation":
-        return {"all": list(range(min(PER_CLASS, len(volumes))))}
-    rows: dict[str, list[int]] = {}
-    for number, name in enumerate(volumes.class_names[:MAX_CLASSES]):
-        samples = np.flatnonzero(_has_class(volumes, number))
-        spread = np.unique(np.linspace(0, max(len(samples) - 1, 0), PER_CLASS).round().astype(int))
-        rows[name] = samples[spread].tolist() if len(samples) else []
-    return rows
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= TITLE else "..." + name[3 - TITLE :]
-
-
-def _show(facts: dict[str, Any]) -> None:
-    console = Console(soft_wrap=True)
-    shape = "x".join(map(str, facts["shape"]))
-    print(f"{' '.join(facts['files'])}: {facts['num_samples']} samples of {shape} {facts['dtype']}, {facts['task']}")
-    table = Table("class", *SPLITS, "all")
-    for name, counts in facts["classes"].items():
-        table.add_row(escape(name), *(str(counts[split]) for split in SPLITS), str(sum(counts.values())))
-    table.add_section()
-    table.add_row("samples", *(str(facts["splits"][split]) for split in SPLITS), str(facts["num_samples"]))
-    table.add_row("groups", *(str(facts["groups"][split]) for split in SPLITS), str(sum(facts["groups"].values())))
-    console.print(table)
-    if facts["folds"]:
-        print(f"{len(facts['folds'])} folds of {', '.join(map(str, facts['folds']))} samples, for data.fold")
-    seen = facts["intensities"]
-    spacings = "; ".join(" x ".join(f"{size:g}" for size in spacing) for spacing in facts["spacing_mm"][:3])
-    print(f"spacing {spacings} mm, from {facts['sources']} source file(s)")
-    print(
-        f"stored {seen['stored'][0]:g} to {seen['stored'][1]:g}, normalised mean {seen['normalised_mean']:.3f} and "
-        f"standard deviation {seen['normalised_std']:.3f} ({seen['samples']} samples read)"
-    )
-    if facts["duplicates"]:
-        print(f"{len(facts['duplicates'])} set(s) of equal samples, the first: {', '.join(facts['duplicates'][0])}")
-    if "damaged" in facts:
-        print(f"checksums: {len(facts['damaged'])} of {facts['num_samples']} samples are damaged")
-    print(f"fingerprint {facts['fingerprint']}")
+@contextmanager
+def _progress(what: str) -> Iterator[Report | None]:
+    """A bar with the time left, when somebody is looking."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

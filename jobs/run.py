@@ -109,7 +109,10 @@ def _train(folder: RunDir, experiment: Experiment, allocation: Allocation, sampl
         if torch.version.cuda is None:  # so it would be on every node
             return fail(UserError(f"{error}: this torch was built without CUDA"), ExitCode.BAD_INPUT)
         return _leave_node(folder, allocation, str(error).removeprefix(f"{allocation.node}: "))
-    return _fit(folder, allocation, trainer)
+    try:
+        return _fit(folder, allocation, trainer)
+    finally:
+        trainer.leave_data()
 
 
 def _fit(folder: RunDir, allocation: Allocation, trainer: Trainer) -> ExitCode:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,20 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from datasets import Loader, sampling, staging
 from datasets.augment import Augment
 from datasets.layout import VolumeFile
+from datasets.staging import Staged
+from hpc.allocation import scratch_folders
 from hpc.errors import UserError
-from hpc.experiment import Experiment
+from hpc.experiment import Data, Experiment
 from jobs import foreign_weights
 from jobs.check import open_data
 from jobs.tasks.classification import class_weights
 from models3d import create_model, takes
+
+_VERIFIED_BYTES = 1 / 64
+"""Share of the bytes read for training whose checksum is compared, where data.verify does not say."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,8 @@ class Parts:
     """What an experiment and its data file determine before any device is chosen."""
 
     volumes: VolumeFile
+    shape: tuple[int, ...]
+    """(C, *spatial) of a sample as the model gets it"""
     num_classes: int
     weights: list[float] | None
     """Class weights of the loss."""
@@ -36,7 +46,7 @@ class Parts:
         options = dict(self.model_options)
         if deterministic and "deterministic_pooling" in takes(name):
             options["deterministic_pooling"] = True
-        model = create_model(name, in_channels=self.volumes.shape[0], num_classes=self.num_classes, **options)
+        model = create_model(name, in_channels=self.shape[0], num_classes=self.num_classes, **options)
         _refuse_unsaved(name, model)
         return model
 
@@ -52,17 +62,76 @@ def _refuse_unsaved(name: str, model: nn.Module) -> None:
         )
 
 
-def prepare(experiment: Experiment) -> Parts:
-    """Open the data file and compare it with the experiment. Raises ValueError or UserError with one line."""
-    volumes = open_data(experiment)
+def prepare(experiment: Experiment, files: Sequence[Path] = ()) -> Parts:
+    """Open the data file (`files`: copies of it) and compare it with the experiment. Raises ValueError or UserError."""
+    volumes = open_data(experiment, files)
+    shape = _sample_shape(experiment.data, volumes)
     classes = len(volumes.class_names)
     train = volumes.indices("train")
     counts = [int((volumes.targets[train] == label).sum()) for label in range(classes)]
     Augment.from_mapping(experiment.data.augment)
     options = experiment.model.options
     if "input_size" in takes(experiment.model.name):
-        options.setdefault("input_size", tuple(volumes.shape[1:]))
-    return Parts(volumes, classes, class_weights(experiment.train.loss, counts), options)
+        options.setdefault("input_size", shape[1:])
+    return Parts(volumes, shape, classes, class_weights(experiment.train.loss, counts), options)
+
+
+def _sample_shape(data: Data, volumes: VolumeFile) -> tuple[int, ...]:
+    if data.patch is None:
+        return volumes.shape
+    if len(data.patch) != volumes.spatial_axes:
+        raise UserError(
+            f"data.patch {data.patch} has {len(data.patch)} axes, but {volumes.name} {volumes.spatial_axes}"
+        )
+    return (volumes.channels, *data.patch)
+
+
+def stage(experiment: Experiment, volumes: VolumeFile) -> Staged | None:
+    """The node's own copy of the data file, where the experiment asks for one. Raises UserError, StagingError."""
+    if experiment.data.stage == "none":
+        return None
+    return staging.stage(volumes, scratch_folders())
+
+
+def make_loaders(
+    experiment: Experiment, parts: Parts, device: torch.device | str, rank: int = 0, world_size: int = 1
+) -> tuple[Loader, Loader]:
+    """Of training and validation. Raises ValueError or UserError with one line."""
+    data, volumes = experiment.data, parts.volumes
+    common: dict[str, Any] = {
+        "batch_size": data.batch_size,
+        "seed": experiment.train.seed,
+        "rank": rank,
+        "world_size": world_size,
+        "threads": data.threads,
+        "device": device,
+        "dtype": torch.float32,
+        "patch": data.patch,
+        "on_bad_sample": data.on_bad_sample,
+    }
+    train = Loader(
+        volumes,
+        split="train",
+        augment=data.augment or None,
+        verify=_verified_share(data, volumes),
+        sampler=data.sampler,
+        weights=sampling.class_weights(volumes, data.weights) if data.weights else None,
+        views=data.views,
+        foreground=data.foreground,
+        **common,
+    )
+    return train, Loader(volumes, split="validation", **common)
+
+
+def _verified_share(data: Data, volumes: VolumeFile) -> float:
+    """Of the samples, so that data.verify None compares 1 of 64 bytes read: a patch's sample is read whole for it."""
+    if data.verify is not None:
+        return data.verify
+    if data.patch is None:
+        return _VERIFIED_BYTES
+    some = volumes.indices("train")[:1000].tolist()
+    voxels = sum(math.prod(volumes.sample_shape(sample)[1:]) for sample in some) / len(some)
+    return _VERIFIED_BYTES * min(1.0, math.prod(data.patch) / voxels)
 
 
 def load_weights(experiment: Experiment, model: nn.Module) -> list[str]:
@@ -78,10 +147,12 @@ def check(experiment: Experiment) -> list[str]:
     parts = prepare(experiment)
     volumes = parts.volumes
     sizes = {split: len(volumes.indices(split)) for split in ("train", "validation", "test")}
-    shape = " x ".join(str(size) for size in volumes.shape)
+    make_loaders(experiment, parts, "cpu")
+    shape = "different shapes" if volumes.ragged else " x ".join(str(size) for size in volumes.shape)
+    patch = "" if experiment.data.patch is None else f", in patches of {' x '.join(map(str, experiment.data.patch))}"
     with torch.device("meta"):
         model = parts.build_model(experiment.model.name)
-        outputs = model(torch.empty(2, *volumes.shape))
+        outputs = model(torch.empty(2, *parts.shape))
     if tuple(outputs.shape) != (2, parts.num_classes):
         raise UserError(
             f"model {experiment.model.name} gives scores of shape {tuple(outputs.shape[1:])} for a sample, "
@@ -90,7 +161,7 @@ def check(experiment: Experiment) -> list[str]:
     count = sum(p.numel() for p in model.parameters())
     weights = load_weights(experiment, model)
     return [
-        f"data: {sum(sizes.values())} samples of {shape} {volumes.dtype}, "
+        f"data: {sum(sizes.values())} samples of {shape} {volumes.dtype}{patch}, "
         + ", ".join(f"{number} {split}" for split, number in sizes.items())
         + f", {parts.num_classes} classes",
         f"model: {experiment.model.name}, {count:,} parameters",

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-from datasets import Loader
 from datasets.loader import Batch
 from hpc.errors import UserError
 from hpc.experiment import Experiment
@@ -33,7 +32,7 @@ from jobs.passes import make_passes
 from jobs.record import FEW, Recorder
 from jobs.saving import Saver
 from jobs.schedule import Schedule
-from jobs.setup import Parts, load_weights, prepare
+from jobs.setup import Parts, load_weights, make_loaders, prepare, stage
 from jobs.tasks.classification import DIRECTION, Classification, Counts, Scores, total
 from jobs.update import Updater
 from jobs.watchdog import Watchdog
@@ -63,10 +62,15 @@ class Trainer:
         self.watchdog = watchdog or Watchdog(run, engine.allocation, experiment.train.hang_after)  # asleep
         self.settings = experiment.train
         self.parts: Parts = prepare(experiment)
+        self.staged = stage(experiment, self.parts.volumes)
+        if self.staged:
+            self.parts = prepare(experiment, self.staged.paths)
         self.deterministic = wants_determinism(experiment, engine.device)
         self._build()
         self.step = 0
         self.state: dict[str, Any] = {"evaluated_step": 0, "best": None, "sums": None, "shown": {}, "last": None}
+        self.bad_samples = 0
+        """of this rank, in this attempt"""
         self.guard, self.spikes = LossGuard(), SpikeDetector()
         self.recorder: Recorder | None = None
         self.saver: Saver | None = None
@@ -74,25 +78,15 @@ class Trainer:
         self._saved_step = -1
 
     def _build(self) -> None:
-        settings, engine, data = self.settings, self.engine, self.experiment.data
+        settings, engine = self.settings, self.engine
         if fault := self.experiment.batch_fault(engine.world_size):
             raise UserError(fault)
         torch.manual_seed(settings.seed)
         self.model = self.parts.build_model(self.experiment.model.name, self.deterministic).to(engine.device)
         self.optimizer = build_optimizer(settings.optimizer, self.model)
         self.task = Classification(settings.loss, self.parts.weights, engine.device)
-        common: dict[str, Any] = {
-            "batch_size": data.batch_size,
-            "seed": settings.seed,
-            "rank": engine.rank,
-            "world_size": engine.world_size,
-            "threads": data.threads,
-            "device": engine.device,
-            "dtype": torch.float32,
-        }
-        augment = data.augment or None
-        self.loader = Loader(self.parts.volumes, split="train", augment=augment, verify=data.verify, **common)
-        self.validation = Loader(self.parts.volumes, split="validation", **common)
+        place = (engine.device, engine.rank, engine.world_size)
+        self.loader, self.validation = make_loaders(self.experiment, self.parts, *place)
         self.steps_per_epoch = min(len(self.loader), settings.limit_steps or len(self.loader))
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.rate = learning_rate(settings.scheduler, settings.optimizer.lr, self.total_steps, self.steps_per_epoch)
@@ -236,6 +230,16 @@ class Trainer:
     def _ids(self, batch: Batch) -> list[str]:
         return [str(self.parts.volumes.ids[sample]) for sample in batch.samples.tolist()]
 
+    def _tell_bad_samples(self) -> None:
+        """Each rank names those that others were taken for."""
+        for loader in (self.loader, self.validation):
+            for sample, reason in loader.skipped:
+                self.bad_samples += 1
+                with suppress(OSError):
+                    id, writer = str(self.parts.volumes.ids[sample]), f"rank{self.engine.rank}"
+                    self.run.event("bad-sample", writer, self.generation, step=self.step, sample=id, reason=reason)
+            loader.skipped.clear()
+
     def _roll_back(self) -> None:
         """Load a checkpoint from before the bad steps, and pass over these from there. Raises Diverged without one."""
         self._flush()
@@ -265,6 +269,7 @@ class Trainer:
 
     def _flush(self) -> None:
         """Sum the last steps over the ranks, log them, and add them to the epoch's sums."""
+        self._tell_bad_samples()
         if not self.pending:
             return
         steps = [step for step, _ in self.pending]
@@ -321,7 +326,15 @@ class Trainer:
             if self.saver:
                 self.saver.close()
         self.watchdog.close()
+        self.leave_data()
         self.engine.close()
+
+    def leave_data(self) -> None:
+        """End reading; the last rank of a node to leave removes the copy on it."""
+        self.loader.close()
+        self.validation.close()
+        if self.staged:
+            self.staged.close()
 
     # The end of an epoch.
 
@@ -338,6 +351,7 @@ class Trainer:
         started = time.monotonic()
         with self.watchdog.phase("validation", _EVALUATION_LIMIT_S):
             scores = self.evaluate()
+            self._tell_bad_samples()
             speed = {
                 "train": steps * self.experiment.data.batch_size / trained if steps else 0.0,
                 "validation": scores.samples / (time.monotonic() - started),
@@ -348,9 +362,17 @@ class Trainer:
                 seen = Scores(self.counts.matrix.cpu().numpy(), self.counts.total_loss() / trained_on)
                 waiting = waited / trained if steps else 0.0
                 self.recorder.evaluation(self.step, scores, seen.metrics(), speed, waiting)
+            self._count_bad_samples()
         self.state.update(evaluated_step=self.step, sums=None, shown={})
         if self.state["best"] and self.state["best"]["step"] == self.step:
             self._save()
+
+    def _count_bad_samples(self) -> None:
+        """Rank 0 logs how many there were on all ranks."""
+        if self.experiment.data.on_bad_sample == "skip":
+            count = int(self.engine.sum(torch.tensor([self.bad_samples]))[0])
+            if count:
+                _LOG.warning("%d bad samples were replaced by others in this attempt", count)
 
     def evaluate(self) -> Scores:
         """The validation split, each sample once. Raises Stopped when a stop comes meanwhile."""

@@ -395,7 +395,9 @@ def test_the_fence_is_asked_before_a_deletion_too(bench: Bench) -> None:
 
     bench.make(keep=1, fence=fence)
     bench.save(1, wait=True)
-    with pytest.raises(UserError, match="lost"):  # from the save, or from close: the deletion follows the commit at once
+    with pytest.raises(
+        UserError, match="lost"
+    ):  # from the save, or from close: the deletion follows the commit at once
         bench.save(2, wait=True)
         bench.saver.close()
     assert asked == [[], [1], [1, 2]] and steps(bench.folder) == [1, 2]

@@ -1,0 +1,114 @@
+"""Where the bytes of samples lie in a volume file: at one offset, or in chunks, each with its place and its size."""
+
+import math
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets import codecs
+from datasets.trust import VolumeFileError, dataset_bytes, plain_offset
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The chunk table of a dataset; every chunk lies within the file."""
+
+    shape: tuple[int, ...]
+    """of one chunk without the sample axis: (C, *box) or, for label maps, box"""
+    grid: tuple[int, ...]
+    """chunks along each axis of a sample; those at the end are whole chunks, too, and reach over it"""
+    offsets: NDArray[np.int64]
+    """(N, prod(grid)) in the file"""
+    sizes: NDArray[np.int64]
+    """(N, prod(grid)) stored bytes"""
+    codec: str | None
+    """name in datasets.codecs.CODECS; None: plain bytes"""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the bytes of one dataset lie in the file."""
+
+    offset: int | None
+    """contiguous: file offset of the first sample; None: chunks"""
+    chunks: Chunks | None
+
+
+def chunk_grid(sample: tuple[int, ...], chunk: tuple[int, ...]) -> tuple[int, ...]:
+    """Chunks along each axis of a sample."""
+    return tuple(-(-size // step) for size, step in zip(sample, chunk, strict=True))
+
+
+def locate(path: Path, dataset: h5py.Dataset) -> Stored:
+    """Where the samples of a dataset (N, ...) lie. Raises VolumeFileError for what is not read, or not in the file."""
+    if dataset.chunks is None:
+        return Stored(plain_offset(path, dataset), None)
+    return Stored(None, _read_chunks(path, dataset))
+
+
+def _read_chunks(path: Path, dataset: h5py.Dataset) -> Chunks:
+    name, sample, chunk = dataset.name.lstrip("/"), dataset.shape[1:], dataset.chunks
+    if chunk[0] != 1 or any(step > size for step, size in zip(chunk[1:], sample, strict=True)):
+        raise VolumeFileError(f"{path}: a chunk of {name} is {chunk}, not within one sample {sample}; pack it again")
+    grid = chunk_grid(sample, chunk[1:])
+    count, size = dataset.shape[0] * math.prod(grid), path.stat().st_size
+    if count > size or dataset.id.get_num_chunks() != count:
+        raise VolumeFileError(f"{path}: {name} has not all of its {count} chunks; copy or pack it again")
+    offsets, sizes = _chunk_table(path, dataset, count, chunk)
+    codec = _codec(path, dataset)
+    raw = math.prod(chunk) * dataset.dtype.itemsize
+    wrong = sizes != raw if codec is None else (sizes < 1) | (sizes > codecs.encoded_bound(raw))
+    if (offsets > size).any() or (sizes > size - np.minimum(offsets, size)).any() or wrong.any():
+        raise VolumeFileError(f"{path} is cut short or damaged: a chunk of {name} lies outside it, or has a wrong size")
+    table = (dataset.shape[0], math.prod(grid))
+    return Chunks(
+        shape=tuple(chunk[1:]),
+        grid=grid,
+        offsets=offsets.astype(np.int64).reshape(table),
+        sizes=sizes.astype(np.int64).reshape(table),
+        codec=codec,
+    )
+
+
+def _chunk_table(
+    path: Path, dataset: h5py.Dataset, count: int, chunk: tuple[int, ...]
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """File offset and stored bytes of all chunks, in the order of their places."""
+    found = array("Q")
+    dataset.id.chunk_iter(
+        lambda info: found.extend((*info.chunk_offset, info.byte_offset, info.size, info.filter_mask))
+    )
+    table = np.frombuffer(found, np.uint64).reshape(-1, dataset.ndim + 3)
+    grid = chunk_grid(dataset.shape, chunk)
+    places = (table[:, : dataset.ndim] // np.array(chunk, np.uint64)).astype(np.int64)
+    if len(table) != count or (places >= grid).any() or table[:, -1].any():
+        raise VolumeFileError(f"{path}: the chunks of {dataset.name.lstrip('/')} are damaged; copy or pack it again")
+    order = np.full(count, -1)
+    order[np.ravel_multi_index(tuple(places.T), grid)] = np.arange(count)
+    if (order < 0).any():
+        raise VolumeFileError(f"{path}: a chunk of {dataset.name.lstrip('/')} was never written; pack it again")
+    return table[order, -3], table[order, -2]
+
+
+def _codec(path: Path, dataset: h5py.Dataset) -> str | None:
+    plist = dataset.id.get_create_plist()
+    filters = [plist.get_filter(number) for number in range(plist.get_nfilters())]
+    if not filters:
+        return None
+    codec = codecs.by_filter(filters[0][0], filters[0][2]) if len(filters) == 1 else None
+    if codec is None:
+        named = ", ".join(f"{number} {text.decode(errors='replace')[:20]}" for number, _, _, text in filters)
+        raise VolumeFileError(
+            f"{path}: {dataset.name.lstrip('/')} is stored with HDF5 filter {named}, which is not read; use "
+            f"{', '.join(codecs.CODECS)}, or none"
+        )
+    return codec
+
+
+def claimed_bytes(datasets: list[h5py.Dataset]) -> int:
+    """Bytes of all samples once decoded."""
+    return sum(map(dataset_bytes, datasets))

@@ -1,0 +1,194 @@
+"""Reads the coming batches of one iteration into slots of the ring, by threads that live as long as it does."""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets.layout import VolumeFile
+from datasets.order import Stream, random_bits, uniforms
+from datasets.patches import Patches
+from datasets.reading import BadSample, Reader, check_sample, check_whole
+from datasets.ring import Ring, Slot
+from datasets.sampling import Share
+
+_LOG = logging.getLogger(__name__)
+PIECE_BYTES = 1 << 20
+"""a batch is cut into parts of at least this size, which threads read at the same time"""
+REPLACEMENTS = 16
+"""Samples that are tried in place of a bad one before it ends the iteration after all."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an iteration reads, and how: the same for all of its samples."""
+
+    volumes: VolumeFile
+    seed: int
+    epoch: int
+    verify: float
+    patches: Patches | None
+    foreground: float
+    """share of the places in the epoch whose patch holds a foreground location"""
+    candidates: NDArray[np.int64] | None
+    """samples that may stand in for a bad one; None: a bad one ends the iteration"""
+
+
+@dataclass
+class Work:
+    """A slot being filled."""
+
+    slot: Slot
+    share: Share
+    samples: NDArray[np.int64]
+    """(B,) sample numbers; those of replacements, where a sample was bad"""
+    futures: list[Future[None]] = field(default_factory=list)
+    skipped: list[tuple[int, int, str]] = field(default_factory=list)
+    """(row, sample, reason)"""
+
+
+class Prefetch:
+    """A context manager that joins its threads; with `threads` 0 the calling thread reads."""
+
+    def __init__(self, reading: Reading, ring: Ring, shares: Iterator[Share], threads: int, rows: int) -> None:
+        self._reading, self._ring, self._coming = reading, ring, shares
+        self._pending: deque[Work] = deque()
+        self._checked = _chosen_for_check(reading)
+        self._reader = Reader(reading.volumes)
+        self._pieces = max(1, min(threads, rows, rows * ring.sample_bytes // PIECE_BYTES))
+        self._depth = 1 + -(-threads // self._pieces)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader") if threads else None
+        self.waited = 0.0
+        """seconds spent waiting in `next`"""
+        self.skipped: list[tuple[int, str]] = []
+        """(sample, reason) of those that were replaced in the batches handed over so far"""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
+        for work in self._pending:
+            work.slot.busy = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether `next` would return at once."""
+        return bool(self._pending) and all(future.done() for future in self._pending[0].futures)
+
+    def next(self) -> Work | None:
+        """The next slot, filled; None after the last."""
+        started = time.monotonic()
+        while len(self._pending) < self._depth and (share := next(self._coming, None)) is not None:
+            self._pending.append(self._start(share))
+        if not self._pending:
+            return None
+        work = self._pending[0]
+        try:
+            for future in work.futures:
+                future.result()
+        finally:
+            self.waited += time.monotonic() - started
+        self._pending.popleft()
+        for _, sample, reason in sorted(work.skipped):
+            self.skipped.append((sample, reason))
+            _LOG.warning("sample skipped: %s", reason)
+        return work
+
+    def _start(self, share: Share) -> Work:
+        work = Work(self._ring.acquire(spare=self._depth), share, share.samples.copy())
+        if self._pool is None:
+            self._read(work, 0, len(share.samples))
+            return work
+        edges = [len(share.samples) * piece // self._pieces for piece in range(self._pieces + 1)]
+        work.futures = [
+            self._pool.submit(self._read, work, first, last) for first, last in pairwise(edges) if last > first
+        ]
+        return work
+
+    def _read(self, work: Work, first: int, last: int) -> None:
+        for row in range(first, last):
+            sample = int(work.samples[row])
+            try:
+                self._fetch(work, row, sample)
+            except BadSample as error:
+                self._replace(work, row, sample, error)
+
+    def _replace(self, work: Work, row: int, bad: int, error: BadSample) -> None:
+        """Another sample of the same class, drawn by (seed, epoch, sample)."""
+        for sample in _replacements(self._reading, bad):
+            try:
+                self._fetch(work, row, sample)
+            except BadSample:
+                continue
+            work.samples[row] = sample
+            work.skipped.append((row, bad, str(error)))
+            return
+        raise error
+
+    def _fetch(self, work: Work, row: int, sample: int) -> None:
+        volumes, patches = self._reading.volumes, self._reading.patches
+        inputs, target = work.slot.input_buffer(row), work.slot.map_buffer(row)
+        if patches is None:
+            if volumes.ragged:
+                inputs, target = _own_part(volumes, sample, inputs, target)
+            self._reader.read(sample, inputs, target)
+            if self._checked[sample]:
+                check_sample(volumes, sample, inputs, target)
+            return
+        view = int(work.share.views[row])
+        if self._checked[sample] and view == 0:
+            check_whole(volumes, self._reader, sample)
+        foreground = _is_foreground(int(work.share.places[row]), self._reading.foreground)
+        key = sample + view * len(volumes)
+        start = patches.start(self._reader, self._reading.epoch, sample, key, foreground)
+        self._reader.read_patch(sample, start, patches.size, inputs, target)
+
+
+def _own_part(
+    volumes: VolumeFile, sample: int, inputs: memoryview, target: memoryview | None
+) -> tuple[memoryview, memoryview | None]:
+    """Of buffers with room for the largest sample, the part that this one fills."""
+    channels, *spatial = volumes.sample_shape(sample)
+    voxels = int(np.prod(spatial))
+    size = channels * voxels * volumes.dtype.itemsize
+    return inputs[:size], None if target is None else target[:voxels]
+
+
+def _is_foreground(place: int, share: float) -> bool:
+    """Exactly `share` of the places of an epoch, evenly spread."""
+    return int((place + 1) * share) > int(place * share)
+
+
+def _chosen_for_check(reading: Reading) -> NDArray[np.bool_]:
+    """(N,) which samples of the file are checked in this epoch."""
+    count = len(reading.volumes)
+    if reading.verify == 0:
+        return np.zeros(count, bool)
+    return uniforms(reading.seed, reading.epoch, Stream.VERIFY, count) < reading.verify
+
+
+def _replacements(reading: Reading, bad: int) -> list[int]:
+    """In the order in which they are tried."""
+    if reading.candidates is None:
+        return []
+    others: Any = reading.candidates[reading.candidates != bad]
+    if reading.volumes.task != "segmentation":
+        targets = reading.volumes.targets
+        alike = (targets[others] == targets[bad]).reshape(len(others), -1).all(axis=1)
+        others = others[alike] if alike.any() else others
+    bits = random_bits(reading.seed, reading.epoch, Stream.REPLACE, len(others), bad)
+    chosen: list[int] = others[np.argsort(bits, kind="stable")[:REPLACEMENTS]].tolist()
+    return chosen

@@ -1,0 +1,212 @@
+"""One dataset of a shard read without HDF5: contiguous or ragged by offset, in chunks by the chunk table.
+
+Whole samples come by preadv, straight into the caller's buffer; boxes of voxels from a memory map, or from the chunks
+that they touch. All of it may be called by several threads at once. Label maps have a channel axis of 1 here.
+"""
+
+import math
+import mmap
+import os
+import threading
+from collections import OrderedDict
+from itertools import product
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets import codecs
+from datasets.chunks import Chunks
+from datasets.layout import Shard
+
+DECODED_SAMPLES = 2
+"""Decoded samples that each thread keeps, where a patch can only be had by decoding the whole sample."""
+
+
+class CutShort(OSError):
+    """The file ends before the bytes that it should hold."""
+
+
+class Box:
+    """A box of `size` voxels from `start` on; outside of a volume the nearest voxel of its edge is repeated."""
+
+    def __init__(self, start: tuple[int, ...], size: tuple[int, ...], extent: tuple[int, ...]) -> None:
+        parts = [_inside(*axis) for axis in zip(start, size, extent, strict=True)]
+        self.low, self.high, self._before = (tuple(part[k] for part in parts) for k in range(3))
+        """The voxels low..high of the volume are the box's own."""
+        self._size = size
+
+    def inner(self, out: NDArray[Any]) -> NDArray[Any]:
+        """The part of `out` (C, *size) that the volume fills."""
+        spans = zip(self._before, self.low, self.high, strict=True)
+        return out[(slice(None), *(slice(before, before + high - low) for before, low, high in spans))]
+
+    def repeat_edges(self, out: NDArray[Any]) -> None:
+        """Fill the rest of `out` (C, *size) from its inner part."""
+        for axis, (before, size) in enumerate(zip(self._before, self._size, strict=True)):
+            end = before + self.high[axis] - self.low[axis]
+            lines = np.moveaxis(out, axis + 1, 0)
+            if before:
+                lines[:before] = lines[before]
+            if end < size:
+                lines[end:] = lines[end - 1]
+
+
+def _inside(start: int, size: int, extent: int) -> tuple[int, int, int]:
+    """(low, high, before): voxels low..high of an axis are in the box, from its own voxel `before` on."""
+    low = min(max(start, 0), extent - 1)
+    return low, max(min(start + size, extent), low + 1), min(max(low - start, 0), size - 1)
+
+
+class OpenFile:
+    """The descriptor of one shard, and its memory map from the first box on."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.path = shard.path
+        self._descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._bytes: NDArray[np.uint8] | None = None
+        status = os.fstat(self._descriptor)
+        if (status.st_ino, status.st_size, status.st_mtime_ns) != shard.identity:
+            self.close()
+            raise OSError(f"{shard.path} was exchanged since it was opened ({status.st_size} bytes now); start again")
+        self._size = status.st_size
+
+    def fill(self, buffer: memoryview, offset: int) -> None:
+        """Read the bytes from `offset` on. Raises CutShort, OSError."""
+        done = os.preadv(self._descriptor, [buffer], offset)
+        while done < buffer.nbytes:
+            count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
+            if count == 0:
+                raise CutShort(f"it ends at byte {offset + done}")
+            done += count
+
+    def mapped(self) -> NDArray[np.uint8]:
+        """All bytes of the file, as a memory map.
+
+        A page that is gone from the file ends the process (SIGBUS), so its size is looked at each time; what is cut
+        off between this look and the copy, or cannot be read (EIO), is not caught.
+        """
+        if os.fstat(self._descriptor).st_size < self._size:
+            raise CutShort(f"it ends at byte {os.fstat(self._descriptor).st_size}")
+        if self._bytes is None:
+            self._bytes = np.frombuffer(mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ), np.uint8)
+        return self._bytes
+
+    def close(self) -> None:
+        self._bytes = None
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+
+class Scratch(threading.local):
+    """Memory of one thread: buffers that are used again, and the samples decoded last."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, NDArray[np.uint8]] = {}
+        self.decoded: OrderedDict[Any, NDArray[np.uint8]] = OrderedDict()
+
+    def buffer(self, name: str, size: int) -> NDArray[np.uint8]:
+        """(size,) bytes; what this thread had under the same name is overwritten."""
+        if name not in self._buffers or len(self._buffers[name]) < size:
+            self._buffers[name] = np.empty(size, np.uint8)
+        return self._buffers[name][:size]
+
+
+class Array(Protocol):
+    """The inputs or the label maps of one shard."""
+
+    def read(self, row: int, buffer: memoryview) -> None:
+        """All bytes of one sample. Raises CutShort, OSError, ValueError (bytes that do not decode)."""
+
+    def read_box(self, row: int, box: Box, out: NDArray[Any]) -> None:
+        """Fill the inner part of `out` (C, *size)."""
+
+
+class Plain:
+    """Samples of which each lies in one piece: contiguous, ragged, or in a chunk of its own without a filter."""
+
+    def __init__(
+        self, file: OpenFile, starts: NDArray[np.int64], shapes: NDArray[np.int64], dtype: np.dtype[Any]
+    ) -> None:
+        """`starts` (N,): offsets in the file; `shapes` (N, 1 + spatial axes), a broadcast row where all are alike."""
+        self._file, self._starts, self._shapes, self._dtype = file, starts, shapes, dtype
+
+    def read(self, row: int, buffer: memoryview) -> None:
+        self._file.fill(buffer, int(self._starts[row]))
+
+    def read_box(self, row: int, box: Box, out: NDArray[Any]) -> None:
+        start, shape = int(self._starts[row]), tuple(self._shapes[row].tolist())
+        volume = np.ndarray(shape, self._dtype, self._file.mapped(), start)
+        box.inner(out)[...] = volume[(slice(None), *map(slice, box.low, box.high))]
+
+
+class Chunked:
+    """Samples in chunks, of which the table says where they lie; decoded outside of HDF5 and its lock."""
+
+    def __init__(
+        self, file: OpenFile, chunks: Chunks, shape: tuple[int, ...], dtype: np.dtype[Any], scratch: Scratch
+    ) -> None:
+        """`shape` (C, *spatial) of a sample; `chunks` of label maps have no channel axis."""
+        self._file, self._chunks, self._shape, self._dtype, self._scratch = file, chunks, shape, dtype, scratch
+        own = (1,) * (len(shape) - len(chunks.shape))
+        self._chunk_shape, self._grid = own + chunks.shape, own + chunks.grid
+        self._chunk_bytes = math.prod(chunks.shape) * dtype.itemsize
+
+    def read(self, row: int, buffer: memoryview) -> None:
+        if self._chunk_shape == self._shape:
+            self._decode(row, 0, buffer)
+            return
+        spatial = self._shape[1:]
+        whole = Box((0,) * len(spatial), spatial, spatial)
+        self.read_box(row, whole, np.frombuffer(buffer, self._dtype).reshape(self._shape))
+
+    def read_box(self, row: int, box: Box, out: NDArray[Any]) -> None:
+        if self._chunk_shape == self._shape:
+            box.inner(out)[...] = self._sample(row)[(slice(None), *map(slice, box.low, box.high))]
+            return
+        inner, sizes = box.inner(out), self._chunk_shape[1:]
+        touched = [
+            range(low // size, -(-high // size)) for low, high, size in zip(box.low, box.high, sizes, strict=True)
+        ]
+        data = self._scratch.buffer("chunk", self._chunk_bytes)
+        voxels = data.view(self._dtype).reshape(self._chunk_shape)
+        for place in product(*touched):
+            self._decode(row, int(np.ravel_multi_index((0, *place), self._grid)), bytes_of(data))
+            corner = [number * size for number, size in zip(place, sizes, strict=True)]
+            first = [max(low, start) for low, start in zip(box.low, corner, strict=True)]
+            last = [min(high, start + size) for high, start, size in zip(box.high, corner, sizes, strict=True)]
+            inner[_spans(first, last, box.low)] = voxels[_spans(first, last, corner)]
+
+    def _sample(self, row: int) -> NDArray[Any]:
+        """One sample decoded as a whole, (C, *spatial)."""
+        kept = self._scratch.decoded
+        key = (id(self), row)
+        if key not in kept:
+            data = kept.popitem(last=False)[1] if len(kept) >= DECODED_SAMPLES else None
+            if data is None or len(data) != self._chunk_bytes:
+                data = np.empty(self._chunk_bytes, np.uint8)
+            self._decode(row, 0, bytes_of(data))
+            kept[key] = data
+        kept.move_to_end(key)
+        return kept[key].view(self._dtype).reshape(self._shape)
+
+    def _decode(self, row: int, number: int, target: memoryview) -> None:
+        offset, size = int(self._chunks.offsets[row, number]), int(self._chunks.sizes[row, number])
+        if self._chunks.codec is None:
+            self._file.fill(target, offset)
+            return
+        source = bytes_of(self._scratch.buffer("stored", size))
+        self._file.fill(source, offset)
+        codecs.decode(self._chunks.codec, source, target, self._dtype.itemsize)
+
+
+def bytes_of(array: NDArray[Any]) -> memoryview:
+    """The memory of a contiguous array."""
+    flat: Any = array.reshape(-1).view(np.uint8)
+    return memoryview(flat)
+
+
+def _spans(first: Any, last: Any, origin: Any) -> tuple[slice, ...]:
+    spans = (slice(a - o, b - o) for a, b, o in zip(first, last, origin, strict=True))
+    return (slice(None), *spans)
