@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from datasets import open_volumes
+from datasets.drafts import Plan, allocate, complete
 from datasets.layout import VolumeFileError
 from datasets.writer import VolumeWriter
 
@@ -255,3 +257,57 @@ def test_the_name_appears_only_when_the_file_is_complete(tmp_path):
 def test_an_unknown_split_is_refused(path):
     with pytest.raises(ValueError, match="split 'val' is unknown; use train, validation, test"):
         open_volumes(path).indices("val")
+
+
+def test_fifty_thousand_samples_cost_some_bytes_each(tmp_path):
+    num, draft = 50_000, tmp_path / "draft"
+    plan = Plan(dtype="uint8", task="classification", num_samples=num, shape=(1, 2, 2, 2))
+    rows = np.arange(num)
+    columns = {"ids": [f"sample{row:06d}" for row in rows], "groups": [f"g{row // 4:06d}" for row in rows]}
+    columns |= {
+        "split": rows // 4 % 3,
+        "targets": rows % 2,
+        "checksums": np.zeros(num),
+        "source_shape": [[2, 2, 2]] * num,
+    }
+    columns |= {"scale": np.ones((num, 1)), "offset": np.zeros((num, 1)), "affine": np.tile(np.eye(4), (num, 1, 1))}
+    allocate(draft, plan)
+    source = [{"name": f"sample{row:06d}.nii.gz", "size": 9, "sha256": "0" * 64} for row in rows]
+    complete(draft, tmp_path / "many.h5", plan, columns, class_names=["a", "b"], source=source)
+    del columns, source
+    tracemalloc.start()
+    volumes = open_volumes(tmp_path / "many.h5")
+    kept, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 60 * num and peak < 150 * num
+    assert volumes.ids[44_444] == "sample044444" and volumes.groups[-1] == "g012499"
+    assert len(volumes.source) == num and np.array_equal(volumes.affine[-1], np.eye(4))
+
+
+def test_names_behave_as_a_tuple_of_texts(tmp_path):
+    names = ["a", "grün", "x" * 40, "日本"]
+    with VolumeWriter(tmp_path / "n.h5", shape=(1, 2, 2), dtype="uint8", num_samples=4, class_names="a") as writer:
+        for name in names:
+            writer.add(np.zeros((1, 2, 2), np.uint8), 0, id=name)
+    ids = open_volumes(tmp_path / "n.h5").ids
+    assert ids == tuple(names) and list(ids) == names and ids[1:3] == names[1:3] and ids[-1] == "日本"
+    assert "grün" in ids and "b" not in ids and ids.index("日本") == 3
+    assert ids != names[:3] and repr(ids[:1]) == "Names(a)"
+    with h5py.File(tmp_path / "n.h5") as file:
+        assert [name.decode() for name in file["ids"][()]] == names
+
+
+def test_what_is_read_on_demand_is_of_the_same_file(path):
+    volumes = open_volumes(path)
+    assert volumes.source_shape.tolist() == [list(SHAPE[1:])] * 6
+    write(path, range(1, 7))
+    for name in ("affine", "source_shape", "source"):
+        with pytest.raises(VolumeFileError, match="removed or exchanged since it was opened; start again"):
+            getattr(volumes, name)
+
+
+def test_shards_share_their_tables_with_the_whole(path, tmp_path):
+    other = write(tmp_path / "other.h5", range(6, 8))
+    volumes = open_volumes([path, other])
+    assert volumes.affine.shape == (8, 4, 4) and len(volumes.source) == 1
+    assert all(np.shares_memory(shard.tables["scale"], volumes.scale) for shard in volumes.shards)

@@ -15,9 +15,9 @@ import pytest
 from datasets import codecs, open_volumes
 from datasets.drafts import Places, Plan, allocate, complete, encode_sample, write_sample
 from datasets.writer import VolumeWriter
+from tests.volume_files import SHAPE, decode_stored, label_map, volume, write
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPE = (2, 7, 9, 10)
 LAYOUTS = {
     "contiguous": {},
     "samples in chunks": {"chunk": SHAPE[1:]},
@@ -25,47 +25,6 @@ LAYOUTS = {
     **{codec: {"codec": codec} for codec in codecs.CODECS},
     **{f"{codec} patches": {"codec": codec, "chunk": (3, 9, 4)} for codec in codecs.CODECS},
 }
-
-
-def volume(number, shape=SHAPE, dtype=np.int16):
-    return np.cumsum(np.random.default_rng(number).integers(-9, 10, shape), axis=-1).astype(dtype)
-
-
-def label_map(number, shape=SHAPE):
-    return (volume(number, shape)[0] > 0).astype(np.uint8)
-
-
-def write(path, num=4, task="segmentation", shapes=None, **options):
-    settings = {"dtype": "int16", "class_names": ["bg", "fg"], "num_samples": num, "task": task} | options
-    with VolumeWriter(path, shape=None if shapes else SHAPE, **settings) as writer:
-        for number in range(num):
-            shape = shapes[number] if shapes else SHAPE
-            target = label_map(number, shape) if task == "segmentation" else number % 2
-            writer.add(volume(number, shape), target, id=f"s{number}", scale=0.5)
-    return path
-
-
-def decode_stored(path, stored, row, shape, dtype):
-    """A sample by the offsets and sizes that opening has found."""
-    content = path.read_bytes()
-    if stored.offset is not None:
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return np.frombuffer(content, dtype, offset=stored.offset + row * size, count=int(np.prod(shape))).reshape(
-            shape
-        )
-    chunks, whole = stored.chunks, np.zeros(shape, dtype)
-    for number, place in enumerate(np.ndindex(*chunks.grid)):
-        start, size = chunks.offsets[row, number], chunks.sizes[row, number]
-        room = np.empty(chunks.shape, dtype)
-        if chunks.codec:
-            target = memoryview(room.reshape(-1).view(np.uint8))
-            codecs.decode(chunks.codec, memoryview(content)[start : start + size], target, room.itemsize)
-        else:
-            room = np.frombuffer(content[start : start + size], dtype).reshape(chunks.shape)
-        box = tuple(slice(at * step, (at + 1) * step) for at, step in zip(place, chunks.shape, strict=True))
-        cut = whole[box]
-        cut[...] = room[tuple(map(slice, cut.shape))]
-    return whole
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -162,8 +121,8 @@ def test_processes_write_rows_of_a_draft_and_a_kill_costs_nothing(tmp_path, kind
     plan = plan_of(kind, num)
     places = allocate(draft, plan)
     script = (
-        "import os, sys, numpy as np; sys.path.insert(0, 'tests')\n"
-        "from test_writer import *\n"
+        "import os, sys\n"
+        "from datasets.drafts import *; from tests.test_writer import *\n"
         f"plan = plan_of({kind!r}, {num}); draft = os.open({str(draft)!r}, os.O_RDWR)\n"
         "for row in map(int, sys.argv[1:]):\n"
         "    shape = plan.sample_shape(row)\n"
