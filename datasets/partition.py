@@ -1,10 +1,11 @@
 """Splits and folds without leakage: stratified by class, a group (patient, donor, source volume) never in two of them.
 
-Of several labels all shares are kept at once, by the squared distance to the wanted ones: on drawn labels as near as
-iterative stratification (Sechidis et al., 2011) comes for single samples, and nearer for groups.
+Of several labels the shares of each and of pairs of them are kept at once, by the squared distance to the wanted ones:
+as near as by iterative stratification (Sechidis et al., 2011), and nearer for groups and for pairs (whose shares are
+Szymanski and Kajdanowicz', 2017). Label maps are stratified by the classes that they have.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,12 @@ UNSET = -1
 MAX_FOLDS = 100
 HELD_OUT = 255
 """The fold of a test sample, which is in none."""
+_PAIRS_WEIGHT, _MAX_PAIRS, _MAX_NUMBERS = 1 / 3, 300, 40_000_000
+"""All pairs of classes together weigh this part of what all classes do; the most frequent ones are looked at, fewer
+where groups are so many that the table of both would grow beyond this."""
+_PASSES, _ROUNDING = 5, 1e-12
+_FEW = 20_000_000
+"""Numbers that are looked at where each group is compared with all others: less than a second."""
 
 
 def split_samples(
@@ -31,7 +38,8 @@ def split_samples(
     labels: (N,) class numbers or (N, K) multi-hot. groups: (N,) names. given: (N,) splits that are fixed already, -1
     where free; a group follows its fixed members. The rest is greedy: groups from the largest to the smallest (equal
     ones in an order drawn from the seed) go to the split where they reduce most the squared distance to the wanted
-    share of each class and of all samples. Each split with a fraction above 0 gets at least one group.
+    share of each class, of pairs of classes and of all samples; then they move, or change places, while that brings it
+    down. Each split with a fraction above 0 gets at least one group.
 
     Raises ValueError for bad fractions, a group fixed in two splits, or fewer groups than splits to fill.
     """
@@ -57,6 +65,22 @@ def fold_samples(
     return folds
 
 
+def balanced_weights(counts: Sequence[int]) -> list[float]:
+    """A weight for each class by its samples: N / (K * count) over the K classes that have some, as scikit-learn's
+    'balanced'; 0 for a class without any."""
+    present = sum(1 for count in counts if count)
+    return [sum(counts) / (present * count) if count else 0.0 for count in counts]
+
+
+def multi_hot(labels: Sequence[Iterable[Any]], classes: Sequence[Any]) -> NDArray[np.uint8]:
+    """(N, classes) 1 where a sample has the class: of several labels, or of the classes that a label map has."""
+    number = {name: place for place, name in enumerate(classes)}
+    rows = np.zeros((len(labels), len(classes)), np.uint8)
+    for row, names in zip(rows, labels, strict=True):
+        row[[number[name] for name in names]] = 1
+    return rows
+
+
 def fold_names(num_folds: int = HELD_OUT) -> list[str]:
     """What messages call the folds, and HELD_OUT after them."""
     return [*(f"fold {number}" for number in range(num_folds)), "test"]
@@ -74,11 +98,19 @@ def _assign(
     known = fixed != UNSET
     check_groups([group for group, there in zip(groups, known, strict=True) if there], fixed[known], parts)
     names, member = np.unique(np.asarray(groups, dtype=object).astype(str), return_inverse=True)
-    counts = _count_by_group(np.asarray(labels), member, len(names))
     assigned = np.full(len(names), UNSET)
     np.maximum.at(assigned, member, fixed)
     if (assigned == UNSET).any():
-        _fill(assigned, counts, wanted, parts, seed)
+        sizes = np.bincount(member)
+        draw = philox_bits((seed, 0), (0, 0, 0, 0), len(assigned))
+        free = np.flatnonzero(assigned == UNSET)
+        order = free[np.lexsort((draw[free], -sizes[free]))]
+        shares, weights = _share_by_group(np.asarray(labels), member, len(names))
+        gaps = np.stack([shares[assigned == part].sum(axis=0) for part in range(len(wanted))]) - wanted[:, None]
+        _fill(assigned, order, shares, weights, gaps, wanted, parts)
+        _improve(assigned, order, shares, weights, gaps, wanted)
+        if len(order) ** 2 * len(weights) <= _FEW:
+            _exchange(assigned, order, shares, weights, gaps)
     return assigned[member].astype(np.uint8)
 
 
@@ -99,36 +131,105 @@ def _check_fractions(fractions: Sequence[float]) -> NDArray[np.float64]:
     return wanted
 
 
-def _count_by_group(labels: NDArray[Any], member: NDArray[np.int64], num_groups: int) -> NDArray[np.float64]:
-    """(groups, classes + 1): samples of each class in each group, and in the last column all of them."""
+def _share_by_group(
+    labels: NDArray[Any], member: NDArray[np.int64], num_groups: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(groups, columns) the part that each group has of all samples, of each class and of pairs, and their weights."""
     if labels.ndim == 1:
-        _, labels = np.unique(labels, return_inverse=True)
-        labels = np.eye(labels.max() + 1)[labels]
-    counts = np.zeros((num_groups, labels.shape[1] + 1))
-    np.add.at(counts, member, np.column_stack([labels, np.ones(len(labels))]))
-    return counts
+        names, labels = np.unique(labels, return_inverse=True)
+        columns = [labels == number for number in range(len(names))]
+        pairs: list[NDArray[Any]] = []
+    else:
+        columns = list(labels.T)
+        pairs = [labels[:, one] * labels[:, other] for one, other in _common_pairs(labels, num_groups)]
+    weights = [1.0] * (len(columns) + 1) + [_PAIRS_WEIGHT * len(columns) / max(len(pairs), 1)] * len(pairs)
+    counts = [np.bincount(member, column, num_groups) for column in (*columns, np.ones(len(member)), *pairs)]
+    return np.stack([count / max(count.sum(), 1.0) for count in counts], axis=1), np.array(weights)
+
+
+def _common_pairs(labels: NDArray[Any], num_groups: int) -> list[tuple[int, int]]:
+    """The classes that occur together most often, up to a number of pairs."""
+    together = np.triu(labels.T.astype(np.float64) @ labels, 1)
+    most = np.argsort(-together, axis=None, kind="stable")[: min(_MAX_PAIRS, _MAX_NUMBERS // num_groups)]
+    found = [divmod(place, labels.shape[1]) for place in most.tolist()]
+    return [pair for pair in found if together[pair]]
 
 
 def _fill(
-    assigned: NDArray[np.int64], counts: NDArray[Any], wanted: NDArray[np.float64], parts: Sequence[str], seed: int
+    assigned: NDArray[np.int64],
+    order: NDArray[np.int64],
+    shares: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    gaps: NDArray[np.float64],
+    wanted: NDArray[np.float64],
+    parts: Sequence[str],
 ) -> None:
-    free = np.flatnonzero(assigned == UNSET)
-    draw = philox_bits((seed, 0), (0, 0, 0, 0), len(assigned))
-    order = free[np.lexsort((draw[free], -counts[free, -1]))]
-    totals = np.maximum(counts.sum(axis=0), 1.0)
-    have = np.stack([counts[assigned == split].sum(axis=0) for split in range(len(wanted))])
-    empty = [split for split in range(len(wanted)) if wanted[split] > 0 and not (assigned == split).any()]
+    """Assign the groups in order. gaps: (parts, columns) what each part has too much; brought up to date."""
+    empty = [part for part in range(len(wanted)) if wanted[part] > 0 and not (assigned == part).any()]
     if len(order) < len(empty):
         raise ValueError(
             f"{len(order)} free group(s) cannot fill {' and '.join(parts[part] for part in empty)} without leaking: "
             f"add volumes, give fewer parts (--split 100/0/0, or fewer --folds), or a column with them"
         )
+    open_parts = np.flatnonzero(wanted > 0)
     for done, group in enumerate(order):
         # with as many groups left as empty splits, only those may be chosen
-        choices = empty if len(order) - done == len(empty) else np.flatnonzero(wanted > 0)
-        gap = (have[choices] - wanted[choices, None] * totals) / totals
-        step = counts[group] / totals
-        best = int(choices[int(np.argmin(((gap + step) ** 2 - gap**2).sum(axis=1)))])
+        choices = empty if len(order) - done == len(empty) else open_parts
+        share = shares[group]
+        best = int(choices[int(np.argmin((2 * gaps[choices] + share) @ (weights * share)))])
         assigned[group] = best
-        have[best] += counts[group]
-        empty = [split for split in empty if split != best]
+        gaps[best] += share
+        empty = [part for part in empty if part != best]
+
+
+def _improve(
+    assigned: NDArray[np.int64],
+    order: NDArray[np.int64],
+    shares: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    gaps: NDArray[np.float64],
+    wanted: NDArray[np.float64],
+) -> None:
+    """Move groups one at a time while the distance goes down; no part loses its last one."""
+    sizes = np.bincount(assigned, minlength=len(wanted))
+    for _ in range(_PASSES):
+        before = assigned[order]
+        for group in order:
+            old, share = int(assigned[group]), shares[group]
+            if sizes[old] == 1:
+                continue
+            gaps[old] -= share
+            cost = np.where(wanted > 0, (2 * gaps + share) @ (weights * share), np.inf)
+            new = int(np.argmin(cost))
+            new = new if cost[new] < cost[old] - _ROUNDING else old
+            gaps[new] += share
+            sizes[old] -= 1
+            sizes[new] += 1
+            assigned[group] = new
+        if np.array_equal(before, assigned[order]):
+            return
+
+
+def _exchange(
+    assigned: NDArray[np.int64],
+    order: NDArray[np.int64],
+    shares: NDArray[np.float64],
+    weights: NDArray[np.float64],
+    gaps: NDArray[np.float64],
+) -> None:
+    """Let two groups of different parts change places while the distance goes down."""
+    for _ in range(_PASSES):
+        changed = False
+        for group in order:
+            old, parts = int(assigned[group]), assigned[order]
+            more = shares[order] - shares[group]  # what this part gets, and the other loses
+            cost = (2 * more * (gaps[old] - gaps[parts] + more)) @ weights
+            cost[parts == old] = 0
+            best = int(np.argmin(cost))
+            if cost[best] < -_ROUNDING:
+                gaps[old] += more[best]
+                gaps[parts[best]] -= more[best]
+                assigned[group], assigned[order[best]] = parts[best], old
+                changed = True
+        if not changed:
+            return

@@ -9,7 +9,7 @@ import pytest
 
 from datasets import layout, open_volumes
 from datasets.layout import VolumeFileError
-from datasets.partition import HELD_OUT, fold_samples, split_samples
+from datasets.partition import HELD_OUT, fold_samples
 from datasets.writer import VolumeWriter
 from hpc.errors import UserError
 from hpc.experiment import validate
@@ -78,42 +78,6 @@ def test_folds_that_cannot_be_are_refused(number, given, words):
     groups = ["g0", "g0", "g1"] if given else names(range(3))
     with pytest.raises(ValueError, match=words):
         fold_samples([0, 1, 0], groups, number, given=given)
-
-
-def iterative_stratification(labels, wanted, draw):
-    """Sechidis, Tsoumakas, Vlahavas: On the stratification of multi-label data, ECML 2011, algorithm 1."""
-    need, whole = wanted[:, None] * labels.sum(axis=0), wanted * len(labels)
-    out, left = np.full(len(labels), -1), np.ones(len(labels), bool)
-    while left.any():
-        remaining = labels[left].sum(axis=0)
-        rarest = int(np.argmin(np.where(remaining > 0, remaining, np.inf))) if remaining.any() else None
-        chosen = np.flatnonzero(left & (labels[:, rarest] > 0 if rarest is not None else True))
-        for sample in chosen[np.argsort(draw[chosen])]:
-            first = np.zeros(len(wanted)) if rarest is None else need[:, rarest]
-            part = int(np.lexsort((-whole, -first))[0])
-            out[sample], left[sample] = part, False
-            need[part] -= labels[sample]
-            whole[part] -= 1
-    return out
-
-
-@pytest.mark.parametrize("wanted", [(0.7, 0.15, 0.15), (0.2,) * 5], ids=["splits", "folds"])
-def test_several_labels_keep_their_shares_as_well_as_by_iterative_stratification(wanted):
-    shares, ours, theirs = np.array(wanted), [], []
-    for seed in range(8):
-        rng = np.random.default_rng(seed)
-        labels = (rng.random((400, 6)) < [0.5, 0.3, 0.2, 0.1, 0.05, 0.02]).astype(np.uint8)
-        groups = names(range(400))
-        found = (
-            split_samples(labels, groups, wanted, seed)
-            if len(wanted) == 3
-            else fold_samples(labels, groups, len(wanted), seed)
-        )
-        oracle = iterative_stratification(labels, shares, rng.random(400))
-        for parts, deviations in ((found, ours), (oracle, theirs)):
-            got = np.stack([labels[parts == part].sum(axis=0) for part in range(len(shares))]) / labels.sum(axis=0)
-            deviations.append(np.abs(got / shares[:, None] - 1).mean())
-    assert np.mean(ours) < 1.1 * np.mean(theirs) < 0.15
 
 
 def test_a_run_trains_on_all_folds_but_its_own(scans):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.utils.class_weight import compute_class_weight
 
-from datasets.partition import check_groups, split_samples
+from datasets.partition import balanced_weights, check_groups, fold_samples, multi_hot, split_samples
 
 GROUPED = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12)), min_size=1, max_size=80)
 
@@ -47,6 +48,60 @@ def test_groups_of_many_sizes_still_come_near_the_shares():
             assert np.abs(shares - [0.6, 0.2, 0.2]).max() < 0.08
 
 
+def iterative_stratification(labels, member, wanted, draw):
+    """Sechidis, Tsoumakas, Vlahavas: On the stratification of multi-label data, ECML 2011, algorithm 1, over groups.
+
+    Of the rarest label that is left, the group with most of it goes where most of it is lacking.
+    """
+    counts, sizes = (np.zeros((member.max() + 1, labels.shape[1])), np.bincount(member))
+    np.add.at(counts, member, labels)
+    need, whole = wanted[:, None] * counts.sum(axis=0), wanted * len(labels)
+    out, left = np.full(len(counts), -1), np.ones(len(counts), bool)
+    while left.any():
+        remaining = counts[left].sum(axis=0)
+        rarest = int(np.argmin(np.where(remaining > 0, remaining, np.inf))) if remaining.any() else None
+        most = sizes if rarest is None else counts[:, rarest]
+        chosen = np.flatnonzero(left & (most > 0))
+        for group in chosen[np.lexsort((draw[chosen], -most[chosen]))]:
+            first = np.zeros(len(wanted)) if rarest is None else need[:, rarest]
+            part = int(np.lexsort((-whole, -first))[0])
+            out[group], left[group] = part, False
+            need[part] -= counts[group]
+            whole[part] -= sizes[group]
+    return out[member]
+
+
+def deviations(labels, parts, wanted):
+    """Mean deviation from the wanted shares, of labels, of pairs of them, and of the parts' sizes."""
+    pairs = np.stack([labels[:, a] * labels[:, b] for a in range(labels.shape[1]) for b in range(a)], axis=1)
+    found = []
+    for columns in (labels, pairs[:, pairs.any(axis=0)], np.ones((len(labels), 1))):
+        got = np.stack([columns[parts == part].sum(axis=0) for part in range(len(wanted))]) / columns.sum(axis=0)
+        found.append(np.abs(got / wanted[:, None] - 1).mean())
+    return found
+
+
+@pytest.mark.parametrize("num_groups", [400, 90])
+@pytest.mark.parametrize("wanted", [(0.7, 0.15, 0.15), (0.2,) * 5], ids=["splits", "folds"])
+def test_several_labels_keep_their_shares_better_than_by_iterative_stratification(wanted, num_groups):
+    shares, ours, theirs = np.array(wanted), [], []
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        member = np.arange(400) if num_groups == 400 else np.unique(rng.integers(0, 90, 400), return_inverse=True)[1]
+        common = rng.random(400)[member, None] * 0.6 + rng.random((400, 6)) * 0.6  # of groups, too
+        labels = (common < [0.6, 0.5, 0.4, 0.3, 0.2, 0.15]).astype(np.uint8)
+        groups = names(member)
+        found = (
+            split_samples(labels, groups, wanted, seed)
+            if len(wanted) == 3
+            else fold_samples(labels, groups, len(wanted), seed)
+        )
+        ours.append(deviations(labels, found, shares))
+        theirs.append(deviations(labels, iterative_stratification(labels, member, shares, rng.random(400)), shares))
+    mine, other = np.mean(ours, axis=0), np.mean(theirs, axis=0)
+    assert (mine < [1.02 * other[0], 0.9 * other[1], other[2] + 0.002]).all() and mine[0] < 0.15
+
+
 def test_multi_hot_labels_are_stratified_too():
     rng = np.random.default_rng(1)
     labels = (rng.random((400, 5)) < [0.5, 0.3, 0.2, 0.1, 0.05]).astype(np.uint8)
@@ -85,3 +140,21 @@ def test_bad_fractions_are_refused(fractions):
 def test_a_group_fixed_in_two_splits_is_refused_by_name():
     with pytest.raises(ValueError, match="'p7' is in train and test"):
         split_samples([0, 0, 0], ["p7", "p7", "x"], given=[0, 2, -1])
+
+
+def test_a_part_keeps_its_last_group_and_its_given_ones():
+    labels = np.eye(3, dtype=np.uint8)[np.arange(30) % 3]
+    given = [2, 2, 1] + [-1] * 27
+    groups = ["a", "b", "c"] + ["rest"] * 27
+    assert split_samples(labels, groups, given=given).tolist() == [2, 2, 1] + [0] * 27
+
+
+def test_multi_hot_rows():
+    rows = multi_hot([("b",), (), ("a", "c")], ["a", "b", "c"])
+    assert rows.dtype == np.uint8 and rows.tolist() == [[0, 1, 0], [0, 0, 0], [1, 0, 1]]
+
+
+def test_balanced_weights_are_scikit_learns():
+    labels = [0] * 7 + [1] * 2 + [3] * 11
+    theirs = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
+    assert balanced_weights([7, 2, 0, 11]) == pytest.approx([*theirs[:2], 0, theirs[2]])

@@ -162,6 +162,8 @@ WRONG = {
     "unknown": (named("a.xyz"), (), NotASource, r"a.xyz has no suffix that is read; known are \.nii\.gz, .*DICOM"),
     "pair": (named("a.hdr"), (), NotASource, "half of an .hdr/.img pair, convert it to .nii.gz"),
     "only a suffix": (named("x/.nii"), (), NotASource, "no suffix that is read"),
+    "unprintable": (whole("a\nb.nii"), (), NotASource, r"the name b'a\\nb.nii' in .* is not printable text; rename it"),
+    "not UTF-8": (whole(os.fsdecode(b"\xff.nii")), (), NotASource, r"the name b'\\xff.nii' in .* is not printable"),
     "empty folder": (whole("notes.txt"), (), NotASource, r"holds no file that is read; known are \.nii\.gz"),
     "nothing": (lambda folder: [], (), NotASource, "no source was given"),
     "id twice": (whole("a.nii", "a.nii.gz"), (), ValueError, "two files have the id 'a': .*a.nii and .*a.nii.gz"),
@@ -199,14 +201,16 @@ def test_a_file_that_went_away_is_a_reason(tmp_path):
         read(source)
 
 
-def test_links_to_files_are_followed_and_circles_are_not(tmp_path):
-    scan(tmp_path / "else" / "s.nii")
+def test_links_are_followed_once_and_circles_are_not(tmp_path):
+    scan(tmp_path / "else" / "s.nii"), scan(tmp_path / "patient" / "p.nii")
     (tmp_path / "in" / "deep").mkdir(parents=True)
     (tmp_path / "in" / "s.nii").symlink_to(tmp_path / "else" / "s.nii")
     (tmp_path / "in" / "deep" / "up").symlink_to(tmp_path / "in")
     (tmp_path / "in" / "gone.nii").symlink_to(tmp_path / "absent")
     os.mkfifo(tmp_path / "in" / "pipe.nii")
-    assert list(find([tmp_path / "in"])) == ["s"]
+    for name in ("linked", "again"):
+        (tmp_path / "in" / name).symlink_to(tmp_path / "patient")
+    assert [(name, source.folder) for name, source in find([tmp_path / "in"]).items()] == [("p", "again"), ("s", "")]
 
 
 def test_no_library_of_another_format_is_loaded(tmp_path):

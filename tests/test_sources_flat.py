@@ -101,9 +101,9 @@ def npy(data, shape=None, claim="<i2", version=2):
     return start[:6] + bytes([version]) + start[7:] + data.tobytes()
 
 
-def npz(*members):
+def npz(*members, method=zipfile.ZIP_DEFLATED):
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(file, "w", method) as archive:
         for name, content in members:
             archive.writestr(name, content)
     return file.getvalue()
@@ -168,6 +168,7 @@ WRONG = {
     "npz claims": ("a.npz", npz(("x.npy", npy(CUBE, (2**10, 2**10, 2**10)))), "above 512 MiB at most 200 times"),
     "npz short": ("a.npz", npz(("x.npy", npy(CUBE, (9, 9, 9)))), "it ends 1,218 bytes too early"),
     "npz hides": ("a.npz", npz(("x.npy", npy(CUBE) + bytes(2**26))), "bytes follow the end"),
+    "npz by bzip2": ("a.npz", npz(("x.npy", npy(CUBE)), method=zipfile.ZIP_BZIP2), "its zip method 12 is not NumPy's"),
     "npz flipped": ("a.npz", npz(("x.npy", npy(CUBE))).replace(b"\x78", b"\x79"), "broken data"),
 }
 

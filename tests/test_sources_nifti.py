@@ -4,6 +4,7 @@ import gzip
 import subprocess
 import sys
 import zlib
+from itertools import permutations, product
 from pathlib import Path
 
 import nibabel
@@ -44,7 +45,10 @@ def load(path):
     return volume
 
 
-@pytest.mark.parametrize("axes", ["RAS", "LAS", "LIP", "PSR", "SAL", "IRP", "ARI"])
+EVERY_WAY = ["".join(way) for order in permutations(("RL", "AP", "SI")) for way in product(*order)]
+
+
+@pytest.mark.parametrize("axes", EVERY_WAY)
 def test_volumes_are_turned_to_ras_with_their_place_in_the_world(tmp_path, axes):
     found = load(save(tmp_path / "v.nii.gz", world((9, 10, 71)), axes))
     assert np.array_equal(found.data[0], world((9, 10, 71)))

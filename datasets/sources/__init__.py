@@ -8,11 +8,12 @@ import hashlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, TypeVar
 
 import numpy as np
 
-from datasets.sources import arrays, images, nifti
+from datasets.sources import arrays, dicom, images, nifti, nrrd, tiff
 from datasets.sources.contract import SUFFIXES, Header, NotASource, Source, UnusableSource, Volume, split_name
 from datasets.sources.finding import find
 from datasets.sources.voxels import check_values
@@ -31,7 +32,9 @@ __all__ = [
     "split_name",
 ]
 
-READERS: dict[str, Any] = {"nifti": nifti, "numpy": arrays, "image": images}
+READERS: dict[str, Any] = {"nifti": nifti, "dicom": dicom, "nrrd": nrrd, "tiff": tiff, "numpy": arrays, "image": images}
+LONGEST = 300
+"""characters of a reason"""
 SAME_PLACE = 1e-3
 """mm, or part of a voxel's size, that the affines of two channels may differ by"""
 
@@ -64,7 +67,8 @@ def describe(source: Source) -> dict[str, Any]:
     """Manifest entry: name, size in bytes, sha256; of several files their sum, and of their bytes in order."""
     digest = hashlib.sha256()
     size = 0
-    for path in source.files:
+    detached = [nrrd.data_file(path) for path in source.files if path.suffix.lower() == ".nhdr"]
+    for path in (*source.files, *(path for path in detached if path)):
         with path.open("rb") as file:
             while block := file.read(2**20):
                 digest.update(block)
@@ -89,12 +93,20 @@ def _worded(reader: Callable[[tuple[Path, ...]], Found], files: tuple[Path, ...]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return reader(files)
-    except (NotASource, UnusableSource):
+    except NotASource:
         raise
+    except UnusableSource as error:
+        raise UnusableSource(_line(str(error))) from error
     except MemoryError as error:
         raise UnusableSource("it does not fit in this machine's memory") from error
     except Exception as error:
-        raise UnusableSource(f"broken data ({' '.join(str(error).split()) or type(error).__name__})") from error
+        raise UnusableSource(f"broken data ({_line(str(error) or type(error).__name__)})") from error
+
+
+def _line(text: str) -> str:
+    """One printable line of bearable length: what a file holds may stand in it."""
+    printable = "".join(sign if sign.isprintable() else " " for sign in text)
+    return shorten(printable, LONGEST, placeholder=" ...")
 
 
 def _match(first: Path, wanted: Header, file: Path, found: Header) -> None:

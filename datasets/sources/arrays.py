@@ -57,7 +57,7 @@ def read_volume(files: tuple[Path, ...]) -> Volume:
 
 def _fill(file: IO[bytes], rest: memoryview) -> None:
     while rest.nbytes:
-        part = file.readinto(rest[: 2**24])  # type: ignore[attr-defined]
+        part = file.readinto(rest[: 2**20])  # type: ignore[attr-defined]
         if not part:
             raise UnusableSource(f"broken data (it ends {rest.nbytes:,} bytes too early)")
         rest = rest[part:]
@@ -72,6 +72,8 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], int, bool]]:
         return
     with zipfile.ZipFile(path) as archive:
         member = archive.getinfo(_member(archive.namelist()))
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others inflate without a limit
+            raise UnusableSource(f"its zip method {member.compress_type} is not NumPy's; save it by savez_compressed")
         size = min(member.compress_size, path.stat().st_size)
         with archive.open(member) as file:
             yield file, size, member.compress_type != zipfile.ZIP_STORED

@@ -64,9 +64,15 @@ def _groups(entries: Sequence[Path]) -> Iterator[list[_Item]]:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """The files of a known format below a folder, sorted; DICOM without a suffix is known by its contents."""
-    paths = []
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    paths: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        found = Path(root).stat()
+        if (found.st_dev, found.st_ino) in seen:  # a link in a circle, or a second way to one folder
+            folders.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths += [Path(root, name) for name in names if not name.startswith(".") and name.upper() != "DICOMDIR"]
     for path in sorted(paths):
         unknown = split_name(path.name)[1] is None
@@ -85,6 +91,9 @@ def _item(path: Path, entry: Path | None) -> _Item:
         half = "; it is half of an .hdr/.img pair, convert it to .nii.gz" if path.suffix in (".hdr", ".img") else ""
         raise NotASource(f"{path} has no suffix that is read{half}; known are {', '.join(SUFFIXES)} and DICOM")
     place, folder = "", ""
+    inside = path.name if entry is None else str(path.relative_to(entry))
+    if not inside.isprintable():  # it would break a message's line, or could not be stored as UTF-8
+        raise NotASource(f"the name {os.fsencode(inside)!r} in {entry or path.parent} is not printable text; rename it")
     if entry is not None:
         within = path.relative_to(entry).parent
         place, folder = (within / stem).as_posix(), _text(within)

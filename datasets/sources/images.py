@@ -34,7 +34,7 @@ def read_volume(files: tuple[Path, ...]) -> Volume:
     with _open(files[0]) as image:
         mode = KEPT.get(image.mode, "RGB")
         turned = _turned(image, _orientation(image))
-        pixels = np.asarray(turned if turned.mode == mode else turned.convert(mode), DTYPES[mode])
+        pixels = np.array(turned if turned.mode == mode else turned.convert(mode), DTYPES[mode])
     planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return Volume(np.ascontiguousarray(planes), np.eye(4))
 

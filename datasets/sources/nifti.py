@@ -51,11 +51,7 @@ class _Layout:
 def read_header(files: tuple[Path, ...]) -> Header:
     """Shape, dtype and affine in RAS, from the start of the file."""
     with files[0].open("rb") as file:
-        start = file.read(START)
-    size = files[0].stat().st_size
-    compressed = start.startswith(GZIP_MAGIC)
-    layout = _layout(_block(Gunzip(start) if compressed else None, start))
-    check_claim(layout.claimed, size, compressed)
+        layout = _layout(file.read(START), files[0].stat().st_size)
     return Header((layout.shape[3], *layout.turn.shape), layout.dtype, layout.turn.affine)
 
 
@@ -63,31 +59,28 @@ def read_volume(files: tuple[Path, ...]) -> Volume:
     """The voxels (C, x, y, z): dtype as stored, or float32 where the header scales."""
     read_header(files)  # a claim is refused before the file is read whole
     raw = files[0].read_bytes()
-    layout, voxels = _gunzipped(raw) if raw.startswith(GZIP_MAGIC) else _plain(raw)
-    del raw
-    data: NDArray[Any] = np.frombuffer(voxels, layout.stored).reshape(layout.shape, order="F")
+    layout = _layout(raw[:START], len(raw))
+    if raw.startswith(GZIP_MAGIC):
+        stream = Gunzip(raw)
+        raw = stream.take(layout.claimed)
+        stream.finish()
+        del stream
+    if len(raw) > layout.claimed:
+        raise UnusableSource(f"broken data ({len(raw):,} bytes, but its header announces {layout.claimed:,})")
+    count = int(np.prod(layout.shape))
+    data: NDArray[Any] = np.frombuffer(raw, layout.stored, count, layout.offset).reshape(layout.shape, order="F")
     if (layout.slope, layout.intercept) != (1.0, 0.0):
         check_values(data, layout.slope, layout.intercept)
     view = layout.turn.view(data.transpose(3, 0, 1, 2))
     return Volume(compact(view, layout.dtype, layout.slope, layout.intercept), layout.turn.affine)
 
 
-def _gunzipped(raw: bytes) -> tuple[_Layout, bytes]:
-    stream = Gunzip(raw)
-    layout = _layout(_block(stream, raw))
-    check_claim(layout.claimed, len(raw), compressed=True)
-    stream.take(layout.offset - stream.taken)
-    voxels = stream.take(layout.claimed - layout.offset)
-    stream.finish()
-    return layout, voxels
-
-
-def _plain(raw: bytes) -> tuple[_Layout, memoryview]:
-    layout = _layout(_block(None, raw))
-    check_claim(layout.claimed, len(raw), compressed=False)
-    if len(raw) > layout.claimed:
-        raise UnusableSource(f"broken data ({len(raw):,} bytes, but its header announces {layout.claimed:,})")
-    return layout, memoryview(raw)[layout.offset :]
+def _layout(start: bytes, size: int) -> _Layout:
+    """From the first bytes of a file of `size` bytes. UnusableSource for a claim that it cannot hold."""
+    compressed = start.startswith(GZIP_MAGIC)
+    layout = _parse(_block(Gunzip(start) if compressed else None, start))
+    check_claim(layout.claimed, size, compressed)
+    return layout
 
 
 def _block(stream: Gunzip | None, raw: bytes) -> bytes:
@@ -106,7 +99,7 @@ def _block(stream: Gunzip | None, raw: bytes) -> bytes:
     return block
 
 
-def _layout(block: bytes) -> _Layout:
+def _parse(block: bytes) -> _Layout:
     header: Any = SIZES[len(block)](block, check=False)
     header.check_fix(logger=QUIET)
     shape = _four_axes(tuple(int(axis) for axis in header.get_data_shape()))

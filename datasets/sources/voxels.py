@@ -92,11 +92,11 @@ def turn_to_ras(affine: NDArray[np.float64], shape: tuple[int, ...]) -> Turn:
 
 
 def compact(view: NDArray[Any], dtype: np.dtype[Any], slope: float = 1.0, intercept: float = 0.0) -> NDArray[Any]:
-    """A C-order copy of (C, *spatial) as `dtype`, times slope plus intercept (in double precision).
+    """(C, *spatial) in C order as `dtype`, times slope plus intercept (in double precision); a copy if need be.
 
     A transposed 3D view is copied in tiles: three times as fast as numpy's own way through a Fortran-order volume.
     """
-    if (slope, intercept) == (1.0, 0.0) and view.dtype == dtype and view.flags.c_contiguous:
+    if (slope, intercept) == (1.0, 0.0) and view.dtype == dtype and view.flags.carray:
         return view
     out = np.empty(view.shape, dtype)
     for number, channel in enumerate(view):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from datasets.partition import balanced_weights
 from hpc.experiment import Loss
 
 METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "loss")
@@ -27,8 +28,7 @@ def class_weights(settings: Loss, counts: Sequence[int]) -> list[float] | None:
     if given is None:
         return None
     if given == "balanced":
-        present = sum(1 for count in counts if count)
-        return [sum(counts) / (present * count) if count else 0.0 for count in counts]
+        return balanced_weights(counts)
     if len(given) != len(counts):
         raise ValueError(f"train.loss.class_weights has {len(given)} weights, but the data has {len(counts)} classes")
     return [float(weight) for weight in given]
