@@ -31,13 +31,11 @@ def _twins(equal: dict[str, Any], near: dict[str, Any]) -> Iterator[tuple[bool, 
         pairs = f"{near['leaking']} pair{'s' * (near['leaking'] > 1)}"
         where = f"{_places(one)}; compare them, and give one volume one group"
         yield True, f"{pairs} of samples in different splits or folds look alike (by a perceptual hash): {where}"
-    for one in [one for one in equal["listed"] if len(one["labels"]) > 1][:1]:
+    if equal["differently_labelled"]:
+        one = next(one for one in equal["listed"] if len(one["labels"]) > 1)
         labels = listing(one["labels"], len(one["labels"]))
-        yield (
-            True,
-            f"{_sets(equal['differently_labelled'])} of equal samples with different labels: "
-            f"{listing(one['ids'], one['samples'])} ({labels}); correct the table",
-        )
+        where = f"{listing(one['ids'], one['samples'])} ({labels}); correct the table"
+        yield True, f"{_sets(equal['differently_labelled'])} of equal samples with different labels: {where}"
 
 
 def _sets(num: int) -> str:

@@ -84,23 +84,27 @@ def places(volumes: VolumeFile, samples: Sequence[int]) -> list[str]:
 
 
 def describe_equals(volumes: VolumeFile, equal: Sequence[Equals]) -> dict[str, Any]:
-    """Counts, and the first sets in full."""
+    """Counts, and some sets in full: first one that leaks and one of different labels, if there are."""
+    labels = [sorted(_labels(volumes, one.samples)) for one in equal]
+    order = sorted(range(len(equal)), key=lambda number: (not equal[number].leaks, len(labels[number]) < 2, number))
+    differ = [number for number in order if len(labels[number]) > 1]
+    listed = list(dict.fromkeys([*order[:1], *differ[:1], *order]))[:MOST_LISTED]
     return {
         "sets": len(equal),
         "samples": sum(len(one.samples) for one in equal),
         "leaking": sum(one.leaks for one in equal),
         "confirmed": sum(one.confirmed for one in equal),
-        "differently_labelled": sum(len(_labels(volumes, one.samples)) > 1 for one in equal),
+        "differently_labelled": len(differ),
         "listed": [
             {
-                "ids": [volumes.ids[sample] for sample in one.samples[:MOST_IDS]],
-                "samples": len(one.samples),
-                "places": places(volumes, one.samples[:MOST_IDS]),
-                "labels": sorted(_labels(volumes, one.samples)),
-                "leaks": one.leaks,
-                "confirmed": one.confirmed,
+                "ids": [volumes.ids[sample] for sample in equal[number].samples[:MOST_IDS]],
+                "samples": len(equal[number].samples),
+                "places": places(volumes, equal[number].samples[:MOST_IDS]),
+                "labels": labels[number],
+                "leaks": equal[number].leaks,
+                "confirmed": equal[number].confirmed,
             }
-            for one in equal[:MOST_LISTED]
+            for number in listed
         ],
     }
 

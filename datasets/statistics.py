@@ -5,6 +5,7 @@ first 10 bits of mantissa (their order is that of the numbers), so a quantile is
 """
 
 from dataclasses import dataclass
+from functools import cache
 from threading import Lock
 from typing import Any
 
@@ -24,6 +25,7 @@ def float_bins(data: NDArray[np.float32]) -> NDArray[np.int32]:
     return (bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))) >> _SHIFT
 
 
+@cache
 def _bin_values(exact: bool) -> NDArray[np.float64]:
     """What stands for each finite bin: the number with the dropped bits 0, or the middle between it and the next."""
     key = np.arange(_FIRST, _LAST + 1, dtype=np.int32)

@@ -91,8 +91,8 @@ def _intensity_table(facts: dict[str, Any], channels: Sequence[int]) -> Table:
     names = [f"{kind} {number}" if several else kind for number in channels for kind in ("stored", "normalised")]
     table = _table("channel" if several else "intensities", *names)
     for share in found[0]["stored"]:
-        cells = [_number(one[kind][share]) for one in found for kind in ("stored", "normalised")]
-        table.add_row(f"{share} %", *cells)
+        pairs = ((_number(one["stored"][share]), _number(one["normalised"][share], 3)) for one in found)
+        table.add_row(f"{share} %", *(cell for pair in pairs for cell in pair))
     table.add_section()
     for name in ("min", "max"):
         table.add_row(name, *(cell for one in found for cell in (_number(one[name]), "")))
@@ -207,8 +207,8 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.3g}"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}" if abs(value) < 1e4 else f"{value:.6g}"
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.6g}"
 
 
 def _by(sizes: Sequence[float]) -> str:

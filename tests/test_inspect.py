@@ -173,6 +173,27 @@ def test_equal_samples_are_found_whatever_their_class_and_told_across_splits(tmp
     assert "s04 (train) and s13 (validation)" in alarms(facts, grave=True)[0]
 
 
+def test_of_many_sets_one_that_leaks_and_one_of_two_labels_are_listed(tmp_path, capsys):
+    samples, split = np.repeat(volumes_of(30), 2, axis=0), ["train"] * 60
+    targets, split[:44:2] = [0] * 60, ["test"] * 22
+    targets[59] = 1
+    facts = facts_of(capsys, write(tmp_path / "o.h5", samples, targets, split=split))
+    assert (facts["duplicates"]["sets"], facts["duplicates"]["leaking"]) == (30, 22)
+    assert len(facts["duplicates"]["listed"]) == 20 and facts["duplicates"]["listed"][1]["labels"] == ["left", "right"]
+    assert "s00 (test) and s01 (train)" in alarms(facts)[0] and "s58, s59 (left, right)" in alarms(facts)[1]
+
+
+def test_of_many_duplicates_some_are_compared_unless_all_are_asked_for(tmp_path, monkeypatch, capsys):
+    samples = np.repeat(volumes_of(10), 2, axis=0)
+    path = write(tmp_path / "o.h5", samples, [0] * 20, split=["train"] * 19 + ["test"])
+    monkeypatch.setattr("datasets.description.LOOK_BYTES", 5 * samples[0].nbytes)
+    found = describe(open_volumes(path))["duplicates"]
+    assert (found["sets"], found["confirmed"], found["leaking"]) == (10, 2, 1)
+    assert found["listed"][0]["ids"] == ["s18", "s19"] and found["listed"][0]["confirmed"]
+    assert describe(open_volumes(path), verify=True)["duplicates"]["confirmed"] == 10
+    assert run(path) == 0 and "10 sets of 20 samples in all (2 compared byte for byte" in capsys.readouterr().out
+
+
 def with_sum(inputs, wanted, tail):
     """The same input bytes but for the last four, so that the CRC-32 with `tail` is `wanted`: it is linear in them."""
     data = bytearray(inputs.tobytes())
