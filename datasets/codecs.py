@@ -80,7 +80,7 @@ def require_library() -> None:
     try:
         import hdf5plugin  # noqa: F401
     except ImportError as error:
-        raise ImportError("compressed volume files need hdf5plugin: pip install 'hpc-batch[compress]'") from error
+        raise ImportError("compressed volume files need hdf5plugin: pip install -e '.[compress]'") from error
 
 
 def encode(codec: str, data: memoryview, itemsize: int) -> bytes:

@@ -15,10 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-try:
-    from isal.isal_zlib import crc32  # seven times zlib's rate
-except ImportError:
-    from zlib import crc32
+from datasets.checksum import crc32
 
 ACTIONS = ("keep", "drop", "error")
 _CELLS, _FREQUENCIES = 32, {1: 64, 2: 16, 3: 8}

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from copy import copy
@@ -23,6 +22,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from datasets.checksum import crc32
 from datasets.chunks import Stored
 from datasets.names import Names, first_divided, first_repeated, json_blocks
 from datasets.partition import HELD_OUT, SPLITS, check_groups, fold_names
@@ -62,7 +62,7 @@ def target_shape(task: str, shape: tuple[int, ...], num_classes: int) -> tuple[i
 
 def sample_checksum(inputs: Any, target: Any) -> int:
     """CRC-32 (zlib) of a sample's input bytes, then its target bytes; both are buffers in C order."""
-    return zlib.crc32(target, zlib.crc32(inputs))
+    return crc32(target, crc32(inputs))
 
 
 def table_specs(
@@ -93,7 +93,7 @@ def table_specs(
 
 def tables_checksum(texts: dict[str, Any], sums: dict[str, int]) -> int:
     """CRC-32 over the texts as they are in the attributes, and the CRC-32 of the bytes of each table."""
-    return zlib.crc32(json.dumps([texts, sums], sort_keys=True).encode())
+    return crc32(json.dumps([texts, sums], sort_keys=True).encode())
 
 
 def compute_fingerprint(

@@ -7,7 +7,6 @@ an array of its size is made; its bytes are then read without HDF5. Compressed c
 import json
 import math
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 import h5py
 import numpy as np
 from numpy.typing import NDArray
+
+from datasets.checksum import crc32
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 """first bytes of an HDF5 file"""
@@ -117,7 +118,7 @@ def file_checksum(path: Path, offset: int, size: int) -> int:
     with path.open("rb") as file:
         file.seek(offset)
         while size > 0 and (block := file.read(min(size, _BLOCK))):
-            found, size = zlib.crc32(block, found), size - len(block)
+            found, size = crc32(block, found), size - len(block)
     return found
 
 

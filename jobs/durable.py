@@ -12,12 +12,12 @@ import os
 import re
 import stat
 import threading
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from datasets.checksum import crc32
 from hpc import trust
 from hpc.errors import UserError
 from hpc.rundir import fsync_folder
@@ -68,7 +68,7 @@ def write(path: Path, content: memoryview) -> dict[str, Any]:
 
     def add_up() -> None:
         for number in range(len(sums)):
-            sums[number] = zlib.crc32(content[number * BLOCK : (number + 1) * BLOCK])
+            sums[number] = crc32(content[number * BLOCK : (number + 1) * BLOCK])
 
     descriptor = os.open(path, _NEW_FILE, 0o600)
     adding = threading.Thread(target=add_up, name="checkpoint-sums", daemon=True)
@@ -147,7 +147,7 @@ def compare(
                 return
             try:
                 fill(block, descriptor, start)
-                if zlib.crc32(block) != sums[number]:
+                if crc32(block) != sums[number]:
                     where = f"CRC-32 of bytes {start} to {end}"
                     faults.append(Damaged(f"{path.name}: {name} has changed since it was written ({where})"))
             except OSError as error:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,8 @@ def make_plan(
         raise ValueError(f"nothing can be packed; the first, {found[id].path}: {bad[id]}")
     axes = len(_common("axes", {id: header.shape[1:] for id, header in headers.items()}, len))
     recipe = options.recipe
+    if (recipe.spacing or recipe.resize) and find_spec("scipy") is None:
+        raise ValueError("--spacing and --resize need scipy: pip install -e '.[formats]'")
     channels = _common("channels", {id: header.shape for id, header in headers.items()}, lambda shape: shape[0])[0]
     if recipe.normalise == "imagenet" and channels != 3:
         raise ValueError(f"--normalise imagenet is for red, green and blue; the sources have {channels} channel(s)")

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets import drafts, sources
+from datasets.checksum import crc32
 from datasets.duplicates import Print, fingerprint
 from datasets.masks import Classes, foreground, read_mask
 from datasets.order import philox_bits
@@ -238,9 +239,9 @@ class Appender:
         label: int | None,
         row: Row | None,
     ) -> Entry:
-        checksum = zlib.crc32(_bytes(inputs))
+        checksum = crc32(_bytes(inputs))
         if maps is not None:
-            checksum = zlib.crc32(_bytes(maps), checksum)
+            checksum = crc32(_bytes(maps), checksum)
         places = self._place(inputs, maps, row)
         noted = None if drawn is None else (self._own, *self._append([_bytes(drawn)])[0])
         return Entry(

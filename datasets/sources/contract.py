@@ -96,4 +96,4 @@ def library(module: str, package: str, format_name: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise NotASource(f"reading {format_name} needs {package}: pip install 'hpc-batch[formats]'") from error
+        raise NotASource(f"reading {format_name} needs {package}: pip install -e '.[formats]'") from error
