@@ -177,7 +177,10 @@ MALFORMED = {
         "HDF5 filter 2 shuffle, 1 deflate",
     ),
     "a filter no one knows": (swap("inputs", own_filter), "HDF5 filter 40000 .*, which is not read; use blosc2-lz4"),
-    "a chunk that skipped its filter": (swap("inputs", unfiltered_chunk), "the chunks of inputs are damaged"),
+    "a chunk that skipped its filter": (
+        swap("inputs", unfiltered_chunk),
+        "a chunk of inputs lies outside it, or skipped",
+    ),
     "a chunk missing": (swap("inputs", one_chunk_missing), "has not all of its 4 chunks"),
     "gzip on a table": (
         stored("checksums", np.zeros(4, "u4"), chunks=(4,), compression="gzip"),
