@@ -65,15 +65,17 @@ def pair_masks(folder: Path, images: Mapping[str, Source]) -> dict[str, Source]:
             exact[id] = mask
             if _MARK.search(id):
                 marked.setdefault(_MARK.sub("", id), []).append(mask)
-    found = {}
+    found, owner = dict[str, Source](), dict[str, str]()
     for id in images:
         names = [name for whole in (id, id.rpartition("/")[2]) for name in (whole, _FIRST_CHANNEL.sub("", whole))]
         fits = [exact[name] for name in names if name in exact][:1]
         fits = fits or next((marked[name] for name in names if name in marked), [])
         if len(fits) > 1:
             raise ValueError(f"{id!r} has two masks: {fits[0].path} and {fits[1].path}; move one away")
-        if fits:
-            found[id] = fits[0]
+        for mask in fits:
+            found[id] = mask
+            if owner.setdefault(mask.id, id) != id:
+                raise ValueError(f"{mask.path} would be the mask of {owner[mask.id]!r} and {id!r}; name one for each")
     if not found:
         first = next(iter(images), "")
         others = ", ".join(list(exact)[:3]) or "nothing else"

@@ -5,7 +5,7 @@ as near as by iterative stratification (Sechidis et al., 2011), and nearer for g
 Szymanski and Kajdanowicz', 2017). Label maps are stratified by the classes that they have.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -63,22 +63,6 @@ def fold_samples(
             f"fold {empty[0]} of {num_folds} is empty: folds are counted from 0; give it samples, or fewer --folds"
         )
     return folds
-
-
-def balanced_weights(counts: Sequence[int]) -> list[float]:
-    """A weight for each class by its samples: N / (K * count) over the K classes that have some, as scikit-learn's
-    'balanced'; 0 for a class without any."""
-    present = sum(1 for count in counts if count)
-    return [sum(counts) / (present * count) if count else 0.0 for count in counts]
-
-
-def multi_hot(labels: Sequence[Iterable[Any]], classes: Sequence[Any]) -> NDArray[np.uint8]:
-    """(N, classes) 1 where a sample has the class: of several labels, or of the classes that a label map has."""
-    number = {name: place for place, name in enumerate(classes)}
-    rows = np.zeros((len(labels), len(classes)), np.uint8)
-    for row, names in zip(rows, labels, strict=True):
-        row[[number[name] for name in names]] = 1
-    return rows
 
 
 def fold_names(num_folds: int = HELD_OUT) -> list[str]:

@@ -73,6 +73,12 @@ def test_no_mask_at_all_and_two_of_one_image_are_told(tmp_path):
         pair_masks(touch(tmp_path / "two", "a_seg.nii", "a_mask.nii"), images)
 
 
+def test_a_mask_is_of_one_image(tmp_path):
+    images = find([touch(tmp_path / "images", "x/1.png", "y/1.png")])
+    with pytest.raises(ValueError, match=r"1.png would be the mask of 'x/1' and 'y/1'; name one for each"):
+        pair_masks(touch(tmp_path / "masks", "1.png"), images)
+
+
 def test_masks_of_a_table(tmp_path):
     touch(tmp_path, "m.png")
     assert table_masks({"a": tmp_path / "m.png", "b": None})["a"].path == tmp_path / "m.png"

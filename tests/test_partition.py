@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.utils.class_weight import compute_class_weight
 
-from datasets.partition import balanced_weights, check_groups, fold_samples, multi_hot, split_samples
+from datasets.partition import check_groups, fold_samples, split_samples
 
 GROUPED = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12)), min_size=1, max_size=80)
 
@@ -147,14 +146,3 @@ def test_a_part_keeps_its_last_group_and_its_given_ones():
     given = [2, 2, 1] + [-1] * 27
     groups = ["a", "b", "c"] + ["rest"] * 27
     assert split_samples(labels, groups, given=given).tolist() == [2, 2, 1] + [0] * 27
-
-
-def test_multi_hot_rows():
-    rows = multi_hot([("b",), (), ("a", "c")], ["a", "b", "c"])
-    assert rows.dtype == np.uint8 and rows.tolist() == [[0, 1, 0], [0, 0, 0], [1, 0, 1]]
-
-
-def test_balanced_weights_are_scikit_learns():
-    labels = [0] * 7 + [1] * 2 + [3] * 11
-    theirs = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
-    assert balanced_weights([7, 2, 0, 11]) == pytest.approx([*theirs[:2], 0, theirs[2]])

@@ -1,5 +1,7 @@
 """Tables of labels: what is read, in CSV and Parquet alike, and what is refused with its line."""
 
+import csv
+import io
 from pathlib import Path
 
 import pyarrow
@@ -41,6 +43,19 @@ def test_all_ways_to_write_a_table_give_the_same_rows(tmp_path, text):
 def test_a_cell_may_hold_quotes_signs_and_line_ends(tmp_path):
     rows = read_table(write(tmp_path, 'id,label\n"a,1","x\n""y"""\nb,z\x0b\u2028z\n')).rows
     assert rows == {"a,1": Row(('x\n"y"',)), "b": Row(("z\x0b\u2028z",))}
+
+
+WORDS = st.text(st.characters(exclude_characters="|;\0\r", exclude_categories=["Cs"]), min_size=1).filter(
+    lambda word: word == word.strip()
+)
+
+
+@given(st.dictionaries(st.from_regex(r"[a-z_]{1,5}", fullmatch=True), WORDS, min_size=1), st.sampled_from(",;\t"))
+def test_what_csv_writes_is_read(tmp_path_factory, labels, delimiter):
+    file = io.StringIO()
+    csv.writer(file, delimiter=delimiter).writerows([("id", "label"), *labels.items()])
+    path = write(tmp_path_factory.mktemp("t"), file.getvalue())
+    assert {id: row.labels for id, row in read_table(path).rows.items()} == {id: (name,) for id, name in labels.items()}
 
 
 def test_splits_folds_and_masks(tmp_path):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from datasets.partition import balanced_weights
+from datasets.census import balanced_weights
 from hpc.experiment import Loss
 
 METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "loss")
