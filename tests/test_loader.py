@@ -466,3 +466,12 @@ def test_each_part_of_the_augmentation_has_its_size():
     spread = noisy.flatten(1).std(dim=1)
     assert spread.min() < 0.01 and 0.17 < spread.max() < 0.22
     assert torch.equal(Augment()(inputs.clone(), samples, 0, 0)[0], inputs)
+
+
+def test_batches_of_another_device_are_copied_and_finished_there(volumes):
+    """meta: no GPU is at hand; what is special to CUDA (stream, events) is not run here."""
+    options = {"batch_size": 4, "threads": 2, "dtype": torch.bfloat16}
+    for batch, wanted in zip(Loader(volumes, device="meta", **options), Loader(volumes, **options), strict=True):
+        for name in ("inputs", "targets", "samples"):
+            found, here = getattr(batch, name), getattr(wanted, name)
+            assert found.device.type == "meta" and (found.shape, found.dtype) == (here.shape, here.dtype)

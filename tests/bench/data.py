@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -27,8 +28,20 @@ from tests.bench import memory
 from tests.bench.compare import Comparison
 
 BATCH, THREADS = 4, 2
-SIZE, SAMPLES = 128, 64
-LARGE, LARGE_SAMPLES, PATCH, VIEWS = 256, 8, 64, 16
+VIEWS = 16
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    rounds: int
+    size: int = 128
+    samples: int = 64
+    large: int = 256
+    large_samples: int = 8
+    patch: int = 64
+    index: int = 1_000_000
 
 
 def smooth(generator: np.random.Generator, size: int) -> np.ndarray[Any, Any]:
@@ -158,18 +171,18 @@ def monai_cache(path: Path, samples: int) -> dict[str, Callable[[], None]]:
     return {"MONAI CacheDataset": all_of(MonaiLoader(cached, batch_size=BATCH, shuffle=True, num_workers=0))}
 
 
-def contiguous(folder: Path, rounds: int) -> None:
+def contiguous(folder: Path, scale: Scale) -> None:
     path = folder / "contiguous.h5"
-    volumes = make(path, SIZE, SAMPLES)
-    table = Comparison(f"whole volumes of {SIZE}^3 int16, contiguous", SAMPLES * SIZE**3 * 2 / 1e9)
+    volumes = make(path, scale.size, scale.samples)
+    table = Comparison(f"whole volumes of {scale.size}^3 int16, contiguous", scale.samples * scale.size**3 * 2 / 1e9)
     ways: dict[str, Callable[[], object]] = {
         f"{name}, {threads} thread{'s' * (threads > 1)}": way(volumes, threads)
         for threads in (1, THREADS)
         for name, way in (("Loader", ours), ("bare preadv", bare_preadv))
     }
-    data = _Slices(path, SAMPLES, SAMPLES)
+    data = _Slices(path, scale.samples, scale.samples)
     ways |= {f"torch DataLoader, h5py, {workers} workers": torch_loader(data, workers) for workers in (0, 2)}
-    table.run(ways | monai_cache(path, SAMPLES), rounds)
+    table.run(ways | monai_cache(path, scale.samples), scale.rounds)
     table.print()
     table.ratio("Loader, 1 thread", "bare preadv, 1 thread", 0.8)
     table.ratio("Loader, 2 threads", "bare preadv, 2 threads", 0.8)
@@ -177,7 +190,7 @@ def contiguous(folder: Path, rounds: int) -> None:
     table.ratio("Loader, 2 threads", "MONAI CacheDataset", 5)
     cold = Comparison(f"the same, cold, {THREADS} threads", table.amount)
     ways = {"Loader": ours(volumes), "bare preadv": bare_preadv(volumes, THREADS)}
-    cold.run(ways, rounds, before=lambda: forget(path))
+    cold.run(ways, scale.rounds, before=lambda: forget(path))
     cold.print()
     cold.ratio("Loader", "bare preadv", 0.9)
     path.unlink()
@@ -190,63 +203,71 @@ def forget(path: Path) -> None:
     os.close(descriptor)
 
 
-def compressed(folder: Path, rounds: int, codec: str = "blosc2-lz4") -> None:
+def compressed(folder: Path, scale: Scale, codec: str = "blosc2-lz4") -> None:
     if find_spec("hdf5plugin") is None:
         print(f"\ncompressed: {'hdf5plugin is not installed: pip install -e .[compress]'}")
         return
     import hdf5plugin  # noqa: F401  # h5py's filters
 
     path = folder / "compressed.h5"
-    volumes = make(path, SIZE, SAMPLES // 2, codec)
-    share = path.stat().st_size / (SAMPLES // 2 * SIZE**3 * 2)
-    title = f"whole volumes of {SIZE}^3 int16, {codec}, {share:.2f} of the size"
-    table = Comparison(title, SAMPLES // 2 * SIZE**3 * 2 / 1e9)
+    samples = scale.samples // 2
+    volumes = make(path, scale.size, samples, codec)
+    share = path.stat().st_size / (samples * scale.size**3 * 2)
+    title = f"whole volumes of {scale.size}^3 int16, {codec}, {share:.2f} of the size"
+    table = Comparison(title, samples * scale.size**3 * 2 / 1e9)
     ways: dict[str, Callable[[], object]] = {
         "Loader, 2 threads": ours(volumes),
         "bare decoding, 2 threads": bare_decode(volumes, THREADS, codec),
         "h5py read_direct, hdf5plugin": read_direct(path, volumes.shape, len(volumes)),
     }
-    table.run(ways, rounds)
+    table.run(ways, scale.rounds)
     table.print()
     table.ratio("Loader, 2 threads", "bare decoding, 2 threads", 0.8)
     table.ratio("Loader, 2 threads", "h5py read_direct, hdf5plugin", 2)
     path.unlink()
 
 
-def patches(folder: Path, rounds: int) -> None:
+def patches(folder: Path, scale: Scale) -> None:
     path = folder / "large.h5"
-    volumes = make(path, LARGE, LARGE_SAMPLES)
-    count = LARGE_SAMPLES * VIEWS
-    table = Comparison(f"patches of {PATCH}^3 from contiguous volumes of {LARGE}^3", count, "patches/s")
-    data = _Slices(path, count, LARGE_SAMPLES, PATCH)
-    options = {"patch": (PATCH,) * 3, "views": VIEWS}
+    volumes = make(path, scale.large, scale.large_samples)
+    count = scale.large_samples * VIEWS
+    table = Comparison(f"patches of {scale.patch}^3 from contiguous volumes of {scale.large}^3", count, "patches/s")
+    data = _Slices(path, count, scale.large_samples, scale.patch)
+    options = {"patch": (scale.patch,) * 3, "views": VIEWS}
     ways: dict[str, Callable[[], object]] = {
         "Loader, 1 thread": ours(volumes, 1, **options),
         "Loader, 2 threads": ours(volumes, **options),
         "torch DataLoader, h5py, 0 workers": torch_loader(data, 0),
         "torch DataLoader, h5py, 2 workers": torch_loader(data, 2),
     }
-    table.run(ways, rounds)
+    table.run(ways, scale.rounds)
     table.print()
     table.ratio("Loader, 2 threads", "torch DataLoader, h5py, 2 workers", 10)
     path.unlink()
 
 
-SECTIONS = {"contiguous": contiguous, "compressed": compressed, "patches": patches, "memory": memory.section}
+def million(folder: Path, scale: Scale) -> None:
+    memory.section(folder, scale.index)
+
+
+SECTIONS = {"contiguous": contiguous, "compressed": compressed, "patches": patches, "memory": million}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; default: all")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--small", action="store_true", help="few small volumes, to see that it runs")
     options = parser.parse_args()
     if unknown := set(options.sections) - set(SECTIONS):
         sys.exit(f"no section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     logging.disable(logging.WARNING)
+    small = {"size": 16, "samples": 8, "large": 32, "large_samples": 2, "patch": 8, "index": 10_000}
+    scale = Scale(options.rounds, **(small if options.small else {}))
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, h5py {h5py.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         for name in options.sections or SECTIONS:
-            SECTIONS[name](Path(folder), options.rounds)
+            SECTIONS[name](Path(folder), scale)
 
 
 if __name__ == "__main__":
