@@ -26,6 +26,8 @@ from jobs.montage import draw_montage, require_png
 PROG = "hpc inspect"
 MOST_NAMED = 100
 """damaged samples that are named on the terminal; --json names all"""
+NARROWEST = 72
+"""characters of a line; a narrower terminal breaks it rather than the tables their numbers"""
 EXAMPLES = """examples:
   hpc inspect scans.h5                              counts, intensities, duplicates, weights
   hpc inspect 'scans-*.h5' --verify                 all checksums of all shards
@@ -56,11 +58,12 @@ def _inspect(given: argparse.Namespace) -> int:
         facts = describe(volumes, everything=given.all, verify=given.verify, report=report)
     if given.png:
         with _progress("drawing") as report:
-            draw_montage(volumes, given.png, report)
+            draw_montage(volumes, given.png, report, {one["sample"] for one in facts["damaged"]})
     if given.json:
         print(json.dumps(facts, indent=2, allow_nan=False))
     else:
         console = Console(highlight=False, markup=False)
+        console.width = max(console.width, NARROWEST)
         with console.capture() as text:
             show(facts, console)
         print(text.get(), end="")
