@@ -10,7 +10,7 @@ Which samples make up global batch (epoch, step), and each of their voxels, depe
 import math
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -100,7 +100,7 @@ class Loader:
         sampler: str = "uniform",
         weights: Any = None,
         views: int = 1,
-        patch: tuple[int, ...] | None = None,
+        patch: Sequence[int] | None = None,
         foreground: float = 0.0,
         on_bad_sample: Literal["stop", "skip"] = "stop",
     ) -> None:

@@ -10,6 +10,7 @@ import os
 import threading
 from collections import OrderedDict
 from itertools import product
+from operator import sub
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,6 +44,8 @@ class Box:
 
     def repeat_edges(self, out: NDArray[Any]) -> None:
         """Fill the rest of `out` (C, *size) from its inner part."""
+        if tuple(map(sub, self.high, self.low)) == self._size:
+            return
         for axis, (before, size) in enumerate(zip(self._before, self._size, strict=True)):
             end = before + self.high[axis] - self.low[axis]
             lines = np.moveaxis(out, axis + 1, 0)
@@ -152,6 +155,7 @@ class Chunked:
         own = (1,) * (len(shape) - len(chunks.shape))
         self._chunk_shape, self._grid = own + chunks.shape, own + chunks.grid
         self._chunk_bytes = math.prod(chunks.shape) * dtype.itemsize
+        self._stored_bytes = int(chunks.sizes.max())
 
     def read(self, row: int, buffer: memoryview) -> None:
         if self._chunk_shape == self._shape:
@@ -196,7 +200,7 @@ class Chunked:
         if self._chunks.codec is None:
             self._file.fill(target, offset)
             return
-        source = bytes_of(self._scratch.buffer("stored", size))
+        source = bytes_of(self._scratch.buffer("stored", self._stored_bytes)[:size])
         self._file.fill(source, offset)
         codecs.decode(self._chunks.codec, source, target, self._dtype.itemsize)
 

@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,14 +49,8 @@ def evaluate(run: RunDir, split: str, wanted: str) -> tuple[str, Scores, list[st
     model = parts.build_model(experiment.model.name).to(device).eval()
     model.load_state_dict(found.model())
     data, bf16 = experiment.data, experiment.train.precision == "bf16"
-    loader = Loader(
-        *(parts.volumes, split, data.batch_size),
-        threads=data.threads,
-        device=device,
-        dtype=torch.float32,
-        shuffle=False,
-        patch=data.patch,
-    )
+    options: dict[str, Any] = {"threads": data.threads, "device": device, "dtype": torch.float32, "patch": data.patch}
+    loader = Loader(parts.volumes, split, data.batch_size, shuffle=False, **options)
     task = Classification(experiment.train.loss, parts.weights, device)
     counts, scores, samples = Counts(parts.num_classes, device), [], []
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):

@@ -80,9 +80,7 @@ def _sample_shape(data: Data, volumes: VolumeFile) -> tuple[int, ...]:
     if data.patch is None:
         return volumes.shape
     if len(data.patch) != volumes.spatial_axes:
-        raise UserError(
-            f"data.patch {data.patch} has {len(data.patch)} axes, but {volumes.name} {volumes.spatial_axes}"
-        )
+        raise UserError(f"data.patch {data.patch} must have {volumes.spatial_axes} sizes, as the volumes have axes")
     return (volumes.channels, *data.patch)
 
 

@@ -1,7 +1,7 @@
 """The same label-map samples in every layout of a volume file, for the tests of reading and of the loader.
 
-    path = write(folder / "v.h5", "ragged")
-    volume(3, "ragged"), label_map(3, "ragged")     # what sample 3 holds
+path = write(folder / "v.h5", "ragged")
+volume(3, "ragged"), label_map(3, "ragged")     # what sample 3 holds
 """
 
 from pathlib import Path

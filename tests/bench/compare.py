@@ -1,0 +1,46 @@
+"""Ways to do the same thing, timed in turn in one run; ratios of their medians beside a goal."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+MISSING = "not installed: pip install -e .[bench]"
+
+
+@dataclass
+class Comparison:
+    """Rates of several ways over the same amount of work (`unit` per second)."""
+
+    title: str
+    amount: float
+    unit: str = "GB/s"
+    rates: dict[str, list[float]] = field(default_factory=dict)
+
+    def run(self, ways: dict[str, Callable[[], object]], rounds: int, before: Callable[[], None] | None = None) -> None:
+        """Each way once to warm up, then all in turn; `before` each run, not timed."""
+        for way in ways.values():
+            way()
+        for _ in range(rounds):
+            for name, way in ways.items():
+                if before:
+                    before()
+                started = time.perf_counter()
+                way()
+                self.rates.setdefault(name, []).append(self.amount / (time.perf_counter() - started))
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.rates[name])
+
+    def print(self) -> None:
+        print(f"\n{self.title}: {self.unit}, median (lowest to highest) of {len(next(iter(self.rates.values())))}")
+        for name, rates in self.rates.items():
+            print(f"  {name:<44}{self.median(name):>9.2f}  ({min(rates):.2f} to {max(rates):.2f})")
+
+    def ratio(self, ours: str, peer: str, goal: float) -> None:
+        """One line of the table; a peer that was not run is not installed."""
+        if peer not in self.rates:
+            print(f"  {'':<6}{ours} / {peer}: {MISSING}")
+            return
+        found = self.median(ours) / self.median(peer)
+        print(f"  {'ok' if found >= goal else 'BELOW':<6}{ours} / {peer}: {found:.2f}, goal {goal:g}")
