@@ -230,6 +230,7 @@ def _create_dataset(
     """Its offset in the file, if it is contiguous."""
     settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     settings.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    settings.set_obj_track_times(False)  # the same samples make the same bytes
     if chunk is None:
         settings.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     else:

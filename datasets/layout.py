@@ -9,6 +9,7 @@ Opening reads the small tables and closes the file again, so that a VolumeFile s
 import hashlib
 import json
 import os
+import re
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -48,6 +49,8 @@ INPUT_DTYPES = ("uint8", "int16", "float16", "float32")
 TARGET_DTYPES = {"classification": "int64", "multilabel": "uint8", "segmentation": "uint8"}
 ON_DEMAND = (AFFINE, SOURCE_SHAPE)
 """tables that training does not need: read from the file each time"""
+
+SHARD_NAME = re.compile(r"-\d+-of-(\d+)$")
 
 Tables = dict[str, NDArray[Any]]
 
@@ -337,6 +340,8 @@ class VolumeFile:
 def open_volumes(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> VolumeFile:
     """Open one volume file, or several shards as one, and check them; raises VolumeFileError with one line.
 
+    `scans-*.h5` stands for all shards of a pack, none of which may be missing.
+
     Refused: a missing file, one that is not HDF5, cut short or half written, of another format number, with a missing
     or ill-shaped dataset, with tables changed since packing, with data that lie elsewhere, were never written, claim
     more than the file can hold, or went through a filter that is not in datasets.codecs.
@@ -344,7 +349,20 @@ def open_volumes(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     from datasets.opening import read_shard
 
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
-    return VolumeFile([read_shard(Path(item)) for item in paths])
+    return VolumeFile([read_shard(file) for item in paths for file in _matching(Path(item))])
+
+
+def _matching(path: Path) -> list[Path]:
+    """The files that a pattern names, in order."""
+    if path.exists() or not set("*?[") & set(path.name):
+        return [path]
+    found = sorted(path.parent.glob(path.name))
+    if not found:
+        raise VolumeFileError(f"no file is named like {path}; make some with 'hpc pack ... --shard-size 2GiB'")
+    counts = {int(told[1]) for file in found if (told := SHARD_NAME.search(file.stem))}
+    if counts and counts != {len(found)}:
+        raise VolumeFileError(f"{path} names {len(found)} files, but there should be {max(counts)}; copy all shards")
+    return found
 
 
 def _require_same(first: Shard, other: Shard) -> None:

@@ -21,6 +21,9 @@ class Stream(IntEnum):
     PATCH = 4
     SAMPLER = 5
     REPLACE = 6
+    TRANSFORMS = 16
+    ELASTIC = 17
+    CUTOUT = 18
 
 
 def random_bits(seed: int, epoch: int, stream: Stream, count: int, sample: int = 0) -> NDArray[np.uint64]:

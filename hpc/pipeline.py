@@ -53,7 +53,7 @@ def make(file: Path, overrides: list[str], runs: Path, pack: str | None, pack_in
     experiment, _ = load(file, overrides)
     cluster = submission.choose_cluster(experiment.launch.cluster)
     data = experiment.data.file
-    words = _words(pack, data) if not Path(data).exists() else None
+    words = _words(pack, data) if not _exists(Path(data)) else None
     links = []
     if words is not None:
         wanted = experiment.launch
@@ -66,6 +66,14 @@ def make(file: Path, overrides: list[str], runs: Path, pack: str | None, pack_in
     launch = _one_task(experiment.launch)
     links.append(_link(experiment, "evaluate", launch, {"module": EVALUATE, "arguments": arguments}, runs))
     return Pipeline(links, cluster, data, words, split)
+
+
+def _exists(data: Path) -> bool:
+    """A file, or shards by a pattern. Raises UserError for a pattern without any: a step packs one file."""
+    shards = "*" in data.name
+    if shards and not any(data.parent.glob(data.name)):
+        raise UserError(f"no file is named like {data}: pack the shards first, or let data.file be one file")
+    return shards or data.exists()
 
 
 def _words(pack: str | None, data: str) -> list[str]:

@@ -96,20 +96,13 @@ def check(pack: list[str] | None, data: str, split: str, fold: int | None = None
 
 def _check_pack(arguments: list[str], split: str, number: int, fold: int | None) -> str:
     """Sources and table, before any volume is read; the split must get samples by its share or by the table."""
-    from datasets.packing import find_sources
-    from datasets.splitlist import merge_list
-    from datasets.tables import Columns, match_rows, read_table
+    from datasets import sources
+    from datasets.packing.labelling import read_labelling
     from jobs.pack import parse
 
     options = parse(arguments)
-    sources = find_sources(options.sources)
-    given, rows = set(), None
-    if options.labels is not None:
-        columns = Columns(labels=("label",) if options.atlas is None else (), group=options.group)
-        rows = match_rows(options.labels, read_table(options.labels, columns).rows, list(sources))
-        given = {row.split for row in rows.values()}
-    if options.split_list is not None:
-        given = {row.split for row in merge_list(options.split_list, rows, list(sources)).values()}
+    found = sources.find(options.sources, options.channels)
+    given = {row.split for row in read_labelling(options, found).rows.values()}
     if (fold is None) != (options.folds is None) or (fold or 0) >= (options.folds or 1):
         raise UserError(
             f"data.fold is {fold}, and --pack makes {options.folds or 'no'} folds: give both, the first below"
@@ -119,7 +112,7 @@ def _check_pack(arguments: list[str], split: str, number: int, fold: int | None)
     if not options.split[number] and number not in given:
         shares = "/".join(f"{100 * share:g}" for share in options.split)
         raise UserError(f"--split {split}: --pack makes no such samples (its own --split is {shares})")
-    return f"{len(sources)} volumes to pack"
+    return f"{len(found)} volumes to pack"
 
 
 def main() -> int:

@@ -1,6 +1,5 @@
 """NIfTI and labels to a volume file, through the command line as `hpc pack` and `hpc inspect` call it."""
 
-import gzip
 import hashlib
 import re
 import subprocess
@@ -12,81 +11,15 @@ import numpy as np
 import pytest
 
 from datasets import open_volumes
-from datasets.nifti import read_volume
-from datasets.prepare import Intensities, centre_fit, choose_storage, measure, normalisation, resolve_dtype, store
 from jobs import inspect, pack
+from tests.scans import run, save, table, twelve, world
 
 ROOT = Path(__file__).resolve().parent.parent
-SPACING = np.array([1.0, 1.5, 2.0])
-
-
-def world(shape=(9, 10, 11)):
-    """A volume in RAS whose voxels say where they are: 100 x + 10 y + z."""
-    x, y, z = np.indices(shape)
-    return (100 * x + 10 * y + z).astype(np.int16)
-
-
-def save(path, data, axes="RAS", affine=None):
-    """Write RAS data in another stored orientation, anisotropic, with a shifted origin."""
-    if affine is None:
-        affine = np.diag([*SPACING, 1.0])
-        affine[:3, 3] = (-3, 4, 5)
-    image = nibabel.Nifti1Image(data, affine)
-    turn = nibabel.orientations.ornt_transform(
-        nibabel.orientations.axcodes2ornt("RAS"), nibabel.orientations.axcodes2ornt(axes)
-    )
-    image = image.as_reoriented(turn)
-    nibabel.save(image, path)
-    return path
-
-
-def table(path, rows, header="id,label"):
-    path.write_text("\n".join([header, *rows]) + "\n")
-    return path
-
-
-def run(*arguments):
-    return pack.main([str(argument) for argument in arguments])
 
 
 @pytest.fixture
 def scans(tmp_path):
-    """Twelve volumes of two classes and their table."""
-    folder = tmp_path / "scans"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for number in range(12):
-        save(folder / f"s{number:02d}.nii.gz", rng.integers(0, 900, (6, 7, 8)).astype(np.int16))
-    rows = [f"s{number:02d},{'sick' if number % 2 else 'well'},p{number // 2}" for number in range(12)]
-    return folder, table(tmp_path / "labels.csv", rows, "id,label,patient")
-
-
-@pytest.mark.parametrize("axes", ["RAS", "LAS", "LIP", "PSR"])
-def test_volumes_are_turned_to_ras_with_their_place_in_the_world(tmp_path, axes):
-    found = read_volume(save(tmp_path / "v.nii.gz", world(), axes))
-    assert np.array_equal(found.data, world())
-    assert np.allclose(found.affine[:3, 3], (-3, 4, 5)) and np.allclose(np.diag(found.affine)[:3], SPACING)
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32, ">i2"])
-def test_dtypes_are_read_as_stored(tmp_path, dtype):
-    found = read_volume(save(tmp_path / "v.nii", (world() % 200).astype(dtype)))
-    assert found.data.dtype == np.dtype(dtype).newbyteorder("=") and np.array_equal(found.data, world() % 200)
-
-
-def test_the_headers_slope_and_intercept_are_applied(tmp_path):
-    path = save(tmp_path / "v.nii.gz", world())
-    raw = bytearray(gzip.decompress(path.read_bytes()))
-    raw[112:120] = np.array([0.5, -7.0], "<f4").tobytes()  # scl_slope, scl_inter
-    path.write_bytes(gzip.compress(bytes(raw)))
-    found = read_volume(path)
-    assert found.data.dtype == np.float32 and np.allclose(found.data, world() * 0.5 - 7)
-
-
-def test_one_volume_on_the_fourth_axis_is_a_volume(tmp_path):
-    path = tmp_path / "v.nii.gz"
-    nibabel.save(nibabel.Nifti1Image(world()[..., None], np.eye(4)), path)
-    assert read_volume(path).data.shape == (9, 10, 11)
+    return twelve(tmp_path)
 
 
 def test_whole_volumes_from_a_table(scans, tmp_path, capsys):
@@ -181,74 +114,39 @@ def test_patches_of_a_table_take_the_volumes_label(scans, tmp_path):
     assert volumes.shape == (1, 4, 4, 4) and len(volumes) == 36 and volumes.source_shape[0].tolist() == [6, 7, 8]
 
 
-def test_crop_and_pad_about_the_centre(tmp_path):
-    data = world((5, 8, 3)) + 50
-    fitted, affine = centre_fit(data, np.diag([*SPACING, 1.0]), (7, 4, 3))
-    assert np.array_equal(fitted[1:6], data[:, 2:6]) and set(np.unique(fitted[[0, 6]])) == {50}
-    assert np.allclose(affine @ (1, 0, 0, 1), (0, 3, 0, 1))
-
-
-@pytest.mark.parametrize(
-    ("kinds", "wanted", "expected"),
-    [
-        (["uint8", "uint8"], "keep", "uint8"),
-        (["uint8", "int16"], "keep", "int16"),
-        (["int32", "int32"], "keep", "int16"),
-        (["float32", "float32"], "keep", "float32"),
-        (["float32", "int16"], "keep", "float32"),
-        (["float64", "float64"], "keep", "float32"),
-        (["float32", "float32"], "int16", "int16"),
-    ],
-)
-def test_dtype_rules(kinds, wanted, expected):
-    volumes = [Intensities(kind, kind[0] != "f", 0, 200, 50, 10) for kind in kinds]
-    assert resolve_dtype(wanted, volumes) == expected
-    assert resolve_dtype("keep", [Intensities("int32", True, 0, 70_000, 1, 1)]) == "float32"
-
-
-@pytest.mark.parametrize("kind", ["uint8", "int16"])
-def test_quantised_floats_keep_their_value_through_scale_and_offset(kind):
-    data = np.random.default_rng(0).normal(0.3, 0.1, (20, 20, 20)).astype(np.float32)
-    facts = measure(data)
-    storage = choose_storage(facts, kind)
-    scale, offset = normalisation(facts, storage, "zscore")
-    wanted = (data - data.mean()) / data.std()
-    error = np.abs(store(data, storage) * scale + offset - wanted).max()
-    assert error < 0.51 * (wanted.max() - wanted.min()) / (2 ** (8 * np.dtype(kind).itemsize) - 1)
-
-
-def test_the_foreground_gives_the_statistics():
-    data = np.array([0, 0, 0, 2, 4], np.float32)
-    assert (measure(data).mean, measure(data).std) == (3.0, 1.0)
-    assert measure(data - 1).mean == pytest.approx((data - 1).mean())  # no voxel is 0: all of them
-    assert measure(np.zeros(4, np.int16)).std == 0
-
-
 def spoil_nan(folder):
     data = world((6, 7, 8)).astype(np.float32)
     data[1, 2, 3] = np.nan
     save(folder / "s03.nii.gz", data)
 
 
-def spoil_4d(folder):
-    nibabel.save(nibabel.Nifti1Image(np.zeros((6, 7, 8, 5), np.int16), np.eye(4)), folder / "s03.nii.gz")
+def spoil_text(folder):
+    (folder / "s03.nii.gz").write_text("hello")
+
+
+def spoil_5d(folder):
+    nibabel.save(nibabel.Nifti1Image(np.zeros((6, 7, 8, 2, 3), np.int16), np.eye(4)), folder / "s03.nii.gz")
 
 
 def spoil_cut(folder):
-    noise = np.random.default_rng(0).integers(0, 900, (20, 20, 20)).astype(np.int16)
-    raw = save(folder / "s03.nii.gz", noise).read_bytes()
-    (folder / "s03.nii.gz").write_bytes(raw[: len(raw) // 2])
+    raw = (folder / "s03.nii.gz").read_bytes()
+    (folder / "s03.nii.gz").write_bytes(raw[: 3 * len(raw) // 4])
 
 
 @pytest.mark.parametrize(
-    ("spoil", "reason"), [(spoil_nan, "1 voxels are NaN"), (spoil_4d, "it is 4D"), (spoil_cut, "broken data")]
+    ("spoil", "reason"),
+    [(spoil_nan, "1 voxels are NaN"), (spoil_5d, "it is 5D"), (spoil_cut, "broken data"), (spoil_text, "not NIfTI")],
 )
-def test_a_volume_that_cannot_be_used_is_skipped_with_its_reason(scans, tmp_path, capsys, spoil, reason):
+def test_a_volume_that_cannot_be_used_is_told_with_its_reason(scans, tmp_path, capsys, spoil, reason):
     folder, labels = scans
     spoil(folder)
     assert run(folder, "-o", tmp_path / "o.h5", "--labels", labels) == 1
-    lines = [line for line in capsys.readouterr().err.splitlines() if "s03.nii.gz" in line]
+    error = capsys.readouterr().err.splitlines()
+    assert not (tmp_path / "o.h5").exists() and "1 of 12 cannot be packed" in error[-1] and "--skip-bad" in error[-1]
+    lines = [line for line in error if "s03.nii.gz" in line]
     assert len(lines) == 1 and reason in lines[0]
+    assert run(folder, "-o", tmp_path / "o.h5", "--labels", labels, "--skip-bad") == 0
+    assert "1 source(s) left out" in capsys.readouterr().err
     volumes = open_volumes(tmp_path / "o.h5")
     assert len(volumes) == 11 and "s03" not in volumes.ids and volumes.verify() == []
 
@@ -259,7 +157,7 @@ def test_a_value_beyond_float32_makes_a_volume_unusable(scans, tmp_path, capsys,
     data = world((6, 7, 8)).astype(np.float64)
     data[1, 2, 3] = value
     save(folder / "s03.nii.gz", data)
-    assert run(folder, "-o", tmp_path / "o.h5", "--labels", labels) == 1
+    assert run(folder, "-o", tmp_path / "o.h5", "--labels", labels, "--skip-bad") == 0
     assert f"s03.nii.gz: its value {value:g} is beyond float32's range" in capsys.readouterr().err
     assert "s03" not in open_volumes(tmp_path / "o.h5").ids
 
@@ -274,11 +172,6 @@ def test_a_class_that_cannot_be_learned_is_told(scans, tmp_path, capsys):
 
 def missing_source(folder, labels):
     return [folder, folder / "absent.nii.gz", "--labels", labels]
-
-
-def not_a_nifti(folder, labels):
-    (folder / "notes.nii.gz").write_text("hello")
-    return [folder, "--labels", labels]
 
 
 def unknown_id(folder, labels):
@@ -308,7 +201,7 @@ def other_shape(folder, labels):
 
 def all_bad(folder, labels):
     for path in folder.iterdir():
-        save(path, np.full((3, 3, 3), np.inf, np.float32))
+        path.write_text("hello")
     return [folder, "--labels", labels]
 
 
@@ -316,7 +209,7 @@ def class_lost(folder, labels):
     spoil_cut(folder)
     save(folder / "s05.nii.gz", np.full((6, 7, 8), np.nan, np.float32))
     labels.write_text(labels.read_text().replace("s03,sick", "s03,rare").replace("s05,sick", "s05,rare"))
-    return [folder, "--labels", labels]
+    return [folder, "--labels", labels, "--skip-bad"]
 
 
 def edit_table(old, new):
@@ -333,7 +226,6 @@ def with_options(*options):
 
 WRONG = {
     "missing file": (missing_source, "absent.nii.gz does not exist"),
-    "not a NIfTI": (not_a_nifti, "notes.nii.gz is not a NIfTI file"),
     "unknown id": (unknown_id, r"no file is given for 's1O' \(did you mean 's1[01]'\?\)"),
     "file without a row": (no_row, "no line names 'zz'"),
     "id twice in the table": (twice_in_table, "line 14 gives the id 's01' a second time"),
@@ -343,13 +235,16 @@ WRONG = {
     "column twice": (edit_table("id,label,patient", "id,label,label"), "has the column 'label' 2 times"),
     "class lost": (
         class_lost,
-        r"class 'rare' has no .*s03.nii.gz was skipped: broken data \(.*s05.nii.gz was skipped: 336 voxels are NaN",
+        r"class 'rare' has no .*s03.nii.gz was skipped: broken data \(.*s05.nii.gz was skipped: 336 .* NaN.*kept",
     ),
     "no labels": (with_options(), "give --labels TABLE"),
     "no table": (with_options("--labels", "absent.csv"), "absent.csv cannot be read"),
     "bad group": (with_options("--labels", "T", "--group", "patent"), r"\(is it 'patient'\?\)"),
     "bad split": (with_options("--labels", "T", "--split", "70/20/20"), "does not add up to 100"),
-    "bad patch": (with_options("--labels", "T", "--patch", "4,4", "--per-class", "1"), "write 24 or 24,24,24"),
+    "bad patch": (
+        with_options("--labels", "T", "--patch", "4,4", "--per-class", "1"),
+        "2 numbers, but the data have 3 axes",
+    ),
     "patch too large": (with_options("--labels", "T", "--patch", "7", "--per-class", "1"), "smaller than the patch"),
     "how many": (with_options("--labels", "T", "--patch", "4"), "add --per-class"),
     "size and patch": (
@@ -357,8 +252,8 @@ WRONG = {
         "one of the two",
     ),
     "atlas alone": (with_options("--atlas", "a.nii"), "give both --atlas"),
-    "differ in shape": (other_shape, r"differ in shape: 6x7x8 \(11\), 9x10x11 \(1\); add --size"),
-    "nothing usable": (all_bad, "no volume can be packed; the first, .*s00.nii.gz: 27 voxels are NaN"),
+    "differ in shape": (other_shape, r"differ in shape: 6x7x8 \(11\), 9x10x11 \(1\), such as 's01'; add --size"),
+    "nothing usable": (all_bad, "nothing can be packed; the first, .*s00.nii.gz: it is not NIfTI"),
 }
 
 
@@ -368,13 +263,14 @@ def test_a_users_mistake_is_one_line_and_exit_code_2_and_nothing_is_left(scans, 
     build, message = WRONG[case]
     arguments = build(folder, labels)
     before = set(tmp_path.iterdir())
-    try:
-        code = run(*arguments, "-o", tmp_path / "out.h5")
-    except SystemExit as left:
-        code = left.code
+    code = run(*arguments, "-o", tmp_path / "out.h5")
     printed = capsys.readouterr().err.splitlines()
     assert code == 2 and len(printed) == 1 and re.search(message, printed[0])
-    assert set(tmp_path.iterdir()) == before
+    left = set(tmp_path.iterdir()) - before
+    if case == "class lost":  # after all were read
+        assert [path.name for path in left] == [".out.h5.packing"] and "is kept" in printed[0]
+    else:
+        assert not left
 
 
 def test_an_output_in_a_missing_folder_is_refused(scans, tmp_path, capsys):
@@ -409,20 +305,7 @@ def test_one_group_cannot_fill_three_splits(atlas, tmp_path, capsys):
     assert "1 free group(s) cannot fill train and validation and test" in capsys.readouterr().err
 
 
-def test_termination_leaves_nothing_behind(scans, tmp_path):
-    folder, labels = scans
-    script = (
-        "import os, signal, runpy, sys, datasets.writer as w; add = w.VolumeWriter.add\n"
-        "def hit(*a, **k): add(*a, **k); os.kill(os.getpid(), signal.SIGTERM)\n"
-        "w.VolumeWriter.add = hit; runpy.run_module('jobs.pack', run_name='__main__')"
-    )
-    command = [sys.executable, "-c", script, str(folder), "-o", str(tmp_path / "o.h5"), "--labels", str(labels)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 143, done.stderr
-    assert set(tmp_path.iterdir()) == {folder, labels}
-
-
-@pytest.mark.parametrize("module", ["jobs.pack", "jobs.inspect", "datasets", "datasets.layout", "datasets.packing"])
+@pytest.mark.parametrize("module", ["jobs.pack", "jobs.inspect", "datasets.layout", "datasets.packing.packer"])
 def test_no_torch_is_imported(module):
     code = f"import sys, {module}; bad = {{'torch', 'matplotlib'}} & set(sys.modules); sys.exit(', '.join(bad) or 0)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
@@ -436,10 +319,12 @@ def test_help_names_the_command_that_people_type(capsys):
         assert capsys.readouterr().out.startswith(f"usage: {command.PROG}")
 
 
-def test_progress_counts_both_passes(scans, tmp_path):
+def test_progress_counts_bytes_and_sources(scans, tmp_path):
     folder, labels = scans
     seen = []
     options = pack.parse([str(folder), "-o", str(tmp_path / "o.h5"), "--labels", str(labels)])
     pack.pack(options, lambda *step: seen.append(step))
-    assert [step[0] for step in seen] == list(range(24)) and {step[1] for step in seen} == {24}
-    assert seen[0][2] == "s00.nii.gz"
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert [step[2:] for step in seen] == [(number, 12) for number in range(1, 13)]
+    assert seen[-1][:2] == (size, size) and all(step[1] == size for step in seen)
+    assert [step[0] for step in seen] == sorted({step[0] for step in seen})

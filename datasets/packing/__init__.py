@@ -1,0 +1,1 @@
+"""Foreign volumes and images into volume files: see packer.pack. Imports no torch."""

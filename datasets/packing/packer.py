@@ -1,0 +1,177 @@
+"""Packs volumes or images and their labels into a volume file, or several: `pack(PackOptions(...))`.
+
+The headers give the shape and the dtype of all; then each source is read once, in several processes, and its samples'
+bytes go to a work folder beside the output (journal.py); duplicates and splits are settled last, when all is known,
+and the file is completed and renamed. A killed pack goes on where it was when the same command is given again.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import sources
+from datasets.masks import found_classes
+from datasets.packing.journal import Finished, Workshop
+from datasets.packing.labelling import Labelling, read_labelling
+from datasets.packing.parts import Packed, divide, rehearse
+from datasets.packing.plan import Plan, make_plan, read_headers
+from datasets.packing.pool import WorkerDied, run, survey
+from datasets.packing.publish import publish, reserve
+from datasets.packing.recipe import PackOptions
+from datasets.packing.samples import Bench, Task, identity
+from datasets.sources import Header, Source
+from datasets.writer import require_replaceable
+
+Progress = Callable[[int, int, int, int], None]
+"""called with bytes of the source files that are done, of all, and sources that are done, of all"""
+
+
+class BadSources(ValueError):
+    """Some sources cannot be packed, and nothing was written; what was read is kept for the next time."""
+
+    def __init__(self, bad: list[tuple[Path, str]], packed: int) -> None:
+        super().__init__(f"{len(bad)} of {len(bad) + packed} cannot be packed")
+        self.bad = bad
+
+
+@dataclass(frozen=True)
+class PackSummary:
+    """What was written. counts: class -> split -> samples (that have it)."""
+
+    paths: list[Path]
+    task: str
+    shape: tuple[int, ...] | None
+    dtype: str
+    num_samples: int
+    size_bytes: int
+    fingerprint: str
+    counts: dict[str, dict[str, int]]
+    splits: dict[str, int]
+    folds: list[int]
+    bad: list[tuple[Path, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def pack(options: PackOptions, progress: Progress | None = None) -> PackSummary:
+    """Write `options.output` and say what is in it.
+
+    ValueError (one line) for a user's mistake; BadSources where some cannot be packed and `skip_bad` is not set;
+    OSError where the disk is full.
+    """
+    found = sources.find(options.sources, options.channels)
+    _protect_inputs(options, found)
+    if options.shard_bytes is None:
+        require_replaceable(options.output)
+    labelling = read_labelling(options, found)
+    headers, unread = read_headers(found, labelling.masks)
+    labelling = _with_classes(options, labelling, found, headers)
+    plan = make_plan(options, found, headers, unread, labelling)
+    rehearse(options, labelling, list(plan.shapes))
+    with Workshop(options.output, plan.key) as shop:
+        reasons = dict(plan.bad) | _make_samples(options, plan, labelling, shop, progress)
+        bad = [(found[id].path, reasons[id]) for id in found if id in reasons]
+        done = [shop.finished[id] for id in found if id not in reasons]
+        if bad and not options.skip_bad:
+            raise BadSources(bad, len(done))
+        if not done:
+            raise ValueError(f"nothing can be packed; the first, {bad[0][0]}: {bad[0][1]}")
+        packed = divide(options, labelling, done, {id: source.path for id, source in found.items()}, bad)
+        shop.sync()
+        paths = publish(options, plan, labelling, packed, shop.folder)
+        shop.remove()
+    return _summarise(paths, packed, bad)
+
+
+def _with_classes(
+    options: PackOptions, labelling: Labelling, found: Mapping[str, Source], headers: Mapping[str, Header]
+) -> Labelling:
+    """Label maps whose values have no names are read once more, before the others, for the values that they have."""
+    if labelling.masks is None or labelling.classes is not None or not headers:
+        return labelling
+    masks = [(labelling.masks[id], found[id], header) for id, header in headers.items()]
+    classes = found_classes(survey(masks, _workers(options, len(masks))))
+    return replace(labelling, classes=classes, class_names=classes.names)
+
+
+def _make_samples(
+    options: PackOptions, plan: Plan, labelling: Labelling, shop: Workshop, progress: Progress | None
+) -> dict[str, str]:
+    """Read what is not finished; the reason for each source that cannot be packed."""
+    tasks = {id: _task(options, plan, labelling, id) for id in plan.shapes}
+    now = {id: identity(task) for id, task in tasks.items()}
+    shop.forget({id for id, done in shop.finished.items() if now.get(id) != done.identity})
+    rows = reserve(plan, labelling, options, shop.folder) if plan.in_place else {}
+    todo = [Task(**vars(task) | {"row": rows.get(id)}) for id, task in tasks.items() if id not in shop.finished]
+    size = {id: sum(path.stat().st_size for path in plan.sources[id].files) for id in plan.shapes}
+    count = sum(size[id] for id in shop.finished), len(shop.finished)
+    bench = Bench(
+        folder=shop.folder,
+        recipe=options.recipe,
+        dtype=plan.dtype,
+        shape=plan.shape,
+        form=None if plan.shape is None else plan.form(labelling.task, [plan.shape]),
+        atlas=labelling.atlas,
+        classes=labelling.classes,
+    )
+    bad = {}
+    with _named_deaths(shop):
+        for task, outcome in run(bench, todo, _workers(options, len(todo))):
+            if isinstance(outcome, Finished):
+                shop.add(outcome)
+            else:
+                bad[task.source.id] = outcome
+            count = count[0] + size[task.source.id], count[1] + 1
+            if progress is not None:
+                progress(count[0], sum(size.values()), count[1], len(size))
+    return bad
+
+
+def _task(options: PackOptions, plan: Plan, labelling: Labelling, id: str) -> Task:
+    label = labelling.number(id) if options.recipe.patch is not None and labelling.atlas is None else None
+    return Task(plan.sources[id], label, None if labelling.masks is None else labelling.masks[id])
+
+
+@contextlib.contextmanager
+def _named_deaths(shop: Workshop) -> Iterator[None]:
+    try:
+        yield
+    except WorkerDied:
+        suspects = " or ".join(shop.suspects()) or "a source"
+        raise OSError(
+            f"a process was killed while it read {suspects}: out of memory? What is finished is kept; "
+            "give the same command again with --workers 1"
+        ) from None
+
+
+def _workers(options: PackOptions, tasks: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(options.workers or cores, tasks))
+
+
+def _protect_inputs(options: PackOptions, found: Mapping[str, Source]) -> None:
+    target = options.output.resolve()
+    tables = (options.labels, options.split_list, options.atlas, options.regions)
+    for path in (*(path for source in found.values() for path in source.files), *tables):
+        if path is not None and path.resolve() == target:
+            raise ValueError(f"--output {options.output} would overwrite the input {path}; give another name")
+
+
+def _summarise(paths: list[Path], packed: Packed, bad: list[tuple[Path, str]]) -> PackSummary:
+    from datasets.layout import open_volumes
+
+    volumes = open_volumes(paths)
+    size = sum(path.stat().st_size for path in paths)
+    rest: Any = packed.counts, packed.splits, packed.folds, bad, packed.notes
+    return PackSummary(
+        paths,
+        volumes.task,
+        None if volumes.ragged else volumes.shape,
+        volumes.dtype.name,
+        len(volumes),
+        size,
+        volumes.fingerprint,
+        *rest,
+    )

@@ -1,0 +1,105 @@
+"""Packs sources in several processes: bounded memory, one line per bad source, nothing left running after a kill."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+
+from datasets.masks import mask_values, read_mask
+from datasets.packing.journal import Finished
+from datasets.packing.samples import Appender, Bench, Task, make_samples, marked
+from datasets.sources import Header, Source, UnusableSource
+
+Outcome = Finished | str
+"""of a source: its samples, or the reason why there are none"""
+
+
+class WorkerDied(Exception):
+    """A process was killed, most often for its memory."""
+
+
+def run(bench: Bench, tasks: Iterable[Task], workers: int) -> Iterator[tuple[Task, Outcome]]:
+    """Each task with its outcome, in the order they end. Raises WorkFailed (OSError) and WorkerDied."""
+    if workers == 1:
+        writer = Appender(bench)
+        try:
+            for task in tasks:
+                yield task, _outcome(bench, writer, task)
+        finally:
+            writer.close()
+        return
+    # not fork: the progress bar has a thread
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["datasets.packing.pool"])
+    pool = ProcessPoolExecutor(workers, context, _begin, (bench,))
+    try:
+        yield from _in_turn(pool, iter(tasks), 2 * workers)
+    except BrokenProcessPool:
+        raise WorkerDied from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def survey(masks: Sequence[tuple[Source, Source, Header]], workers: int) -> dict[int, Path]:
+    """The values that masks have, each with the first that has it; masks that cannot be read are left to `run`."""
+    context = multiprocessing.get_context("forkserver")
+    found: dict[int, Path] = {}
+    with ProcessPoolExecutor(workers, context) as pool:
+        for (mask, _, _), values in zip(masks, pool.map(_values, *zip(*masks, strict=True)), strict=True):
+            for value in values:
+                found.setdefault(value, mask.path)
+    return found
+
+
+def _values(mask: Source, image: Source, wanted: Header) -> list[int]:
+    try:
+        return mask_values(read_mask(mask, image, wanted))
+    except (UnusableSource, OSError):
+        return []
+
+
+def _in_turn(pool: ProcessPoolExecutor, tasks: Iterator[Task], most: int) -> Iterator[tuple[Task, Outcome]]:
+    pending: dict[Future[Outcome], Task] = {pool.submit(_work, task): task for task in islice(tasks, most)}
+    while pending:
+        for future in wait(pending, return_when=FIRST_COMPLETED).done:
+            task = pending.pop(future)
+            yield task, future.result()
+            pending |= {pool.submit(_work, task): task for task in islice(tasks, 1)}
+
+
+_work_one: Callable[[Task], Outcome]
+
+
+def _begin(bench: Bench) -> None:
+    """In each process: Ctrl-C is the parent's to answer; without a parent there is nothing to do."""
+    global _work_one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_leave_with, args=(parent.sentinel,), daemon=True).start()
+    writer = Appender(bench)
+    _work_one = lambda task: _outcome(bench, writer, task)  # noqa: E731
+
+
+def _leave_with(sentinel: int) -> None:
+    wait_for([sentinel])
+    os._exit(1)
+
+
+def _work(task: Task) -> Outcome:
+    return _work_one(task)
+
+
+def _outcome(bench: Bench, writer: Appender, task: Task) -> Outcome:
+    with marked(bench.folder, task.source.path):
+        try:
+            return make_samples(bench, writer, task)
+        except UnusableSource as error:
+            return str(error)

@@ -1,0 +1,306 @@
+"""What a packing process does with one source: read, prepare, write the samples' bytes, say where they lie."""
+
+import contextlib
+import hashlib
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets import drafts, sources
+from datasets.duplicates import Print, fingerprint
+from datasets.masks import Classes, foreground, read_mask
+from datasets.order import philox_bits
+from datasets.packing.geometry import centre_fit, cut, move_origin, resample
+from datasets.packing.journal import NOW, Entry, Finished, Piece
+from datasets.packing.prepare import Intensities, Storage, choose_storage, clip, measure, normalisation, store
+from datasets.packing.recipe import Recipe, expand
+from datasets.sources import Header, Source, UnusableSource, Volume
+
+FOREGROUND = 256
+"""voxels that are noted for each class of a label map"""
+
+
+class WorkFailed(OSError):
+    """The work folder cannot be written, which is no source's fault."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where a whole volume belongs: a data file with room for all, and offsets in it."""
+
+    file: str
+    inputs: int
+    maps: int | None
+
+
+@dataclass(frozen=True)
+class Task:
+    source: Source
+    label: int | None = None
+    """of the patches that are cut from it"""
+    mask: Source | None = None
+    row: Row | None = None
+    """None: appended to a data file of the process"""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all tasks of a pack share; sent to each process once."""
+
+    folder: Path
+    recipe: Recipe
+    dtype: str
+    shape: tuple[int, ...] | None
+    """of a sample (C, *spatial); None: each its own"""
+    form: drafts.Plan | None = None
+    """of a file of samples of that shape: how they are cut into chunks, if they are"""
+    atlas: Any = None
+    classes: Classes | None = None
+    """of the label maps"""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    data: NDArray[Any]
+    """(C, *spatial), stored numbers, before patches are cut"""
+    raw: NDArray[Any]
+    maps: NDArray[np.uint8] | None
+    affine: NDArray[np.float64]
+    source_shape: tuple[int, ...]
+    scale: tuple[float, ...]
+    offset: tuple[float, ...]
+    print: Print
+
+
+def identity(task: Task) -> str:
+    """Names, sizes and times of a source's files, and its label: another one means that it is to be read again."""
+    files = task.source.files + (task.mask.files if task.mask else ())
+    status = [(str(path.resolve()), path.stat()) for path in files]
+    told = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
+    return hashlib.sha256(repr((told, task.label)).encode()).hexdigest()[:16]
+
+
+def make_samples(bench: Bench, writer: "Appender", task: Task) -> Finished:
+    """Raises UnusableSource with the reason, WorkFailed where the bytes cannot be written."""
+    seen = identity(task)
+    try:
+        ready = _prepare(bench, task)
+        manifest = [sources.describe(part) for part in (task.source, task.mask) if part is not None]
+    except OSError as error:
+        raise UnusableSource(f"it cannot be read ({error.strerror or error})") from error
+    except MemoryError:
+        raise UnusableSource("there is not enough memory for it; try --workers 1") from None
+    entries = tuple(writer.write(*part, task.row) for part in _parts(bench, task, ready))
+    counts = () if ready.maps is None else tuple(np.bincount(ready.maps.reshape(-1)).tolist())
+    return Finished(
+        id=task.source.id,
+        identity=seen,
+        samples=entries,
+        scale=ready.scale,
+        offset=ready.offset,
+        source_shape=ready.source_shape,
+        digest=ready.print.digest,
+        hash=ready.print.bits.tobytes().hex(),
+        num_bits=ready.print.num_bits,
+        counts=counts,
+        manifest=tuple(manifest),
+    )
+
+
+def _prepare(bench: Bench, task: Task) -> _Prepared:
+    recipe = bench.recipe
+    volume = sources.read(task.source)
+    maps = _map(bench, task, volume)
+    told = fingerprint(volume.data)
+    source_shape = volume.data.shape[1:]
+    data = volume.data if recipe.window is None else clip(volume.data, recipe.window)
+    data, affine = resample(data, volume.affine, recipe)
+    if maps is not None:
+        maps = resample(maps[None], volume.affine, recipe, labels=True)[0][0]
+    channels = [measure(channel, recipe.window) for channel in data]
+    if recipe.size is not None:
+        size = expand(recipe.size, data.ndim - 1, "--size")
+        if maps is not None:
+            maps = centre_fit(maps[None], affine, size, [0])[0][0]
+        data, affine = centre_fit(data, affine, size, [channel.low for channel in channels])
+    storages = [choose_storage(channel, bench.dtype, recipe.window) for channel in channels]
+    scales = [_normal(recipe, *pair, number) for number, pair in enumerate(zip(channels, storages, strict=True))]
+    stored = np.stack([store(channel, way) for channel, way in zip(data, storages, strict=True)])
+    if len(data) == 1:
+        stored = store(data, storages[0])
+    return _Prepared(
+        data=np.ascontiguousarray(stored),
+        raw=data,
+        maps=None if maps is None else np.ascontiguousarray(maps),
+        affine=affine,
+        source_shape=source_shape,
+        scale=tuple(scale for scale, _ in scales),
+        offset=tuple(offset for _, offset in scales),
+        print=told,
+    )
+
+
+def _map(bench: Bench, task: Task, volume: Volume) -> NDArray[np.uint8] | None:
+    if task.mask is None or bench.classes is None:
+        return None
+    wanted = Header(volume.data.shape, volume.data.dtype, volume.affine)
+    return bench.classes.number(read_mask(task.mask, task.source, wanted))
+
+
+def _normal(recipe: Recipe, channel: Intensities, storage: Storage, number: int) -> tuple[float, float]:
+    return normalisation(channel, storage, recipe.normalise, number, recipe.window)
+
+
+Part = tuple[NDArray[Any], NDArray[np.uint8] | None, NDArray[np.int32] | None, NDArray[np.float64], int | None]
+"""inputs, label map, foreground, affine, class number of a patch"""
+
+
+def _parts(bench: Bench, task: Task, ready: _Prepared) -> Iterator[Part]:
+    """The samples of a source: itself, or its patches."""
+    if bench.recipe.patch is not None:
+        size = expand(bench.recipe.patch, ready.data.ndim - 1, "--patch")
+        for label, start in _places(bench, task, ready, size):
+            yield cut(ready.data, start, size), None, None, move_origin(ready.affine, start), label
+        return
+    if bench.shape is not None and ready.data.shape != bench.shape:
+        raise UnusableSource(f"it is {ready.data.shape}, not {bench.shape} as its header says")
+    drawn = None
+    if ready.maps is not None:
+        key = (bench.recipe.seed, zlib.crc32(task.source.id.encode()))
+        drawn = foreground(ready.maps, len(bench.classes.names) if bench.classes else 0, FOREGROUND, key)
+    yield ready.data, ready.maps, drawn, ready.affine, None
+
+
+def _places(bench: Bench, task: Task, ready: _Prepared, size: tuple[int, ...]) -> list[tuple[int, tuple[int, ...]]]:
+    """per_class places of each class, drawn without repeats among the centres whose patch lies inside the volume."""
+    shape = ready.data.shape[1:]
+    rooms = tuple(have - want + 1 for have, want in zip(shape, size, strict=True))
+    if min(rooms) < 1:
+        raise UnusableSource(f"its {shape} voxels are smaller than the patch {size}")
+    inner = tuple(slice(want // 2, want // 2 + room) for want, room in zip(size, rooms, strict=True))
+    if bench.atlas is not None:
+        classes = bench.atlas.classes(shape, ready.affine)[inner].ravel()
+        candidates = {number: np.flatnonzero(classes == number) for number in range(len(bench.atlas.class_names))}
+    else:
+        assert task.label is not None
+        centres = ready.raw[0][inner].ravel()
+        candidates = {task.label: np.flatnonzero(centres > 0) if (centres > 0).any() else np.arange(centres.size)}
+    key = (bench.recipe.seed, zlib.crc32(task.source.id.encode()))
+    places = [
+        (number, start)
+        for number, among in candidates.items()
+        for start in _draw(among, rooms, bench.recipe.per_class or 0, key, number)
+    ]
+    if not places:
+        raise UnusableSource("no class of the atlas lies inside it; do both share one world space?")
+    return places
+
+
+def _draw(
+    among: NDArray[Any], rooms: tuple[int, ...], count: int, key: tuple[int, int], number: int
+) -> list[tuple[int, ...]]:
+    """`count` of the flat positions `among` (all, if fewer) as corners, by raw Philox bits of (seed, source, class)."""
+    if among.size == 0:
+        return []
+    bits = philox_bits(key, (0, 0, number, 0), among.size)
+    chosen = among[np.argsort(bits, kind="stable")[:count]]
+    return [tuple(int(axis) for axis in corner) for corner in np.stack(np.unravel_index(chosen, rooms), axis=1)]
+
+
+class Appender:
+    """Writes the bytes of samples: whole volumes into their row, all else at the end of a file of this process."""
+
+    def __init__(self, bench: Bench) -> None:
+        self._bench = bench
+        self._own = f"p{os.getpid()}-{time.time_ns():x}.dat"
+        self._end = 0
+        self._open: dict[str, int] = {}
+
+    def write(
+        self,
+        inputs: NDArray[Any],
+        maps: NDArray[np.uint8] | None,
+        drawn: NDArray[np.int32] | None,
+        affine: NDArray[np.float64],
+        label: int | None,
+        row: Row | None,
+    ) -> Entry:
+        checksum = zlib.crc32(_bytes(inputs))
+        if maps is not None:
+            checksum = zlib.crc32(_bytes(maps), checksum)
+        places = self._place(inputs, maps, row)
+        noted = None if drawn is None else (self._own, *self._append([_bytes(drawn)])[0])
+        return Entry(
+            file=row.file if row else self._own,
+            inputs=places[0],
+            maps=places[1],
+            drawn=noted,
+            checksum=checksum,
+            shape=inputs.shape,
+            affine=tuple(affine.reshape(-1).tolist()),
+            label=label,
+        )
+
+    def _place(
+        self, inputs: NDArray[Any], maps: NDArray[np.uint8] | None, row: Row | None
+    ) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+        """Write a sample's bytes and say where: its inputs', its label map's."""
+        if row is not None:
+            there = () if maps is None or row.maps is None else self._put(row.file, row.maps, [_bytes(maps)])
+            return self._put(row.file, row.inputs, [_bytes(inputs)]), there
+        form = self._bench.form
+        if form is None or form.box is None:
+            return self._append([_bytes(inputs)]), ()
+        chunks = [chunk[1:] for chunk in drafts.encode_sample(form, inputs, maps)]
+        kept = [stored for _, stored in chunks if stored is not None]
+        return self._append([stored for stored, _ in chunks]), self._append(kept)
+
+    def _append(self, pieces: list[Any]) -> tuple[Piece, ...]:
+        places = self._put(self._own, self._end, pieces)
+        self._end += sum(size for _, size in places)
+        return places
+
+    def _put(self, name: str, offset: int, pieces: list[Any]) -> tuple[Piece, ...]:
+        places = []
+        try:
+            if name not in self._open:
+                self._open[name] = os.open(self._bench.folder / name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            for piece in pieces:
+                buffer = memoryview(piece)
+                done = 0
+                while done < buffer.nbytes:
+                    done += os.pwrite(self._open[name], buffer[done:], offset + done)
+                places.append((offset, buffer.nbytes))
+                offset += buffer.nbytes
+        except OSError as error:
+            raise WorkFailed(error.errno, f"{self._bench.folder / name} cannot be written: {error.strerror}") from error
+        return tuple(places)
+
+    def close(self) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def _bytes(array: NDArray[Any]) -> memoryview:
+    flat: Any = array.reshape(-1).view(np.uint8)
+    return memoryview(flat)
+
+
+@contextlib.contextmanager
+def marked(folder: Path, path: Path) -> Iterator[None]:
+    """Says for as long as it lasts what this process reads: what killed it can be named."""
+    mark = folder / f"{NOW}{os.getpid()}"
+    with contextlib.suppress(OSError):
+        mark.write_text(str(path))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            mark.unlink()

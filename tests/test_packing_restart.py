@@ -1,0 +1,231 @@
+"""A pack that is killed at any time goes on where it was, and the file is the same, byte for byte."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from datasets import open_volumes
+from datasets.packing.journal import JOURNAL, Busy, Workshop
+from tests.scans import noise, run, save, table, twelve, world
+
+ROOT = Path(__file__).resolve().parent.parent
+FORMS = {
+    "contiguous": [],
+    "compressed": ["--compress", "blosc2-lz4"],
+    "chunks": ["--chunk", "4,4,4"],
+    "patches": ["--patch", "4", "--per-class", "3"],
+    "shards": ["--shard-size", "1500"],
+}
+
+
+def start(arguments, out, *more):
+    command = [sys.executable, "-m", "jobs.pack", *map(str, arguments), "-o", str(out), *more]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def done(work):
+    """Sources that the journal says are finished."""
+    try:
+        lines = (work / JOURNAL).read_text().split("\n")[:-1]
+    except FileNotFoundError:
+        return set()
+    return {entry["id"] for entry in map(json.loads, lines) if "id" in entry}
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("o*.h5")}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_kill_9_at_several_moments_and_the_file_is_the_same(tmp_path, form):
+    scans, labels = twelve(tmp_path)
+    arguments = [scans, "--labels", labels, "--group", "patient", *FORMS[form]]
+    (tmp_path / "calm").mkdir()
+    (tmp_path / "killed").mkdir()
+    assert run(*arguments, "-o", tmp_path / "calm" / "o.h5") == 0
+    work = tmp_path / "killed" / ".o.h5.packing"
+    for wanted in (1, 5, 11):
+        process = start(arguments, tmp_path / "killed" / "o.h5", "--workers", "2")
+        while len(done(work)) < wanted and process.poll() is None:
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL) if wanted == 5 else process.kill()
+        process.wait()
+    before = done(work)
+    times = {id: (work / JOURNAL).stat().st_mtime_ns for id in before}
+    assert len(before) >= 1 and times
+    with (work / JOURNAL).open("a") as journal:
+        journal.write('{"id": "torn')  # and a torn line
+    read = []
+    assert run_noting(read, *arguments, "-o", tmp_path / "killed" / "o.h5") == 0
+    assert set(read) == {f"s{number:02d}" for number in range(12)} - before  # finished ones are not read again
+    assert files(tmp_path / "killed") == files(tmp_path / "calm")
+    assert not work.exists()
+
+
+def run_noting(read, *arguments):
+    """With one process, so that what it reads can be noted."""
+    from datasets.packing import pool
+
+    make = pool.make_samples
+
+    def noting(bench, writer, task):
+        read.append(task.source.id)
+        return make(bench, writer, task)
+
+    pool.make_samples = noting
+    try:
+        return run(*arguments, "--workers", "1")
+    finally:
+        pool.make_samples = make
+
+
+def test_workers_leave_with_their_parent(tmp_path):
+    scans, labels = twelve(tmp_path, (64, 64, 64))
+    process = start([scans, "--labels", labels], tmp_path / "o.h5", "--workers", "2")
+    while not done(tmp_path / ".o.h5.packing") and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 30
+    while members(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not members(process.pid)
+
+
+def members(group):
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            found.append(stat.parent.name)
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_keeps_what_is_done(tmp_path, number):
+    scans, labels = twelve(tmp_path, (64, 64, 64))
+    process = start([scans, "--labels", labels], tmp_path / "o.h5", "--workers", "2")
+    while len(done(tmp_path / ".o.h5.packing")) < 2 and process.poll() is None:
+        time.sleep(0.002)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    if number == signal.SIGINT:
+        assert process.returncode == 130 and "the same command goes on from here" in said
+        assert len(said.splitlines()) == 1
+    assert process.returncode == 128 + number and not (tmp_path / "o.h5").exists()
+    assert len(done(tmp_path / ".o.h5.packing")) >= 2
+
+
+def test_a_mended_source_is_read_and_the_others_are_not(tmp_path):
+    scans, labels = twelve(tmp_path)
+    (scans / "s03.nii.gz").write_bytes((scans / "s03.nii.gz").read_bytes()[:300])
+    assert run(scans, "--labels", labels, "-o", tmp_path / "o.h5") == 1
+    save(scans / "s03.nii.gz", noise(seed=3))
+    read = []
+    assert run_noting(read, scans, "--labels", labels, "-o", tmp_path / "o.h5") == 0
+    assert read == ["s03"]
+    assert np.array_equal(open_volumes(tmp_path / "o.h5").read(3)[0][0], noise(seed=3))
+
+
+def test_other_options_for_the_voxels_begin_anew_and_others_do_not(tmp_path):
+    scans, labels = twelve(tmp_path)
+    (scans / "s03.nii.gz").write_bytes((scans / "s03.nii.gz").read_bytes()[:300])
+    arguments = [scans, "--labels", labels, "-o", tmp_path / "o.h5"]
+    assert run(*arguments) == 1
+    read = []
+    assert run_noting(read, *arguments, "--split", "50/50/0", "--group", "patient") == 1
+    assert read == ["s03"]
+    read.clear()
+    assert run_noting(read, *arguments, "--size", "5") == 1
+    assert len(read) == 12
+
+
+def test_what_was_written_after_the_last_sync_is_not_believed_after_a_power_cut(tmp_path):
+    scans, labels = twelve(tmp_path)
+    (scans / "s03.nii.gz").write_bytes((scans / "s03.nii.gz").read_bytes()[:300])
+    arguments = [scans, "--labels", labels, "-o", tmp_path / "o.h5"]
+    assert run(*arguments) == 1
+    journal = tmp_path / ".o.h5.packing" / JOURNAL
+    head, *lines = journal.read_text().splitlines()
+    entries = [line for line in lines if '"synced"' not in line]
+    other = json.dumps(json.loads(head) | {"boot": "another"})
+    journal.write_text("\n".join([other, *entries[:4], '{"synced": true}', *entries[4:]]) + "\n")
+    read = []
+    assert run_noting(read, *arguments, "--skip-bad") == 0
+    assert len(read) == 12 - 4
+
+
+def test_two_packs_of_one_file_are_refused(tmp_path, capsys):
+    scans, labels = twelve(tmp_path)
+    with Workshop(tmp_path / "o.h5", "key") as shop:
+        assert run(scans, "--labels", labels, "-o", tmp_path / "o.h5") == 2
+        assert "is in use: another 'hpc pack'" in capsys.readouterr().err
+        with pytest.raises(Busy):
+            Workshop(tmp_path / "o.h5", "key").__enter__()
+        assert shop.folder.exists()
+    assert run(scans, "--labels", labels, "-o", tmp_path / "o.h5") == 0
+
+
+def test_a_killed_worker_is_named(tmp_path):
+    """A source whose reading kills the process, as the kernel does when memory runs out."""
+    scans, labels = twelve(tmp_path)
+    script = (
+        "import os, signal, sys, datasets.sources.nifti as n; read = n.read_volume\n"
+        "def fatal(files):\n"
+        "    if files[0].name == 's07.nii.gz': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return read(files)\n"
+        "n.read_volume = fatal\n"
+        "from jobs.pack import main\n"
+        "if __name__ == '__main__': sys.exit(main())\n"
+    )
+    program = tmp_path / "fatal.py"
+    program.write_text(script)
+    command = [sys.executable, str(program), str(scans), "--labels", str(labels), "-o", str(tmp_path / "o.h5")]
+    done_ = subprocess.run(
+        [*command, "--workers", "2"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done_.returncode == 1 and len(done_.stderr.splitlines()) == 1
+    assert re.search(r"was killed while it read .*s07.nii.gz.*--workers 1", done_.stderr)
+
+
+def test_a_full_disk_is_one_line_and_what_is_done_is_kept(tmp_path):
+    scans, labels = twelve(tmp_path, (40, 40, 40))
+    command = [sys.executable, "-m", "jobs.pack", scans, "--labels", labels, "-o", tmp_path / "o.h5"]
+    limit = f"ulimit -f 600; trap '' XFSZ; exec {' '.join(map(str, command))} --patch 36 --per-class 1 --workers 1"
+    done_ = subprocess.run(["bash", "-c", limit], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done_.returncode == 1 and len(done_.stderr.splitlines()) == 1
+    assert "cannot be written" in done_.stderr and not (tmp_path / "o.h5").exists()
+    before = done(tmp_path / ".o.h5.packing")
+    assert before
+    read = []
+    arguments = [scans, "--labels", labels, "-o", tmp_path / "o.h5", "--patch", "36", "--per-class", "1"]
+    assert run_noting(read, *arguments) == 0
+    assert set(read).isdisjoint(before)
+
+
+def test_one_bad_source_of_a_world(tmp_path):
+    """What is left out leaves no gap."""
+    scans, labels = twelve(tmp_path)
+    save(scans / "s03.nii.gz", np.full((6, 7, 8), np.nan, np.float32))
+    assert run(scans, "--labels", labels, "-o", tmp_path / "o.h5", "--skip-bad", "--dtype", "int16") == 0
+    volumes = open_volumes(tmp_path / "o.h5")
+    assert len(volumes) == 11 and volumes.verify() == []
+    for number, id in enumerate(volumes.ids):
+        assert np.array_equal(volumes.read(number)[0][0], noise(seed=int(id[1:])))
+    assert world().shape and table
