@@ -12,7 +12,7 @@ import pytest
 
 from datasets import open_volumes
 from jobs import inspect, pack
-from tests.scans import run, save, table, twelve, world
+from tests.scans import noise, run, save, table, twelve, world
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -160,6 +160,21 @@ def test_a_value_beyond_float32_makes_a_volume_unusable(scans, tmp_path, capsys,
     assert run(folder, "-o", tmp_path / "o.h5", "--labels", labels, "--skip-bad") == 0
     assert f"s03.nii.gz: its value {value:g} is beyond float32's range" in capsys.readouterr().err
     assert "s03" not in open_volumes(tmp_path / "o.h5").ids
+
+
+@pytest.mark.parametrize(("high", "dtype"), [(60_000, "int16"), (70_000, "float32")])
+def test_wide_integers_are_kept_as_the_values_allow(scans, tmp_path, high, dtype):
+    folder, labels = scans
+    data = world((6, 7, 8)).astype(np.int32)
+    data[1, 2, 3] = high
+    save(folder / "s03.nii.gz", data)
+    save(folder / "s04.nii.gz", noise(seed=4).astype(np.int32) - 1024)
+    assert run(folder, "-o", tmp_path / "o.h5", "--labels", labels, "--normalise", "none") == 0
+    volumes = open_volumes(tmp_path / "o.h5")
+    assert volumes.dtype == dtype
+    for number, wanted in ((3, data), (4, noise(seed=4) - 1024)):
+        found = volumes.read(number)[0][0] * volumes.scale[number][0] + volumes.offset[number][0]
+        assert np.array_equal(found, wanted)
 
 
 def test_a_class_that_cannot_be_learned_is_told(scans, tmp_path, capsys):

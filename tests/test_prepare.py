@@ -36,7 +36,7 @@ def normalised(data, dtype, kind, window=None, number=0):
         (["uint8", "int16"], "keep", "int16"),
         (["uint16"], "keep", "int16"),
         (["int8", "uint16"], "keep", "int16"),
-        (["int32"], "keep", "float32"),
+        (["int32"], "keep", "int16"),
         (["float16"], "keep", "float16"),
         (["float32", "int16"], "keep", "float32"),
         (["float64"], "keep", "float32"),
@@ -45,6 +45,7 @@ def normalised(data, dtype, kind, window=None, number=0):
 )
 def test_dtype_rules(kinds, wanted, expected):
     assert resolve_dtype(wanted, map(np.dtype, kinds)) == expected
+    assert resolve_dtype("keep", [np.dtype("int32")], wide=True) == "float32"
 
 
 @pytest.mark.parametrize("low", [-40_000, -1024, 0, 1, 65_535 - 400])

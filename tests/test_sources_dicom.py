@@ -1,11 +1,13 @@
 """DICOM sources: series written from a NIfTI volume come back equal; real files of every make; what is refused."""
 
+import gzip
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pydicom
 import pytest
+from nibabel.nicom.dicomwrappers import wrapper_from_file
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, generate_uid
 
@@ -226,6 +228,18 @@ def test_every_transfer_syntax_gives_the_same_slice(name):
     equals(found, nibabel.Nifti1Image(data.pixel_array.T[..., None], LPS @ affine))
 
 
+@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm", "examples_overlay.dcm"])
+def test_every_voxel_of_a_real_slice_is_where_nibabels_dicom_reader_has_it(name):
+    wrapper = wrapper_from_file(DATA / name)
+    rows, columns = np.indices(wrapper.image_shape[:2]).reshape(2, -1)
+    world = LPS @ wrapper.affine @ np.stack([rows, columns, 0 * rows, 0 * rows + 1])
+    found = load(DATA / name)
+    place = np.linalg.inv(found.affine) @ world
+    assert np.allclose(place, place.round(), atol=1e-3)
+    values = np.squeeze(wrapper.get_data())[rows, columns]
+    assert np.array_equal(found.data[0][tuple(place[:3].round().astype(int))], values)
+
+
 ALL = sorted(path for path in DATA.glob("*") if path.suffix == ".dcm")
 
 
@@ -355,6 +369,12 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-40])
 
 
+def mosaic(path):
+    path.write_bytes(
+        gzip.decompress((Path(nibabel.__file__).parent / "nicom/tests/data/siemens_dwi_0.dcm.gz").read_bytes())
+    )
+
+
 def deflated(path):
     """64 MiB of zeros in 64 kB: refused before anything inflates it."""
     (written,) = list(slices(oblique()))[:1]
@@ -369,6 +389,7 @@ ONE = {
     "only magic": (lambda path: path.write_bytes(bytes(128) + b"DICM"), "it has no pixels"),
     "plan": (lambda path: path.write_bytes((DATA / "rtplan.dcm").read_bytes()), r"no pixels \(RT Plan Storage\)"),
     "cut": (cut, "claims 240 bytes|broken data .*pixel data"),
+    "mosaic": (mosaic, "its slices are tiled in one picture"),
     "deflated": (deflated, "it is deflated as a whole, which is not read"),
     "no decoder": (
         lambda path: path.write_bytes((DATA / "MR_small_jpeg_ls_lossless.dcm").read_bytes()),

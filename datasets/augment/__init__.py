@@ -9,9 +9,10 @@ from torch import Tensor
 
 from datasets.augment.chance import Chance, draw
 from datasets.augment.geometry import OPTIONS as GEOMETRY
-from datasets.augment.geometry import Moves, draw_moves, warp
+from datasets.augment.geometry import Moves, draw_moves
 from datasets.augment.intensity import add_noise, apply_colour, apply_gamma, apply_levels, cut_out, filtered
 from datasets.augment.options import Options
+from datasets.augment.resampling import warp
 
 __all__ = ["Augment"]
 Bools = NDArray[np.bool_]
@@ -23,7 +24,7 @@ SHADES: tuple[tuple[tuple[str, ...], Callable[[Tensor, Chance], Tensor]], ...] =
 )
 """changes of intensity in their order, each with the options that call for it"""
 PART_BYTES = 256 << 20
-"""on a GPU, so many bytes of sampling grid at a time"""
+"""on a GPU, so many bytes of the batch at a time"""
 
 
 class Augment(Options):
@@ -65,7 +66,7 @@ class Augment(Options):
         """inputs (B, C, *spatial) and uint8 maps (B, *spatial), changed in place; numbers (B,) of the samples.
 
         float32 inputs; others are computed in float32 and come back as a new tensor of their dtype, so round last. On
-        the CPU a sample is changed at a time, which takes a grid (axes * 4 bytes per voxel) and a copy of one sample.
+        the CPU a sample is changed at a time: beside the batch that takes two of a sample and up to 32 MB of grid.
         """
         self.check(inputs.ndim - 2, inputs.shape[1])
         if len(samples) == 0:
@@ -106,7 +107,7 @@ def _warp(inputs: Tensor, maps: Tensor | None, moves: Moves, chosen: Bools) -> N
         labels = None if maps is None else maps[rows]
         inputs[rows], moved = warp(inputs[rows], labels, moves.rows(rows))
         if maps is not None and moved is not None:
-            maps[rows] = moved.to(maps.dtype)
+            maps[rows] = moved
 
 
 def _apply(change: Callable[[Tensor, Chance], Tensor], inputs: Tensor, chance: Chance, chosen: Bools) -> None:
@@ -128,10 +129,6 @@ def _selected(chosen: Bools) -> slice | NDArray[np.intp] | None:
 
 def _parts(inputs: Tensor) -> Iterator[slice]:
     """Rows of the batch to change together: one on the CPU, where bits must not depend on its neighbours."""
-    if inputs.device.type == "cpu":
-        size = 1
-    else:
-        axes = inputs.ndim - 2
-        size = max(1, PART_BYTES // (axes * 4 * int(np.prod(inputs.shape[2:]))))
+    size = 1 if inputs.device.type == "cpu" else max(1, PART_BYTES // (4 * int(np.prod(inputs.shape[1:]))))
     for first in range(0, len(inputs), size):
         yield slice(first, min(first + size, len(inputs)))

@@ -1,15 +1,12 @@
-"""Where each voxel of the result comes from: rotation to elastic deformation and flips, resampled in a single pass.
+"""The draws of geometry, from rotation to elastic deformation and flips, as one move of each sample.
 
-Coordinates are voxels from the centre of the sample. A source outside it takes the nearest edge voxel.
+Coordinates are voxels from the centre of the sample.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn.functional import grid_sample
 
 from datasets.augment.chance import Chance, Floats, cosine, power, sine, tangent
 from datasets.augment.options import per_axis
@@ -99,80 +96,3 @@ def _bends(chance: Chance, shape: tuple[int, ...]) -> tuple[Floats | None, tuple
     drawn = 2 * chance.stream(Stream.ELASTIC, int(np.prod(controls)) * axes) - 1
     drawn *= chance.happens["elastic"][:, None]
     return drawn.reshape(-1, *controls, axes) * np.array(per_axis(elastic.magnitude, axes)), knots
-
-
-def warp(inputs: Tensor, maps: Tensor | None, moves: Moves) -> tuple[Tensor, Tensor | None]:
-    """inputs (n, C, *shape), float32, resampled linearly, and maps (n, *shape) by nearest neighbour, in float32."""
-    shape = tuple(inputs.shape[2:])
-    threads = torch.get_num_threads() if inputs.device.type == "cpu" and len(inputs) == 1 else 1
-    slab = -(-shape[0] // threads)
-    pieces = -(-shape[0] // slab)
-    grid = _grid(moves, shape, slab * pieces, inputs.device)
-    moved = None if maps is None else _resample(maps[:, None].float(), grid, pieces, "nearest")[:, 0]
-    return _resample(inputs, grid, pieces, "bilinear"), moved
-
-
-def _resample(tensor: Tensor, grid: Tensor, pieces: int, mode: str) -> Tensor:
-    """On the CPU grid_sample shares samples, not voxels, out to threads: one sample goes in as slabs of its result."""
-    samples, rows = len(tensor), grid.shape[1]
-    if pieces > 1:
-        tensor = tensor.expand(pieces, *tensor.shape[1:])
-    slabs = grid.reshape(samples * pieces, rows // pieces, *grid.shape[2:])
-    out = grid_sample(tensor, slabs, mode=mode, padding_mode="border", align_corners=False)
-    joined = out.reshape(samples, pieces, *out.shape[1:]).transpose(1, 2).flatten(2, 3)
-    return joined[:, :, : tensor.shape[2]]
-
-
-def _grid(moves: Moves, shape: tuple[int, ...], rows: int, device: torch.device) -> Tensor:
-    """(n, rows, *shape[1:], axes) sources as grid_sample wants them: -1 to 1 from edge to edge, last axis first.
-
-    Rows from shape[0] on repeat the last one.
-    """
-    axes, count = len(shape), len(moves.matrix)
-    lines: list[Tensor] = []
-    for axis, size in enumerate(shape):
-        places = np.minimum(np.arange(rows if axis == 0 else size), size - 1) - (size - 1) / 2
-        sources = moves.matrix[:, None, :, axis] * places[:, None]
-        lines.append(_to_grid(sources + moves.offset[:, None] if axis == 0 else sources, shape, device))
-    rest = lines[1]
-    for line in lines[2:]:
-        rest = rest.unsqueeze(-2) + line.unsqueeze(1)
-    # long rows, which are added four times faster than voxel by voxel
-    row = shape[-1] * axes
-    first = lines[0].unsqueeze(2).expand(-1, -1, shape[-1], -1).reshape(count, rows, 1, row)
-    grid = (first + rest.reshape(count, 1, -1, row)).view(count, rows, *shape[1:], axes)
-    if moves.bends is not None and moves.bends.any():
-        _bend(grid, moves, moves.bends, shape)
-    return grid
-
-
-def _to_grid(positions: Floats, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Voxels from the centre, axes last, in the units and the order of grid_sample."""
-    scaled = (positions * (2 / np.array(shape, np.float64)))[..., ::-1]
-    return torch.from_numpy(np.ascontiguousarray(scaled, np.float32)).to(device)
-
-
-def _bend(grid: Tensor, moves: Moves, bends: Floats, shape: tuple[int, ...]) -> None:
-    count, rows = grid.shape[:2]
-    turned = np.einsum("nij,n...j->n...i", moves.matrix, bends)
-    field = _to_grid(turned, shape, grid.device)
-    for axis in reversed(range(1, len(shape))):
-        basis = spline_basis(shape[axis], shape[axis], moves.knots[axis]).to(grid.device)
-        field = basis @ field.reshape(count, *bends.shape[1 : axis + 2], -1)
-    basis = spline_basis(rows, shape[0], moves.knots[0]).to(grid.device)
-    grid.view(count, rows, -1).baddbmm_(basis.expand(count, -1, -1), field.reshape(count, bends.shape[1], -1))
-
-
-def spline_basis(rows: int, size: int, knot: float) -> Tensor:
-    """(rows, control points) weights of the uniform cubic B-spline at voxels 0, 1, ...; those past `size` repeat it.
-
-    Rueckert et al., Nonrigid registration using free-form deformations, IEEE TMI 18, 1999.
-    """
-    place = np.minimum(np.arange(rows), size - 1) / knot
-    left = place.astype(np.int64)
-    part = place - left
-    weights = ((1 - part) ** 3, 3 * part**3 - 6 * part**2 + 4, -3 * part**3 + 3 * part**2 + 3 * part + 1, part**3)
-    basis = np.zeros((rows, int((size - 1) / knot) + 4), np.float32)
-    for step, weight in enumerate(weights):
-        basis[np.arange(rows), left + step] = weight / 6
-    return torch.from_numpy(basis)

@@ -21,7 +21,7 @@ from datasets.packing.plan import Plan, make_plan, read_headers
 from datasets.packing.pool import WorkerDied, run, survey
 from datasets.packing.publish import publish, reserve
 from datasets.packing.recipe import PackOptions
-from datasets.packing.samples import Bench, Task, identity
+from datasets.packing.samples import Bench, Task, TooWide, identity
 from datasets.sources import Header, Source
 from datasets.writer import require_replaceable
 
@@ -61,6 +61,13 @@ def pack(options: PackOptions, progress: Progress | None = None) -> PackSummary:
     ValueError (one line) for a user's mistake; BadSources where some cannot be packed and `skip_bad` is not set;
     OSError where the disk is full.
     """
+    try:
+        return _pack(options, progress, wide=False)
+    except TooWide:
+        return _pack(options, progress, wide=True)
+
+
+def _pack(options: PackOptions, progress: Progress | None, wide: bool) -> PackSummary:
     found = sources.find(options.sources, options.channels)
     _protect_inputs(options, found)
     if options.shard_bytes is None:
@@ -68,7 +75,7 @@ def pack(options: PackOptions, progress: Progress | None = None) -> PackSummary:
     labelling = read_labelling(options, found)
     headers, unread = read_headers(found, labelling.masks)
     labelling = _with_classes(options, labelling, found, headers)
-    plan = make_plan(options, found, headers, unread, labelling)
+    plan = make_plan(options, found, headers, unread, labelling, wide)
     rehearse(options, labelling, list(plan.shapes))
     with Workshop(options.output, plan.key) as shop:
         reasons = dict(plan.bad) | _make_samples(options, plan, labelling, shop, progress)

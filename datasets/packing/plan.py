@@ -82,8 +82,9 @@ def make_plan(
     headers: Mapping[str, Header],
     bad: Mapping[str, str],
     labelling: Labelling,
+    wide: bool,
 ) -> Plan:
-    """ValueError where the sources do not fit into one file."""
+    """ValueError where the sources do not fit into one file. wide: as in `resolve_dtype`."""
     small = _too_small(options.recipe, headers)
     bad, headers = {**bad, **small}, {id: header for id, header in headers.items() if id not in small}
     if not headers:
@@ -96,7 +97,7 @@ def make_plan(
         raise ValueError(f"--normalise imagenet is for red, green and blue; the sources have {channels} channel(s)")
     shapes = {id: (channels, *final_shape(header.shape[1:], header.affine, recipe)) for id, header in headers.items()}
     shape = None if options.ragged else _common_shape(shapes)
-    dtype = resolve_dtype(recipe.dtype, (header.dtype for header in headers.values()))
+    dtype = resolve_dtype(recipe.dtype, (header.dtype for header in headers.values()), wide)
     chunk = None if options.chunk is None else expand(options.chunk, axes, "--chunk")
     if chunk is not None and shape is not None and any(c > s for c, s in zip(chunk, shape[1:], strict=True)):
         raise ValueError(f"--chunk {chunk} is larger than a sample {shape[1:]}")

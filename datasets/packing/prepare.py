@@ -89,17 +89,23 @@ def _integers(flat: NDArray[Any]) -> bool:
     return all(bool((part == np.rint(part)).all()) for part in parts)
 
 
-def resolve_dtype(wanted: str, sources: Iterable[np.dtype[Any]]) -> str:
-    """The dtype of the file. keep: the sources' own if they agree; int16 for integers of 16 bits; else float32.
+def resolve_dtype(wanted: str, sources: Iterable[np.dtype[Any]], wide: bool = False) -> str:
+    """The dtype of the file. keep: the sources' own if they agree; int16 for other integers; else float32.
 
-    float32 is exact for integers up to 2**24.
+    wide: the integers of some volume span more than 16 bits. float32 is exact for integers up to 2**24.
     """
     if wanted != "keep":
         return wanted
     kinds = set(sources)
     if len(kinds) == 1 and (name := next(iter(kinds)).name) in KEPT:
         return name
-    return "int16" if all(kind.kind in "iu" and kind.itemsize <= 2 for kind in kinds) else "float32"
+    return "int16" if all(kind.kind in "iu" for kind in kinds) and not wide else "float32"
+
+
+def too_wide(channel: Intensities, dtype: str) -> bool:
+    """Integers that an integer dtype does not hold, even moved by a constant."""
+    limits = np.iinfo(dtype)
+    return channel.integers and channel.high - channel.low > limits.max - limits.min
 
 
 def choose_storage(channel: Intensities, dtype: str, window: tuple[float, float] | None = None) -> Storage:
@@ -114,7 +120,7 @@ def choose_storage(channel: Intensities, dtype: str, window: tuple[float, float]
         return Storage(dtype)
     if channel.integers and channel.low >= 0 and channel.high <= limits.max - limits.min:
         return Storage(dtype, 1.0, 0.0, float(limits.min))
-    if channel.integers and channel.high - channel.low <= limits.max - limits.min:
+    if channel.integers and not too_wide(channel, dtype):
         return Storage(dtype, 1.0, channel.low, float(limits.min))
     low, high = window or (channel.low, channel.high)
     return Storage(dtype, (high - low) / (limits.max - limits.min) or 1.0, low, float(limits.min))

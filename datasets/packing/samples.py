@@ -19,12 +19,16 @@ from datasets.masks import Classes, foreground, read_mask
 from datasets.order import philox_bits
 from datasets.packing.geometry import centre_fit, cut, move_origin, resample
 from datasets.packing.journal import NOW, Entry, Finished, Piece
-from datasets.packing.prepare import Intensities, Storage, choose_storage, clip, measure, normalisation, store
+from datasets.packing.prepare import Intensities, Storage, choose_storage, clip, measure, normalisation, store, too_wide
 from datasets.packing.recipe import Recipe, expand
 from datasets.sources import Header, Source, UnusableSource, Volume
 
 FOREGROUND = 256
 """voxels that are noted for each class of a label map"""
+
+
+class TooWide(Exception):
+    """Integers of more than 16 bits, where the headers let hope for fewer."""
 
 
 class WorkFailed(OSError):
@@ -88,7 +92,7 @@ def identity(task: Task) -> str:
 
 
 def make_samples(bench: Bench, writer: "Appender", task: Task) -> Finished:
-    """Raises UnusableSource with the reason, WorkFailed where the bytes cannot be written."""
+    """Raises UnusableSource with the reason, TooWide, and WorkFailed where the bytes cannot be written."""
     seen = identity(task)
     try:
         ready = _prepare(bench, task)
@@ -130,6 +134,8 @@ def _prepare(bench: Bench, task: Task) -> _Prepared:
         if maps is not None:
             maps = centre_fit(maps[None], affine, size, [0])[0][0]
         data, affine = centre_fit(data, affine, size, [channel.low for channel in channels])
+    if recipe.dtype == "keep" and bench.dtype == "int16" and any(too_wide(c, bench.dtype) for c in channels):
+        raise TooWide(task.source.id)
     storages = [choose_storage(channel, bench.dtype, recipe.window) for channel in channels]
     scales = [_normal(recipe, *pair, number) for number, pair in enumerate(zip(channels, storages, strict=True))]
     stored = np.stack([store(channel, way) for channel, way in zip(data, storages, strict=True)])

@@ -64,6 +64,8 @@ def pixels_of(opened: Sequence[Any], names: Sequence[str], frames: Sequence[Fram
         raise UnusableSource(
             f"its photometric interpretation {photometric} is not read; use {', '.join(GREY + COLOUR)}"
         )
+    if "MOSAIC" in (first.get("ImageType") or ()):
+        raise UnusableSource("its slices are tiled in one picture (Siemens mosaic); convert it: dcm2niix -o OUT FOLDER")
     if any("ModalityLUTSequence" in data for data in opened):
         raise UnusableSource("its values go through a lookup table (Modality LUT), which is not read")
     size = int(first.Rows), int(first.Columns)
