@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _inspect(given: argparse.Namespace) -> int:
     if given.png:
         require_png(given.png)
-    volumes = open_volumes(_matching(given.files))
+    volumes = open_volumes(given.files)
     with _progress("comparing checksums" if given.verify else "reading samples") as report:
         facts = describe(volumes, everything=given.all, verify=given.verify, report=report)
     if given.png:
@@ -70,18 +69,6 @@ def _inspect(given: argparse.Namespace) -> int:
     sys.stdout.flush()
     _name_damaged(facts["damaged"])
     return 1 if facts["damaged"] else 0
-
-
-def _matching(patterns: Sequence[str]) -> list[Path]:
-    """The files of the patterns, in order of their names; a name that exists is taken as it is. ValueError for none."""
-    files = list[str]()
-    for text in patterns:
-        wild = has_magic(text) and not Path(text).exists()
-        found = sorted(glob(text)) if wild else [text]  # noqa: PTH207  a whole path
-        if not found:
-            raise ValueError(f"no file matches {text!r}; list the files with 'ls {Path(text).parent}'")
-        files += found
-    return [Path(name) for name in dict.fromkeys(files)]
 
 
 def _name_damaged(damaged: Sequence[dict[str, Any]]) -> None:
