@@ -92,16 +92,11 @@ def has_class(volumes: VolumeFile, number: int) -> NDArray[np.bool_]:
     return found
 
 
-def balanced_weights(counts: ArrayLike) -> list[float]:
-    """One weight per class, all / (classes that occur * count), as class_weights: balanced has it; 0 for count 0."""
-    number = np.asarray(counts, np.float64)
-    return _divide(np.full(len(number), number.sum() / max((number > 0).sum(), 1)), number)
-
-
 def positive_weights(counts: ArrayLike, num_samples: int) -> list[float]:
     """Per label: samples without it for each that has it, a binary cross entropy's pos_weight; 0 where none has."""
     number = np.asarray(counts, np.float64)
-    return _divide(num_samples - number, number)
+    weights: list[float] = np.divide(num_samples - number, number, out=np.zeros_like(number), where=number > 0).tolist()
+    return weights
 
 
 def equal_sums(volumes: VolumeFile) -> list[list[int]]:
@@ -134,11 +129,6 @@ def _input_sums(volumes: VolumeFile) -> NDArray[np.uint32]:
 def _packed(targets: NDArray[Any]) -> NDArray[Any]:
     """(N, columns) that differ where targets do: eight labels in one column, or (N, 1) class numbers."""
     return np.packbits(targets, axis=1) if targets.ndim == 2 else targets[:, None]
-
-
-def _divide(above: NDArray[np.float64], below: NDArray[np.float64]) -> list[float]:
-    out: list[float] = np.divide(above, below, out=np.zeros_like(above), where=below > 0).tolist()
-    return out
 
 
 def _num_groups(volumes: VolumeFile, code: int) -> int:

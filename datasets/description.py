@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.alarms import find_alarms
-from datasets.census import balanced_weights, positive_weights, take_census
+from datasets.census import positive_weights, take_census
 from datasets.layout import VolumeFile
-from datasets.partition import SPLITS
+from datasets.partition import SPLITS, balanced_weights
 from datasets.repeats import candidates, confirm, describe_equals, describe_near, near_pairs
 from datasets.statistics import QUANTILES
 from datasets.survey import LOOK_BYTES, Report, Survey, choose_samples
@@ -141,7 +141,7 @@ def _weights(volumes: VolumeFile, survey: Survey) -> dict[str, Any]:
         counts = survey.labels.voxels[SPLITS.index("train"), :num]
     else:
         counts = np.bincount(volumes.targets[chosen], minlength=num)
-    return {"class_weights": balanced_weights(counts) if counts.any() else None, "pos_weight": None}
+    return {"class_weights": balanced_weights(counts.tolist()) if counts.any() else None, "pos_weight": None}
 
 
 def _fault(volumes: VolumeFile, sample: int, reason: str) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from jobs.montage import draw_montage, require_png
 PROG = "hpc inspect"
 MOST_NAMED = 100
 """damaged samples that are named on the terminal; --json names all"""
+NARROWEST = 72
+"""characters of a line; a narrower terminal breaks it rather than the tables their numbers"""
 EXAMPLES = """examples:
   hpc inspect scans.h5                              counts, intensities, duplicates, weights
   hpc inspect 'scans-*.h5' --verify                 all checksums of all shards
@@ -51,34 +52,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _inspect(given: argparse.Namespace) -> int:
     if given.png:
         require_png(given.png)
-    volumes = open_volumes(_matching(given.files))
+    volumes = open_volumes(given.files)
     with _progress("comparing checksums" if given.verify else "reading samples") as report:
         facts = describe(volumes, everything=given.all, verify=given.verify, report=report)
     if given.png:
         with _progress("drawing") as report:
-            draw_montage(volumes, given.png, report)
+            draw_montage(volumes, given.png, report, {one["sample"] for one in facts["damaged"]})
     if given.json:
         print(json.dumps(facts, indent=2, allow_nan=False))
     else:
         console = Console(highlight=False, markup=False)
+        console.width = max(console.width, NARROWEST)
         with console.capture() as text:
             show(facts, console)
         print(text.get(), end="")
     sys.stdout.flush()
     _name_damaged(facts["damaged"])
     return 1 if facts["damaged"] else 0
-
-
-def _matching(patterns: Sequence[str]) -> list[Path]:
-    """The files of the patterns, in order of their names; a name that exists is taken as it is. ValueError for none."""
-    files = list[str]()
-    for text in patterns:
-        wild = has_magic(text) and not Path(text).exists()
-        found = sorted(glob(text)) if wild else [text]  # noqa: PTH207  a whole path
-        if not found:
-            raise ValueError(f"no file matches {text!r}; list the files with 'ls {Path(text).parent}'")
-        files += found
-    return [Path(name) for name in dict.fromkeys(files)]
 
 
 def _name_damaged(damaged: Sequence[dict[str, Any]]) -> None:

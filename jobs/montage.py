@@ -8,7 +8,7 @@ the last axis). Images are drawn as they are, row 0 on top.
 
 import colorsys
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,14 @@ def require_png(path: Path) -> None:
                 raise ValueError(f"--png {path} exists and is no PNG, so it is not replaced; give another name")
 
 
-def draw_montage(volumes: VolumeFile, path: Path, report: Callable[[int, int], None] | None = None) -> None:
-    """Write the PNG. `report` is told pictures drawn, and all. A sample that cannot be read is drawn as such."""
-    rows, painter = _choose(volumes), Painter(volumes)
+def draw_montage(
+    volumes: VolumeFile,
+    path: Path,
+    report: Callable[[int, int], None] | None = None,
+    damaged: Collection[int] = (),
+) -> None:
+    """Write the PNG. `report` is told samples drawn, and all. What is `damaged` or cannot be read is drawn as such."""
+    rows, painter = _choose(volumes), Painter(volumes, damaged)
     painter.cell = CELL if len(rows) > FEW_ROWS else LARGE_CELL
     total, done, drawn = sum(map(len, rows.values())), 0, []
     titles = _titles(volumes, [sample for samples in rows.values() for sample in samples])
@@ -125,14 +130,15 @@ def _num_shared(texts: Sequence[str]) -> int:
 class Painter:
     """Samples to pictures; `labels` are the values drawn so far."""
 
-    def __init__(self, volumes: VolumeFile) -> None:
-        self.volumes, self._spacings = volumes, spacings(volumes)
+    def __init__(self, volumes: VolumeFile, damaged: Collection[int] = ()) -> None:
+        self.volumes, self._damaged, self._spacings = volumes, damaged, spacings(volumes)
         self.cell = CELL
         self.labels = set[int]()
 
     def paint(self, sample: int, title: str) -> list[Picture]:
         """One picture, or two where there is a label map: without it, and with it."""
         volumes, place = self.volumes, places(self.volumes, [sample])[0]
+        place += ", damaged" if sample in self._damaged else ""
         try:
             inputs, target = volumes.read(sample)
         except (OSError, ValueError):

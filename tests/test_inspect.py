@@ -413,7 +413,10 @@ def nowhere(folder):
 
 
 MISTAKES = [not_hdf5, half, other_format, unlike_shards, over_the_file, nowhere]
-MISTAKES += [lambda folder: (["no.h5"], "no.h5 does not exist"), lambda folder: (["n*.h5"], "no file matches 'n*.h5'")]
+MISTAKES += [
+    lambda folder: (["no.h5"], "no.h5 does not exist"),
+    lambda folder: (["n*.h5"], "no file is named like n*.h5"),
+]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

@@ -129,6 +129,7 @@ def test_what_cannot_be_read_is_a_grey_place(tmp_path):
     damage(path, path.stat().st_size, b"x")
     assert painter.paint(0, "title") == [Picture("title", "train, cannot be read", None)]
     Sheet([], [Row("all", painter.paint(0, "title"))], [], CELL).draw()
+    assert Painter(open_volumes(path), {1}).paint(1, "title")[0].note == "train, damaged"
 
 
 def titles(volumes, samples):
