@@ -55,6 +55,23 @@ def test_a_sample_is_the_same_bits_in_any_batch(kind, chances):
     assert not torch.equal(later, whole)
 
 
+@pytest.mark.parametrize(
+    ("name", "shape"), [(name, (1, 41, 43, 45)) for name in EVERYTHING] + [("crop", (3, 203, 211))]
+)
+def test_the_number_of_threads_changes_no_bit(name, shape):
+    """On samples large enough for torch to share out; a resumed run may have another number of cores."""
+    augment, before = Augment(**{name: IMAGES[name]}), torch.get_num_threads()
+    inputs, maps = batch(shape, 2)
+    results = []
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(augment(inputs.clone(), np.arange(2), 0, 0, maps.clone()))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(out, results[0][0]) and torch.equal(labels, results[0][1]) for out, labels in results)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_changed_together_are_those_changed_alone(kind):
     """A GPU takes many rows at a time: the same up to rounding, and spared rows are not touched."""

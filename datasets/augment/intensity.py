@@ -14,6 +14,8 @@ from torch import Tensor
 from datasets.augment.chance import Chance, Floats, cosine, sine
 from datasets.order import Stream, random_bits
 
+SERIAL = 16384
+"""elements that torch leaves to one thread: at the end of a thread's share its pow rounds in another way"""
 LUMA = np.array([0.213, 0.715, 0.072])
 HUE = np.array([[-0.213, -0.715, 0.928], [0.143, 0.140, -0.283], [-0.787, 0.715, 0.072]])
 """the matrices of saturate and hueRotate in W3C, Filter Effects Module Level 1"""
@@ -27,48 +29,54 @@ def filtered(inputs: Tensor, chance: Chance) -> Tensor:
     sigmas, factors = chance.within("blur", 0.0), chance.within("low_resolution", 1.0)
     shape, out = inputs.shape, inputs
     for size in shape[2:]:
-        low = coarsening(size, factors)
-        matrix = torch.from_numpy((low @ blurring(size, sigmas)).astype(np.float32)).to(inputs.device)
+        matrix = coarsened(blurring(size, sigmas, inputs.device), factors)
         # (n * C, size, rest): this axis goes to the end, so that after all of them the order is the old one
         columns = out.reshape(shape[0] * shape[1], size, -1).transpose(1, 2)
         out = torch.bmm(columns, matrix.transpose(1, 2).repeat_interleave(shape[1], dim=0))
     return out.reshape(shape)
 
 
-def blurring(size: int, sigmas: Floats) -> Floats:
+def blurring(size: int, sigmas: Floats, device: torch.device) -> Tensor:
     """(n, size, size) Gaussian filters cut at 4 sigma, edge voxels repeated: scipy's gaussian_filter1d, "nearest"."""
     radii = (4 * sigmas + 0.5).astype(np.int64)
     reach = np.arange(-radii.max(), radii.max() + 1)
-    weights = np.exp(-0.5 * (reach / np.maximum(sigmas, 1e-6)[:, None]) ** 2) * (abs(reach) <= radii[:, None])
-    weights /= weights.sum(1, keepdims=True)
-    matrix = np.zeros((len(sigmas), size, size))
-    places = np.arange(size)
-    for step, weight in zip(reach, weights.T, strict=True):
-        matrix[:, places, np.clip(places + step, 0, size - 1)] += weight[:, None]
+    bell = np.exp(-0.5 * (reach / np.maximum(sigmas, 1e-6)[:, None]) ** 2) * (abs(reach) <= radii[:, None])
+    weights = torch.from_numpy((bell / bell.sum(1, keepdims=True)).astype(np.float32)).to(device)
+    matrix = torch.zeros(len(sigmas), size, size, device=device)
+    places = torch.arange(size, device=device)
+    for step, weight in zip(reach.tolist(), weights.T, strict=True):
+        matrix[:, places, (places + step).clamp_(0, size - 1)] += weight[:, None]
     return matrix
 
 
-def coarsening(size: int, factors: Floats) -> Floats:
-    """(n, size, size): every factor-th voxel (nearest to the centre of a coarse one), linear interpolation between."""
+def coarsened(matrix: Tensor, factors: Floats) -> Tensor:
+    """(n, size, size), then only every factor-th voxel (nearest to a coarse one), linear interpolation between."""
+    size = matrix.shape[1]
     coarse = np.maximum(np.rint(size / factors), 1.0)[:, None]
     place = np.clip((np.arange(size) + 0.5) * coarse / size - 0.5, 0, coarse - 1)
     left = np.floor(place)
-    part = place - left
-    matrix = np.zeros((len(factors), size, size))
-    rows, columns = np.ogrid[: len(factors), :size]
-    for index, weight in ((left, 1 - part), (np.minimum(left + 1, coarse - 1), part)):
-        source = np.floor((index + 0.5) * size / coarse).astype(np.int64)
-        matrix[rows, columns, source] += weight
-    return matrix
+    part = torch.from_numpy((place - left).astype(np.float32)).to(matrix.device)[:, :, None]
+    low, high = (
+        torch.from_numpy(np.floor((index + 0.5) * size / coarse).astype(np.int64)).to(matrix.device)[:, :, None]
+        for index in (left, np.minimum(left + 1, coarse - 1))
+    )
+    return torch.take_along_dim(matrix, low, 1) * (1 - part) + torch.take_along_dim(matrix, high, 1) * part
 
 
 def apply_gamma(inputs: Tensor, chance: Chance) -> Tensor:
-    """least + range * ((x - least) / range) ** gamma, in place."""
+    """least + range * ((x - least) / range) ** gamma, to a new tensor."""
     least, most = _joined(inputs, inputs.flatten(2).amin(2), "amin"), _joined(inputs, inputs.flatten(2).amax(2), "amax")
     width = most - least
     width = torch.where(width > 0, width, torch.ones_like(width))
-    exponents = spread(chance.within("gamma", 1.0, log=True), inputs)
-    return inputs.sub_(least).div_(width).pow_(exponents).mul_(width).add_(least)
+    curve = inputs.sub(least).div_(width).contiguous()
+    gammas = chance.within("gamma", 1.0, log=True)
+    if inputs.device.type == "cpu":
+        for sample, gamma in zip(curve, gammas.tolist(), strict=True):
+            for piece in sample.view(-1).split(SERIAL):
+                piece.pow_(gamma)
+    else:
+        curve.pow_(spread(gammas, inputs))
+    return curve.mul_(width).add_(least)
 
 
 def apply_colour(inputs: Tensor, chance: Chance) -> Tensor:
@@ -92,11 +100,18 @@ def apply_levels(inputs: Tensor, chance: Chance) -> Tensor:
         bright = spread(chance.within("brightness", 1.0), inputs)
         contrast = spread(chance.within("contrast", 1.0), inputs)
         least = _joined(inputs, inputs.flatten(2).amin(2), "amin")
-        mean = _joined(inputs, torch.stack([sample.flatten(1).mean(1) for sample in inputs]), "mean")
+        mean = _joined(inputs, _means(inputs), "mean")
         middle = least + bright * (mean - least)
         bias = bias + gain * (contrast * (1 - bright) * least + (1 - contrast) * middle)
         gain = gain * contrast * bright
     return inputs.mul_(gain).add_(bias)
+
+
+def _means(inputs: Tensor) -> Tensor:
+    """(n, C), axis by axis: the sum of a whole channel at once would be split by the number of threads."""
+    for _ in range(inputs.ndim - 2):
+        inputs = inputs.mean(-1)
+    return inputs
 
 
 def _joined(inputs: Tensor, channels: Tensor, how: str) -> Tensor:
