@@ -12,6 +12,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from datasets import open_volumes
+from tests.dicomseries import oblique, slices, store
 from tests.scans import noise, run, save, table, twelve
 
 
@@ -224,6 +225,25 @@ def test_channels_from_several_files(tmp_path):
             normal = stored[channel] * volumes.scale[number][channel] + volumes.offset[number][channel]
             inside = normal[stored[channel] > 0]
             assert abs(inside.mean()) < 1e-3 and abs(inside.std() - 1) < 1e-3
+
+
+def test_dicom_series_of_patients_in_folders_of_classes(tmp_path):
+    wanted = {}
+    for number in range(4):
+        image = oblique()
+        image = nibabel.Nifti1Image(np.asarray(image.dataobj) // (number + 1), image.affine)
+        wanted[f"p{number}"] = np.asarray(nibabel.as_closest_canonical(image).dataobj)
+        folder = tmp_path / "d" / ("sick" if number % 2 else "well") / f"p{number}"
+        folder.mkdir(parents=True)
+        store(folder, slices(image, SeriesInstanceUID=f"1.2.{number}"))
+    arguments = [tmp_path / "d", "-o", tmp_path / "o.h5", "--labels", "folders", "--normalise", "none"]
+    assert run(*arguments, "--split", "50/50/0") == 0
+    volumes = open_volumes(tmp_path / "o.h5")
+    assert volumes.dtype == np.int16 and list(volumes.ids) == ["p1", "p3", "p0", "p2"]
+    for number, id in enumerate(volumes.ids):
+        assert volumes.class_names[volumes.targets[number]] == ("sick" if int(id[1]) % 2 else "well")
+        assert np.array_equal(volumes.read(number)[0][0], wanted[id])
+        assert np.allclose(volumes.affine[number], nibabel.as_closest_canonical(oblique()).affine, atol=1e-6)
 
 
 def test_resampled_windowed_and_cropped_at_once(tmp_path):
