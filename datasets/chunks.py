@@ -46,16 +46,25 @@ def chunk_grid(sample: tuple[int, ...], chunk: tuple[int, ...]) -> tuple[int, ..
     return tuple(-(-size // step) for size, step in zip(sample, chunk, strict=True))
 
 
-def locate(path: Path, dataset: h5py.Dataset) -> Stored:
-    """Where the samples of a dataset (N, ...) lie. Raises VolumeFileError for what is not read, or not in the file."""
+def locate(path: Path, dataset: h5py.Dataset, boxed: int) -> Stored:
+    """Where the samples of a dataset (N, ...) lie, which chunks may cut along the last `boxed` axes alone.
+
+    Raises VolumeFileError for what is not read, or not in the file.
+    """
     if dataset.chunks is None:
         return Stored(plain_offset(path, dataset), None)
+    first = dataset.ndim - boxed
+    if dataset.chunks[:first] != (1, *dataset.shape[1:first]) or dataset.ndim <= boxed:
+        raise VolumeFileError(
+            f"{path}: a chunk of {dataset.name.lstrip('/')} is {dataset.chunks}, not of one sample with all channels, "
+            f"or volumes of different shapes are in chunks; pack it again"
+        )
     return Stored(None, _read_chunks(path, dataset))
 
 
 def _read_chunks(path: Path, dataset: h5py.Dataset) -> Chunks:
     name, sample, chunk = dataset.name.lstrip("/"), dataset.shape[1:], dataset.chunks
-    if chunk[0] != 1 or any(step > size for step, size in zip(chunk[1:], sample, strict=True)):
+    if any(step > size for step, size in zip(chunk[1:], sample, strict=True)):
         raise VolumeFileError(f"{path}: a chunk of {name} is {chunk}, not within one sample {sample}; pack it again")
     grid = chunk_grid(sample, chunk[1:])
     count, size = dataset.shape[0] * math.prod(grid), path.stat().st_size

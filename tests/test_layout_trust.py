@@ -162,7 +162,9 @@ MALFORMED = {
         r"a volume claims \d{29} elements, inputs have 480",
     ),
     # chunks and filters
-    "chunk over two samples": (stored("inputs", INPUTS, chunks=(2, *SHAPE)), r"not within one sample"),
+    "chunk over two samples": (stored("inputs", INPUTS, chunks=(2, *SHAPE)), r"is \(2, .*, not of one sample"),
+    "chunk of one channel": (stored("inputs", INPUTS, chunks=(1, 1, *SHAPE[1:])), "with all channels"),
+    "maps over two samples": (stored("targets", MAPS, chunks=(2, *SHAPE[1:])), "a chunk of targets is"),
     "chunk larger than the sample": (
         stored("inputs", INPUTS, chunks=(1, 2, 8, 9, 10), maxshape=(None,) * 5),
         r"a chunk of inputs is \(1, 2, 8, 9, 10\), not within one sample",
@@ -248,8 +250,8 @@ MALFORMED = {
     "shapes of five axes": (RAGGED, stored("shapes", np.ones((4, 6), int)), r"shapes has shape \(4, 6\)"),
     "ragged in chunks": (
         RAGGED,
-        swap("inputs", lambda file: file.create_dataset("inputs", data=np.zeros(480, "i2"), chunks=(48,))),
-        "inputs is chunked|not within one sample|different shapes",
+        swap("inputs", lambda file: file.create_dataset("inputs", data=np.zeros(480, "i2"), chunks=(1,))),
+        "volumes of different shapes are in chunks",
     ),
 }
 
