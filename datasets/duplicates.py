@@ -205,6 +205,8 @@ def _alike(volumes: Sequence[V], numbers: list[int], bits: int) -> list[tuple[in
         for other in range(0, first + 1, _ROWS):
             columns = rows if other == first else _signs(table[other : other + _ROWS], bits)
             near = rows @ columns.T >= (1 - 2 * _ALIKE) * bits
+            if not near.any():
+                continue
             near &= joined[first : first + _ROWS, None] != joined[other : other + _ROWS]
             for row in np.flatnonzero(near.any(axis=1)).tolist():
                 own, hits = first + row, other + np.flatnonzero(near[row])
