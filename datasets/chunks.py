@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from datasets import codecs
 from datasets.trust import VolumeFileError, dataset_bytes, plain_offset
 
+_BLOCK = 1 << 20
+"""numbers of the chunk table that are held before they are put in order"""
+
 
 @dataclass(frozen=True)
 class Chunks:
@@ -43,55 +46,65 @@ def chunk_grid(sample: tuple[int, ...], chunk: tuple[int, ...]) -> tuple[int, ..
     return tuple(-(-size // step) for size, step in zip(sample, chunk, strict=True))
 
 
-def locate(path: Path, dataset: h5py.Dataset) -> Stored:
-    """Where the samples of a dataset (N, ...) lie. Raises VolumeFileError for what is not read, or not in the file."""
+def locate(path: Path, dataset: h5py.Dataset, boxed: int) -> Stored:
+    """Where the samples of a dataset (N, ...) lie, which chunks may cut along the last `boxed` axes alone.
+
+    Raises VolumeFileError for what is not read, or not in the file.
+    """
     if dataset.chunks is None:
         return Stored(plain_offset(path, dataset), None)
+    first = dataset.ndim - boxed
+    if dataset.chunks[:first] != (1, *dataset.shape[1:first]) or dataset.ndim <= boxed:
+        raise VolumeFileError(
+            f"{path}: a chunk of {dataset.name.lstrip('/')} is {dataset.chunks}, not of one sample with all channels, "
+            f"or volumes of different shapes are in chunks; pack it again"
+        )
     return Stored(None, _read_chunks(path, dataset))
 
 
 def _read_chunks(path: Path, dataset: h5py.Dataset) -> Chunks:
     name, sample, chunk = dataset.name.lstrip("/"), dataset.shape[1:], dataset.chunks
-    if chunk[0] != 1 or any(step > size for step, size in zip(chunk[1:], sample, strict=True)):
+    if any(step > size for step, size in zip(chunk[1:], sample, strict=True)):
         raise VolumeFileError(f"{path}: a chunk of {name} is {chunk}, not within one sample {sample}; pack it again")
     grid = chunk_grid(sample, chunk[1:])
     count, size = dataset.shape[0] * math.prod(grid), path.stat().st_size
     if count > size or dataset.id.get_num_chunks() != count:
         raise VolumeFileError(f"{path}: {name} has not all of its {count} chunks; copy or pack it again")
-    offsets, sizes = _chunk_table(path, dataset, count, chunk)
-    codec = _codec(path, dataset)
-    raw = math.prod(chunk) * dataset.dtype.itemsize
+    codec, raw = _codec(path, dataset), math.prod(chunk) * dataset.dtype.itemsize
+    offsets, sizes = _chunk_table(path, dataset, count)
     wrong = sizes != raw if codec is None else (sizes < 1) | (sizes > codecs.encoded_bound(raw))
-    if (offsets > size).any() or (sizes > size - np.minimum(offsets, size)).any() or wrong.any():
-        raise VolumeFileError(f"{path} is cut short or damaged: a chunk of {name} lies outside it, or has a wrong size")
+    if (offsets < 0).any() or wrong.any():
+        raise VolumeFileError(f"{path}: a chunk of {name} is missing or has a wrong size; copy or pack it again")
     table = (dataset.shape[0], math.prod(grid))
-    return Chunks(
-        shape=tuple(chunk[1:]),
-        grid=grid,
-        offsets=offsets.astype(np.int64).reshape(table),
-        sizes=sizes.astype(np.int64).reshape(table),
-        codec=codec,
-    )
+    return Chunks(tuple(chunk[1:]), grid, offsets.reshape(table), sizes.reshape(table), codec)
 
 
-def _chunk_table(
-    path: Path, dataset: h5py.Dataset, count: int, chunk: tuple[int, ...]
-) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-    """File offset and stored bytes of all chunks, in the order of their places."""
-    found = array("Q")
-    dataset.id.chunk_iter(
-        lambda info: found.extend((*info.chunk_offset, info.byte_offset, info.size, info.filter_mask))
-    )
-    table = np.frombuffer(found, np.uint64).reshape(-1, dataset.ndim + 3)
-    grid = chunk_grid(dataset.shape, chunk)
-    places = (table[:, : dataset.ndim] // np.array(chunk, np.uint64)).astype(np.int64)
-    if len(table) != count or (places >= grid).any() or table[:, -1].any():
-        raise VolumeFileError(f"{path}: the chunks of {dataset.name.lstrip('/')} are damaged; copy or pack it again")
-    order = np.full(count, -1)
-    order[np.ravel_multi_index(tuple(places.T), grid)] = np.arange(count)
-    if (order < 0).any():
-        raise VolumeFileError(f"{path}: a chunk of {dataset.name.lstrip('/')} was never written; pack it again")
-    return table[order, -3], table[order, -2]
+def _chunk_table(path: Path, dataset: h5py.Dataset, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """File offset (-1: none) and stored bytes of all chunks, in the order of their places."""
+    offsets, sizes = np.full(count, -1), np.zeros(count, np.int64)
+    grid, steps = chunk_grid(dataset.shape, dataset.chunks), np.array(dataset.chunks, np.uint64)
+    end, found = path.stat().st_size, array("Q")
+
+    def put_in_order() -> None:
+        nonlocal found
+        table, found = np.frombuffer(found, np.uint64).reshape(-1, dataset.ndim + 3), array("Q")
+        places, (offset, size, mask) = (table[:, :-3] // steps).astype(np.int64), table[:, -3:].T
+        if (places >= grid).any() or mask.any() or (offset > end).any() or (size > end - offset).any():
+            raise VolumeFileError(
+                f"{path} is cut short or damaged: a chunk of {dataset.name.lstrip('/')} lies outside it, or skipped "
+                f"its filter; copy or pack it again"
+            )
+        rows = np.ravel_multi_index(tuple(places.T), grid)
+        offsets[rows], sizes[rows] = offset, size
+
+    def note(info: h5py.h5d.StoreInfo) -> None:
+        found.extend((*info.chunk_offset, info.byte_offset, info.size, info.filter_mask))
+        if len(found) > _BLOCK:
+            put_in_order()
+
+    dataset.id.chunk_iter(note)
+    put_in_order()
+    return offsets, sizes
 
 
 def _codec(path: Path, dataset: h5py.Dataset) -> str | None:

@@ -121,7 +121,7 @@ def _read_facts(path: Path, file: h5py.File, identity: tuple[int, int, int]) -> 
         if name not in ON_DEMAND
     }
     maps = _check_maps(path, file, inputs, sample, shapes is not None) if task == "segmentation" else None
-    places = [locate(path, dataset) for dataset in (inputs, maps) if dataset is not None]
+    places = [locate(path, dataset, len(sample) - 1) for dataset in (inputs, maps) if dataset is not None]
     _refuse_bomb(path, [inputs] if maps is None else [inputs, maps])
     if shapes is not None:
         _check_ragged(path, inputs.shape[0], shapes, tables[OFFSETS])

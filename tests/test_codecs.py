@@ -101,11 +101,11 @@ def test_a_chunk_that_would_load_a_plugin_is_refused():
 
 @pytest.mark.parametrize("codec", codecs.CODECS)
 def test_thousands_of_damaged_chunks_neither_crash_nor_reach_over_the_ends(codec):
-    command = [sys.executable, "-m", "tests.fuzz_codecs", codec, "3000", "7"]
+    command = [sys.executable, "-m", "tests.fuzz_codecs", codec, "2000", "7"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
-    assert sum(seen.values()) == 3000 and seen["refused"] > 2000
+    assert sum(seen.values()) == 2000 and seen["refused"] > 1000
 
 
 def test_an_unknown_codec_names_the_known_ones():
