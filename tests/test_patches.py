@@ -1,5 +1,6 @@
 """Reading in every layout: whole samples and boxes against NumPy, the same pixels for any ranks, threads and stops."""
 
+import errno
 import hashlib
 import itertools
 import os
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from datasets import Loader, open_volumes
 from datasets.patches import Patches
-from datasets.reading import DamagedSample, Reader
+from datasets.reading import BadSample, DamagedSample, Reader
 from datasets.stored import bytes_of
 from datasets.writer import VolumeWriter
 from tests import layouts
@@ -311,3 +312,23 @@ def test_a_file_that_is_gone_or_cut_short_stops_even_with_skip(tmp_path):
     path.unlink()
     with pytest.raises(OSError, match=r"v\.h5"):
         list(loader)
+
+
+@pytest.mark.parametrize("options", [{}, {"patch": PATCH}], ids=["whole", "patch"])
+def test_a_disk_that_fails_names_the_sample_and_may_be_passed_over(options, tmp_path, monkeypatch):
+    layout = "patch chunks, zstd"  # boxes of contiguous files come from a memory map
+    volumes = open_volumes(layouts.write(tmp_path / "v.h5", layout, "classification"))
+    first, last = volumes.shards[0].inputs.chunks.offsets[5, [0, -1]]
+    whole = os.preadv
+
+    def failing(descriptor, buffers, offset):
+        if first <= offset <= last:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return whole(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    with pytest.raises(BadSample, match=r"v\.h5: sample 's5' \(number 5\) cannot be read: Input/output error"):
+        list(Loader(volumes, batch_size=1, **options))
+    loader = Loader(volumes, batch_size=1, on_bad_sample="skip", **options)
+    assert 5 not in [int(batch.samples) for batch in loader]
+    assert [sample for sample, _ in loader.skipped] == [5]

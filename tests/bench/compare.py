@@ -16,6 +16,8 @@ class Comparison:
     amount: float
     unit: str = "GB/s"
     rates: dict[str, list[float]] = field(default_factory=dict)
+    worked: dict[str, list[float]] = field(default_factory=dict)
+    """seconds of all cores in this process: what other programs on the machine change least"""
 
     def run(self, ways: dict[str, Callable[[], object]], rounds: int, before: Callable[[], None] | None = None) -> None:
         """Each way once to warm up, then all in turn; `before` each run, not timed."""
@@ -25,9 +27,10 @@ class Comparison:
             for name, way in ways.items():
                 if before:
                     before()
-                started = time.perf_counter()
+                started, worked = time.perf_counter(), time.process_time()
                 way()
                 self.rates.setdefault(name, []).append(self.amount / (time.perf_counter() - started))
+                self.worked.setdefault(name, []).append(time.process_time() - worked)
 
     def median(self, name: str) -> float:
         return statistics.median(self.rates[name])
@@ -43,4 +46,6 @@ class Comparison:
             print(f"  {'':<6}{ours} / {peer}: {MISSING}")
             return
         found = self.median(ours) / self.median(peer)
-        print(f"  {'ok' if found >= goal else 'BELOW':<6}{ours} / {peer}: {found:.2f}, goal {goal:g}")
+        work = statistics.median(self.worked[peer]) / statistics.median(self.worked[ours])
+        alone = "" if "workers" in peer and "0 workers" not in peer else f" ({work:.2f} by CPU time)"
+        print(f"  {'ok' if found >= goal else 'BELOW':<6}{ours} / {peer}: {found:.2f}{alone}, goal {goal:g}")

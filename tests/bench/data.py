@@ -242,7 +242,8 @@ def patches(folder: Path, scale: Scale) -> None:
     }
     table.run(ways, scale.rounds)
     table.print()
-    table.ratio("Loader, 2 threads", "torch DataLoader, h5py, 2 workers", 10)
+    for workers in (0, 2):
+        table.ratio("Loader, 2 threads", f"torch DataLoader, h5py, {workers} workers", 10)
     path.unlink()
 
 
