@@ -96,7 +96,7 @@ def test_the_state_of_torch_and_numpy_is_left_alone():
     assert np.array_equal(np.random.get_state()[1], numpy_state)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.sets(st.sampled_from(sorted(set(EVERYTHING) - {"p"})), max_size=6),
     st.sampled_from(["image", "volume"]),

@@ -7,7 +7,7 @@ from scipy import ndimage
 from scipy.interpolate import make_lsq_spline
 from scipy.spatial.transform import Rotation
 
-from datasets.augment import Augment
+from datasets.augment import Augment, resampling
 
 SHAPES = [(33, 40), (17, 20, 23)]
 GEOMETRY = {
@@ -197,3 +197,16 @@ def test_slabs_for_threads_join_without_a_seam(threads):
     finally:
         torch.set_num_threads(before)
     assert torch.equal(one[0], many[0]) and torch.equal(one[1], many[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["image", "volume"])
+def test_a_sample_too_large_for_one_grid_is_resampled_in_blocks(shape, monkeypatch):
+    def once():
+        inputs = torch.randn(1, 2, *shape, generator=torch.Generator().manual_seed(0))
+        maps = (inputs[:, 0] > 0).to(torch.uint8)
+        return Augment(**GEOMETRY["all"])(inputs, np.array([3]), 1, 1, maps)
+
+    whole = once()
+    monkeypatch.setitem(resampling.BLOCK_BYTES, "cpu", 16 * 1024)
+    blocks = once()
+    assert torch.equal(whole[0], blocks[0]) and torch.equal(whole[1], blocks[1])

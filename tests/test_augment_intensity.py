@@ -137,7 +137,7 @@ RELATIVE = {
 }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.sampled_from(sorted(RELATIVE)), st.floats(0.1, 100), st.floats(-100, 100))
 def test_what_they_mean_does_not_hang_on_the_normalisation(name, scale, offset):
     sample = made((3, 8, 9)).astype(np.float64)

@@ -24,7 +24,8 @@ HUE = np.array([[-0.213, -0.715, 0.928], [0.143, 0.140, -0.283], [-0.787, 0.715,
 def filtered(inputs: Tensor, chance: Chance) -> Tensor:
     """Blur, then low resolution, to a new tensor.
 
-    Both are linear along each axis, so an axis costs one product with a (size, size) matrix.
+    Both are linear along each axis, so an axis costs one product with a (size, size) matrix (TF32, where a script has
+    switched it on for products, rounds the result to 10 bits).
     """
     sigmas, factors = chance.within("blur", 0.0), chance.within("low_resolution", 1.0)
     shape, out = inputs.shape, inputs

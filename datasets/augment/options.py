@@ -7,7 +7,7 @@ from math import inf
 from typing import Any, Self
 
 MAX_AXES = 3
-ALL_IMAGES = {"crop": "zoom or translate", "saturation": "contrast", "hue": "brightness"}
+IMAGES_ONLY = {"crop": "zoom or translate", "saturation": "contrast", "hue": "brightness"}
 """options for images only, and what to write for volumes"""
 
 AMOUNTS = {"rotate": 180.0, "shear": 60.0, "translate": 1.0, "hue": 0.5}
@@ -135,7 +135,7 @@ class Options:
             raise ValueError(
                 f"augment: flip axis {beyond[0]} is over the spatial axes of {kind}, 0 to {spatial_axes - 1}"
             )
-        for name, instead in ALL_IMAGES.items():
+        for name, instead in IMAGES_ONLY.items():
             if getattr(self, name) and spatial_axes != 2:
                 raise ValueError(f"augment: {name} is for images, and these are volumes; use {instead}")
         for name in ("saturation", "hue"):
