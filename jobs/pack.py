@@ -89,7 +89,7 @@ def parse(arguments: Sequence[str] | None) -> PackOptions:
 
 
 def _options(given: argparse.Namespace) -> PackOptions:
-    names = ("labels", "group", "split_list", "folds", "atlas", "regions", "masks", "classes", "duplicates", "compress")
+    names = ("labels", "group", "split_list", "folds", "atlas", "regions", "masks", "classes", "id", "duplicates", "compress")
     plain = {name: getattr(given, name) for name in (*names, "by_mask", *OTHERS)}
     recipe = Recipe(
         spacing=_numbers("--spacing", given.spacing, float),
@@ -184,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_labels(add: Any) -> None:
     add("--labels", type=Path, metavar="TABLE", help="CSV, TSV or Parquet; or 'folders': a file's folder is its class")
+    add("--id", default="id", metavar="COL", help="column of the file's name (default: id)")
     add("--label", default="label", metavar="COL", help="column of the class (default: label); A,B: columns of 0 and 1")
     add("--separator", metavar="SIGN", help="between several classes in one cell, such as '|'")
     add("--no-label", metavar="NAME", help="stands for no class in such a cell, such as 'No Finding'")

@@ -70,6 +70,8 @@ class PackOptions:
     """endings of the file names that are channels of one sample: t1, t2 for a_t1.nii.gz and a_t2.nii.gz"""
     labels: Path | None = None
     """table with columns id, label[, group][, split][, fold][, mask], or `folders`"""
+    id: str = "id"
+    """column of the source's name"""
     label: tuple[str, ...] = ("label",)
     """column of the class; several of 0 and 1 are a multi-label task"""
     separator: str | None = None
