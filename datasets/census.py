@@ -92,6 +92,12 @@ def has_class(volumes: VolumeFile, number: int) -> NDArray[np.bool_]:
     return found
 
 
+def balanced_weights(counts: ArrayLike) -> list[float]:
+    """One weight per class, all / (classes that occur * count), as class_weights: balanced has it; 0 for count 0."""
+    number = np.asarray(counts, np.float64)
+    return _divide(np.full(len(number), number.sum() / max((number > 0).sum(), 1)), number)
+
+
 def positive_weights(counts: ArrayLike, num_samples: int) -> list[float]:
     """Per label: samples without it for each that has it, a binary cross entropy's pos_weight; 0 where none has."""
     number = np.asarray(counts, np.float64)

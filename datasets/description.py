@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.alarms import find_alarms
-from datasets.census import positive_weights, take_census
+from datasets.census import balanced_weights, positive_weights, take_census
 from datasets.layout import VolumeFile
-from datasets.partition import SPLITS, balanced_weights
+from datasets.partition import SPLITS
 from datasets.repeats import candidates, confirm, describe_equals, describe_near, near_pairs
 from datasets.statistics import QUANTILES
 from datasets.survey import LOOK_BYTES, Report, Survey, choose_samples

@@ -297,10 +297,7 @@ class Loader:
         if self.augment is not None:
             if self.dtype is None:
                 raise ValueError("augment changes normalised intensities: give dtype, for example torch.float32")
-            axes = self.volumes.spatial_axes
-            beyond = [axis for axis in self.augment.flip if axis >= axes]
-            if beyond:
-                raise ValueError(f"augment: flip axis {beyond[0]} is over the {axes} spatial axes of the volumes")
+            self.augment.check(self.volumes.spatial_axes, self.volumes.channels)
 
     def _check_numbers(self) -> None:
         lowest = {"batch_size": 1, "world_size": 1, "views": 1, "threads": 0}

@@ -89,7 +89,19 @@ def parse(arguments: Sequence[str] | None) -> PackOptions:
 
 
 def _options(given: argparse.Namespace) -> PackOptions:
-    names = ("labels", "group", "split_list", "folds", "atlas", "regions", "masks", "classes", "id", "duplicates", "compress")
+    names = (
+        "labels",
+        "group",
+        "split_list",
+        "folds",
+        "atlas",
+        "regions",
+        "masks",
+        "classes",
+        "id",
+        "duplicates",
+        "compress",
+    )
     plain = {name: getattr(given, name) for name in (*names, "by_mask", *OTHERS)}
     recipe = Recipe(
         spacing=_numbers("--spacing", given.spacing, float),

@@ -69,7 +69,7 @@ def prepare(experiment: Experiment, files: Sequence[Path] = ()) -> Parts:
     classes = len(volumes.class_names)
     train = volumes.indices("train")
     counts = [int((volumes.targets[train] == label).sum()) for label in range(classes)]
-    Augment.from_mapping(experiment.data.augment)
+    Augment.from_mapping(experiment.data.augment).check(volumes.spatial_axes, volumes.channels)
     options = experiment.model.options
     if "input_size" in takes(experiment.model.name):
         options.setdefault("input_size", shape[1:])

@@ -117,7 +117,7 @@ def test_an_unknown_codec_names_the_known_ones():
 
 def test_without_hdf5plugin_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "hdf5plugin", None)
-    with pytest.raises(ImportError, match=r"pip install 'hpc-batch\[compress\]'"):
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[compress\]'"):
         codecs.require_library()
 
 

@@ -141,7 +141,7 @@ def test_a_reader_that_is_not_installed_is_named_with_its_command(tmp_path, monk
     path = tmp_path / f"a{suffix}"
     path.write_bytes(b"NRRD0004\n")
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(NotASource, match=rf"reading {name}: pip install 'hpc-batch\[formats\]'"):
+    with pytest.raises(NotASource, match=rf"reading {name}: pip install -e '\.\[formats\]'"):
         read(find([path])["a"])
 
 

@@ -60,7 +60,9 @@ def _read_table(options: PackOptions, sources: Mapping[str, Source]) -> Table | 
         return read_folders({id: source.folder for id, source in sources.items()})
     bare = options.atlas is not None or options.masks is not None or options.by_mask
     labels = () if bare else options.label
-    columns = Columns(id=options.id, labels=labels, separator=options.separator, none=options.no_label, group=options.group)
+    columns = Columns(
+        id=options.id, labels=labels, separator=options.separator, none=options.no_label, group=options.group
+    )
     table = read_table(options.labels, columns)
     return Table(match_rows(options.labels, table.rows, list(sources)), table.class_names, table.several)
 
