@@ -12,7 +12,8 @@ import ctypes
 import math
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,6 +32,7 @@ _BITSHUFFLE_LZ4 = 2
 _BLOSC_BITSHUFFLE = 2
 _ENCODING = threading.Lock()
 """Blosc keeps the compressor to use in a global variable"""
+_THREAD = threading.local()
 _FRAME = struct.Struct(">2x8sxixQ6xqxq40x")
 """of a Blosc2 frame: magic, then bytes of the header, of the frame, of the data, of the chunk"""
 _CHUNK = struct.Struct("<BBBBiii6sBB6sBB")
@@ -114,8 +116,9 @@ def _decode_zstd(source: NDArray[np.uint8], target: NDArray[np.uint8], itemsize:
     library = _library("zstd")
     claimed = library.ZSTD_getFrameContentSize(_at(source), source.size)
     _require(claimed == target.size, "zstd", f"it claims {claimed} bytes, not {target.size}")
-    count = library.ZSTD_decompress(_at(target), target.size, _at(source), source.size)
-    _require(count == target.size, "zstd", "the stream is damaged")
+    with _context("zstd") as context:
+        count = library.ZSTD_decompressDCtx(context, _at(target), target.size, _at(source), source.size)
+        _require(count == target.size, "zstd", "the stream is damaged")
 
 
 def _encode_bitshuffle(codec: str, source: NDArray[np.uint8], itemsize: int) -> bytes:
@@ -205,12 +208,9 @@ def _decode_blosc2_chunk(chunk: NDArray[np.uint8], target: NDArray[np.uint8]) ->
     known = flags & 5 == 5 and (flags >> 5 in _CHUNK_CODECS or flags & _COPIED) and set(filters) <= _PLAIN_FILTERS
     _require(bool(known), name, "its codec or a filter is unknown")
     _require(more == 0 and special in (0, _SPECIAL_ZERO), name, "its chunk is of a special kind")
-    context = library.blosc2_create_dctx(library.blosc2_get_blosc2_dparams_defaults())
-    try:
+    with _context("blosc2") as context:
         count = library.blosc2_decompress_ctx(context, _at(chunk), chunk.size, _at(target), target.size)
-    finally:
-        library.blosc2_free_ctx(context)
-    _require(count == target.size, name, f"its chunk is damaged (error {count})")
+        _require(count == target.size, name, f"its chunk is damaged (error {count})")
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,9 @@ _FUNCTIONS: dict[str, dict[str, tuple[Any, ...]]] = {
         "ZSTD_compress": (_SIZE, _PLACE, _SIZE, _PLACE, _SIZE, _INT),
         "ZSTD_isError": (ctypes.c_uint, _SIZE),
         "ZSTD_getFrameContentSize": (ctypes.c_uint64, _PLACE, _SIZE),
-        "ZSTD_decompress": (_SIZE, _PLACE, _SIZE, _PLACE, _SIZE),
+        "ZSTD_createDCtx": (_PLACE,),
+        "ZSTD_freeDCtx": (_SIZE, _PLACE),
+        "ZSTD_decompressDCtx": (_SIZE, _PLACE, _PLACE, _SIZE, _PLACE, _SIZE),
     },
     "bshuf": {
         "bshuf_default_block_size": (_SIZE, _SIZE),
@@ -320,6 +322,30 @@ def _library(name: str) -> Any:
     if name == "blosc2":
         library.blosc2_init()
     return library
+
+
+class _Decompressor:
+    """Working memory of a library for one thread."""
+
+    def __init__(self, name: str) -> None:
+        library = _library(name)
+        if name == "zstd":
+            self.place, self._free = library.ZSTD_createDCtx(), library.ZSTD_freeDCtx
+        else:
+            self.place = library.blosc2_create_dctx(library.blosc2_get_blosc2_dparams_defaults())
+            self._free = library.blosc2_free_ctx
+
+    def __del__(self) -> None:
+        self._free(self.place)
+
+
+@contextmanager
+def _context(name: str) -> Iterator[int]:
+    """The thread's decompressor: for small chunks, making one takes longer than decoding. After an error, a new one."""
+    kept: dict[str, _Decompressor] = _THREAD.__dict__
+    found = kept.pop(name, None) or _Decompressor(name)
+    yield found.place
+    kept[name] = found
 
 
 def _at(array: NDArray[np.uint8]) -> int:

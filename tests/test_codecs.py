@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -118,3 +119,19 @@ def test_without_hdf5plugin_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "hdf5plugin", None)
     with pytest.raises(ImportError, match=r"pip install 'hpc-batch\[compress\]'"):
         codecs.require_library()
+
+
+@pytest.mark.parametrize("codec", codecs.CODECS)
+def test_threads_decode_side_by_side(codec):
+    """Each has its decompressor, and a damaged chunk in one of them spoils no other, nor the next."""
+    data = [np.cumsum(np.random.default_rng(number).integers(-3, 4, 20_000)).astype(np.int16) for number in range(8)]
+    chunks = [codecs.encode(codec, as_bytes(item), 2) for item in data]
+
+    def work(number):
+        if number % 5 == 0:
+            with pytest.raises(ValueError, match="damaged"):
+                decoded(codec, chunks[number % 8][:-9], data[number % 8])
+        return decoded(codec, chunks[number % 8], data[number % 8]) == data[number % 8].tobytes()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(200)))
