@@ -95,7 +95,9 @@ def has_class(volumes: VolumeFile, number: int) -> NDArray[np.bool_]:
 def balanced_weights(counts: ArrayLike) -> list[float]:
     """One weight per class, all / (classes that occur * count), as class_weights: balanced has it; 0 for count 0."""
     number = np.asarray(counts, np.float64)
-    return _divide(np.full(len(number), number.sum() / max((number > 0).sum(), 1)), number)
+    share = np.full(len(number), number.sum() / max((number > 0).sum(), 1))
+    weights: list[float] = np.divide(share, number, out=np.zeros_like(share), where=number > 0).tolist()
+    return weights
 
 
 def positive_weights(counts: ArrayLike, num_samples: int) -> list[float]:
