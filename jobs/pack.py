@@ -28,7 +28,11 @@ from datasets.packing.recipe import PackOptions, Recipe
 from datasets.partition import SPLITS
 
 PROG = "hpc pack"
-OTHERS = ("separator", "no_label", "ragged", "skip_bad", "workers")
+AS_GIVEN = (
+    *("labels", "id", "separator", "no_label", "group", "masks", "by_mask", "classes", "atlas", "regions"),
+    *("split_list", "folds", "duplicates", "compress", "ragged", "skip_bad", "workers"),
+)
+"""options that PackOptions has under the same name"""
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 EXAMPLES = """examples:
   hpc pack scans/ -o scans.h5 --labels labels.csv --size 192,192,192
@@ -89,20 +93,7 @@ def parse(arguments: Sequence[str] | None) -> PackOptions:
 
 
 def _options(given: argparse.Namespace) -> PackOptions:
-    names = (
-        "labels",
-        "group",
-        "split_list",
-        "folds",
-        "atlas",
-        "regions",
-        "masks",
-        "classes",
-        "id",
-        "duplicates",
-        "compress",
-    )
-    plain = {name: getattr(given, name) for name in (*names, "by_mask", *OTHERS)}
+    plain = {name: getattr(given, name) for name in AS_GIVEN}
     recipe = Recipe(
         spacing=_numbers("--spacing", given.spacing, float),
         resize=_numbers("--resize", given.resize),
