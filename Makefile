@@ -34,6 +34,11 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+bench-data: $(READY)
+	$(BIN)/python -m tests.bench.data
+	$(BIN)/python -m tests.bench.augmentation
+	$(BIN)/python -m tests.bench.packing
+
 bench-%: $(READY)
 	$(BIN)/python -m tests.bench.$*
 

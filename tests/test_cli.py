@@ -56,7 +56,11 @@ REFUSED = [
     Row("unknown key", "submit tiny.yaml train.epoch=3", "train.epoch: no such key; did you mean 'epochs'?"),
     Row("no experiment", "submit away.yaml", "away.yaml: no such file"),
     Row("binary experiment", "plan scans.h5", "scans.h5: cannot be read"),
-    Row("not a NIfTI", "pack text.nii -o out.h5 --labels labels.csv", "labels.csv: no file is given for 's00' and 17 more"),
+    Row(
+        "not a NIfTI",
+        "pack text.nii -o out.h5 --labels labels.csv",
+        "labels.csv: no file is given for 's00' and 17 more",
+    ),
     Row("label without a file", "pack scans -o out.h5 --labels more.csv", "no file is given for 'stranger'"),
     Row("file without a label", "pack scans -o out.h5 --labels few.csv", "no line names 's17'"),
     Row("no label table", "pack scans -o out.h5 --labels none.csv", "none.csv"),
@@ -103,8 +107,6 @@ def make_inputs(folder: Path) -> None:
     for name, lines in (("labels", table), ("more", [*table, "stranger,a"]), ("few", table[:-1])):
         (folder / f"{name}.csv").write_text("\n".join(lines) + "\n")
     (folder / "text.nii").write_text("hello\n")
-    shutil.copytree(scans, folder / "mixed")
-    (folder / "mixed" / "s00.nii").write_text("hello\n")
     (folder / "tiny.yaml").write_text(EXPERIMENT)
     (folder / "tmp").mkdir()
     packed = hpc(folder, "pack scans -o scans.h5 --labels labels.csv --split 50/30/20")

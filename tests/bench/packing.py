@@ -1,12 +1,9 @@
-"""`hpc pack` of .nii.gz against gunzip alone, in one run: `make bench-packing`. Prints ratios, asserts nothing."""
+"""`hpc pack` of .nii.gz against gunzip alone, in one run: `make bench-data`. Prints ratios, asserts nothing."""
 
 import argparse
 import os
-import shutil
-import statistics
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from scipy.ndimage import gaussian_filter
 
 from datasets.packing.packer import pack
 from datasets.packing.recipe import PackOptions
+from tests.bench.compare import Comparison
 
 SIZE = 192
 
@@ -48,12 +46,6 @@ def ours(folder: Path, out: Path, cores: int, compress: str | None) -> None:
     pack(options)
 
 
-def timed(work: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--volumes", type=int, default=24)
@@ -65,22 +57,19 @@ def main() -> None:
         folder.mkdir()
         out.mkdir()
         size = make(folder, given.volumes)
-        ways: dict[str, Callable[[], None]] = {
-            "gunzip": lambda: gunzip(folder, cores),
-            "hpc pack": lambda: ours(folder, out, cores, None),
-            "hpc pack --compress blosc2-lz4": lambda: ours(folder, out, cores, "blosc2-lz4"),
+        peer, plain, packed = f"gunzip, {cores} workers", "hpc pack", "hpc pack --compress blosc2-lz4"
+        found = Comparison(
+            f"packing {given.volumes} volumes of {SIZE}^3 int16, .nii.gz, {cores} cores", size / 1e6, "MB/s"
+        )
+        ways: dict[str, Callable[[], object]] = {
+            peer: lambda: gunzip(folder, cores),
+            plain: lambda: ours(folder, out, cores, None),
+            packed: lambda: ours(folder, out, cores, "blosc2-lz4"),
         }
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(given.rounds):
-            for way, work in ways.items():
-                seconds[way].append(timed(work))
-                shutil.rmtree(out)
-                out.mkdir()
-    print(f"{given.volumes} volumes of {SIZE}^3 int16, .nii.gz, {cores} cores; medians of {given.rounds}")
-    base = statistics.median(seconds["gunzip"])
-    for way, times in seconds.items():
-        middle = statistics.median(times)
-        print(f"{way:32} {size / middle / 1e6:8.0f} MB/s of voxels  {base / middle:5.2f} of gunzip")
+        found.run(ways, given.rounds)
+    found.print()
+    found.ratio(plain, peer, 0.9)
+    found.ratio(packed, peer, 0.9)
 
 
 if __name__ == "__main__":
