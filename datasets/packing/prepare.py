@@ -72,11 +72,13 @@ def _sums(flat: NDArray[Any], pivot: float, everything: bool) -> tuple[int, floa
     So nothing is copied but a block at a time, and numbers far from 0 do not lose their deviation.
     """
     count, total, squares = 0, 0.0, 0.0
+    room = np.empty(_BLOCK)
     for start in range(0, flat.size, _BLOCK):
-        part = flat[start : start + _BLOCK] - np.float64(pivot)
+        block = flat[start : start + _BLOCK]
+        part = np.subtract(block, pivot, out=room[: block.size])
         if not everything:
             np.maximum(part, 0.0, out=part)
-        count += part.size if everything else int(np.count_nonzero(part))
+        count += part.size if everything else int(np.count_nonzero(block > pivot))
         total += float(part.sum())
         squares += float(np.einsum("i,i", part, part))  # a dot product would start threads
     return count, total, squares

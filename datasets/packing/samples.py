@@ -139,9 +139,8 @@ def _prepare(bench: Bench, task: Task) -> _Prepared:
         raise TooWide(task.source.id)
     storages = [choose_storage(channel, bench.dtype, recipe.window) for channel in channels]
     scales = [_normal(recipe, *pair, number) for number, pair in enumerate(zip(channels, storages, strict=True))]
-    stored = np.stack([store(channel, way) for channel, way in zip(data, storages, strict=True)])
-    if len(data) == 1:
-        stored = store(data, storages[0])
+    parts = [store(channel, way) for channel, way in zip(data, storages, strict=True)]
+    stored = parts[0][None] if len(parts) == 1 else np.stack(parts)
     return _Prepared(
         data=np.ascontiguousarray(stored),
         raw=data,
