@@ -188,9 +188,9 @@ def complete(
             file.create_dataset(name, data=table)
         for name, value in attributes.items():
             file.attrs[name] = value
-    _sync(draft)
+    sync(draft)
     draft.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def write_chunk(file: h5py.File, row: int, place: tuple[int, ...], inputs: bytes, target: bytes | None) -> None:
@@ -271,7 +271,7 @@ def _require_room(draft: Path, plan: Plan) -> None:
     needed -= draft.stat().st_blocks * 512 if draft.exists() else 0
     free = shutil.disk_usage(draft.parent).free
     if needed > free:
-        raise ValueError(f"{draft.parent} has {free / 1e9:.1f} GB free, the file needs {needed / 1e9:.1f} more")
+        raise ValueError(f"{draft.parent} has {free / 1e6:,.0f} MB free, the file needs {needed / 1e6:,.0f} more")
 
 
 def _pwrite(descriptor: int, data: NDArray[Any], offset: int) -> None:
@@ -323,7 +323,7 @@ def _check_names(tables: layout.Tables) -> None:
             check_groups([groups[row] for row in rows.tolist()], tables[name][rows], parts)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -132,14 +132,22 @@ def without_equals(volumes: Sequence[V], twins: Sequence[Twins[V]]) -> list[V]:
     return [volume for volume in volumes if volume.id not in gone]
 
 
+class TwinsRefused(ValueError):
+    """Two of a kind where there may be none; `all` has a sentence for each pair."""
+
+    def __init__(self, message: str, twins: Sequence[Twins[Any]]) -> None:
+        super().__init__(message)
+        self.all = [str(pair) for pair in twins]
+
+
 def refuse_any(twins: Sequence[Twins[V]]) -> None:
-    """Raises ValueError where there are some."""
+    """Raises TwinsRefused where there are some."""
     if twins:
-        raise ValueError(f"{twins[0]}{_more(twins)}; leave out one, or use --duplicates drop or keep")
+        raise TwinsRefused(f"{twins[0]}{_more(twins)}; leave out one, or use --duplicates drop or keep", twins)
 
 
 def refuse_leaks(homes: Mapping[str, tuple[str, int | None]], twins: Sequence[Twins[V]]) -> None:
-    """Refuse (ValueError) two of a kind in different splits or folds: one would be trained on, and the other scored.
+    """Refuse (TwinsRefused) two of a kind in different splits or folds: one would be trained on, and the other scored.
 
     homes: split and fold of each id that is packed.
     """
@@ -151,7 +159,8 @@ def refuse_leaks(homes: Mapping[str, tuple[str, int | None]], twins: Sequence[Tw
             name if fold is None else f"fold {fold}" for name, fold in (homes[pair.first.id], homes[pair.second.id])
         )
         ways = "--duplicates keep" if pair.alike else "--duplicates drop or keep"
-        raise ValueError(f"{pair}, and they are in {where}{_more(leaks)}: give both one group, or use {ways}")
+        message = f"{pair}, and they are in {where}{_more(leaks)}: give both one group, or use {ways}"
+        raise TwinsRefused(message, leaks)
 
 
 def _more(twins: Sequence[Twins[V]]) -> str:

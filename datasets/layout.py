@@ -50,6 +50,8 @@ TARGET_DTYPES = {"classification": "int64", "multilabel": "uint8", "segmentation
 ON_DEMAND = (AFFINE, SOURCE_SHAPE)
 """tables that training does not need: read from the file each time"""
 
+PACK = "pack"
+"""in the packing options of a shard: which pack it is of"""
 SHARD_NAME = re.compile(r"-\d+-of-(\d+)$")
 
 Tables = dict[str, NDArray[Any]]
@@ -366,6 +368,8 @@ def _matching(path: Path) -> list[Path]:
 
 
 def _require_same(first: Shard, other: Shard) -> None:
+    if first.packing.get(PACK) != other.packing.get(PACK):
+        raise VolumeFileError(f"{first.path} and {other.path} are of two packs: pack them together, into shards")
     if (FOLDS in first.tables) != (FOLDS in other.tables):
         raise VolumeFileError(f"one of {first.path} and {other.path} has folds, the other not; pack both alike")
     for name in ("shape", "channels", "spatial_axes", "dtype", "task", "class_names", "orientation"):

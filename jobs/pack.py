@@ -8,6 +8,7 @@ import argparse
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 from rich.table import Table
 
 from datasets.codecs import CODECS
-from datasets.duplicates import ACTIONS
-from datasets.packing.journal import work_folder
+from datasets.duplicates import ACTIONS, TwinsRefused
 from datasets.packing.packer import BadSources, PackSummary, pack
 from datasets.packing.packer import Progress as Report
 from datasets.packing.prepare import DTYPES, NORMALISATIONS
@@ -33,6 +33,7 @@ AS_GIVEN = (
     *("split_list", "folds", "duplicates", "compress", "ragged", "skip_bad", "workers"),
 )
 """options that PackOptions has under the same name"""
+LINE_EVERY_S = 30.0
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 EXAMPLES = """examples:
   hpc pack scans/ -o scans.h5 --labels labels.csv --size 192,192,192
@@ -60,10 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     except ValueError as error:
-        print(f"{PROG}: error: {error}{_kept(options)}", file=sys.stderr)
+        for pair in error.all[1:] if isinstance(error, TwinsRefused) else ():
+            print(f"{PROG}: twins: {pair}", file=sys.stderr)
+        print(f"{PROG}: error: {error}{_kept(error)}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{PROG}: failed, {options.output} was not written: {error}{_kept(options)}", file=sys.stderr)
+        print(f"{PROG}: failed, {options.output} was not written: {error}{_kept(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{PROG}: interrupted; the same command goes on from here", file=sys.stderr)
@@ -77,9 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _kept(options: PackOptions) -> str:
-    folder = work_folder(options.output)
-    return f" (what was read is kept in {folder} for the next time)" if folder.exists() else ""
+def _kept(error: BaseException) -> str:
+    """What the error leaves behind."""
+    return "".join(f" ({note})" for note in getattr(error, "__notes__", []))
 
 
 def parse(arguments: Sequence[str] | None) -> PackOptions:
@@ -231,9 +234,9 @@ def _add_layout(add: Any) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Report | None]:
-    """A bar with the time left, when somebody is looking."""
+    """A bar with the time left when somebody is looking; otherwise a line now and then, for a batch job's log."""
     if not sys.stderr.isatty():
-        yield None
+        yield _Lines()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -243,6 +246,24 @@ def _progress() -> Iterator[Report | None]:
             bar.update(task, completed=done, total=total, description=f"{sources}/{all_sources}")
 
         yield report
+
+
+class _Lines:
+    """Says every half minute how far the pack has come."""
+
+    def __init__(self) -> None:
+        self._began = self._told = time.monotonic()
+
+    def __call__(self, done: int, total: int, sources: int, all_sources: int) -> None:
+        now = time.monotonic()
+        if now - self._told >= LINE_EVERY_S:
+            self._told = now
+            left = (now - self._began) * (total - done) / max(done, 1)
+            print(
+                f"{PROG}: {sources} of {all_sources} sources, {done / 1e9:.1f} of {total / 1e9:.1f} GB, "
+                f"about {left / 60:.0f} min left",
+                file=sys.stderr,
+            )
 
 
 def _tell_bad(bad: Sequence[tuple[Path, str]]) -> None:

@@ -204,7 +204,7 @@ def test_neither_is_dropped_where_their_labels_differ(scans, capsys):
 def test_they_may_be_an_error(scans, capsys):
     assert run(scans, "--split", "100/0/0", "--duplicates", "error") == 2
     said = capsys.readouterr().err
-    assert "s04.nii.gz is the same volume as" in said and "(2 more such)" in said and said.count("\n") == 1
+    assert "s04.nii.gz is the same volume as" in said and "(2 more such)" in said and said.count("twins: ") == 2
     assert not (scans / "o.h5").exists()
 
 

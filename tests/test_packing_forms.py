@@ -156,6 +156,60 @@ def test_masks_that_do_not_fit_are_told(tmp_path, capsys):
         assert words in line
 
 
+def test_a_map_without_a_class_of_value_0_is_not_padded(tmp_path, capsys):
+    for name in ("i", "m"):
+        (tmp_path / name).mkdir()
+    for number in range(3):
+        save(tmp_path / "i" / f"s{number}.nii.gz", noise(seed=number))
+        save(tmp_path / "m" / f"s{number}.nii.gz", np.where(noise(seed=number) > 500, 2, 1).astype(np.uint8))
+    arguments = [tmp_path / "i", "-o", tmp_path / "o.h5", "--masks", tmp_path / "m"]
+    assert run(*arguments, "--size", "6") == 0
+    assert run(*arguments, "--size", "9") == 1
+    assert "no class has the value 0" in capsys.readouterr().err
+
+
+def test_equal_images_with_different_masks_are_not_dropped(tmp_path, capsys):
+    for name in ("i", "m"):
+        (tmp_path / name).mkdir()
+    for number in range(4):
+        save(tmp_path / "i" / f"s{number}.nii.gz", noise(seed=min(number, 2)))
+        save(tmp_path / "m" / f"s{number}.nii.gz", (noise(seed=number) > 500).astype(np.uint8))
+    arguments = [tmp_path / "i", "-o", tmp_path / "o.h5", "--masks", tmp_path / "m", "--duplicates", "drop"]
+    assert run(*arguments) == 2
+    assert "neither is dropped" in capsys.readouterr().err
+
+
+def test_a_header_in_metres_or_microns_is_read_in_mm(tmp_path):
+    (tmp_path / "d").mkdir()
+    for name, unit, size in (("metre", "meter", 0.001), ("micron", "micron", 1000.0), ("mm", "mm", 1.0)):
+        image = nibabel.Nifti1Image(noise(seed=len(name)), np.diag([size, size, size, 1]))
+        image.header.set_xyzt_units(unit)
+        nibabel.save(image, tmp_path / "d" / f"{name}.nii")
+    labels = table(tmp_path / "l.csv", ["metre,a", "micron,b", "mm,b"])
+    assert run(tmp_path / "d", "-o", tmp_path / "o.h5", "--labels", labels, "--spacing", 1) == 0
+    volumes = open_volumes(tmp_path / "o.h5")
+    assert volumes.shape == (1, 6, 7, 8) and np.allclose(volumes.affine, np.eye(4))
+
+
+def test_an_odd_one_out_is_told_and_can_be_left_out(tmp_path, capsys):
+    for number in range(6):
+        draw(tmp_path / "d" / "ab"[number % 2] / f"{number}.png", number, colour=number != 3)
+    (tmp_path / "d" / "a" / "notes.txt").write_text("hello")
+    arguments = [tmp_path / "d", "-o", tmp_path / "o.h5", "--labels", "folders"]
+    assert run(*arguments) == 1
+    assert "3.png: it has 1 channel(s) and 2 axes, most others 3 channel(s)" in capsys.readouterr().err
+    assert run(*arguments, "--skip-bad", "--split", "50/50/0") == 0
+    assert "1 other file(s) were passed over, such as" in capsys.readouterr().err
+    assert len(open_volumes(tmp_path / "o.h5")) == 5
+
+
+def test_a_class_that_no_map_has_is_a_note(tmp_path, capsys):
+    cases(tmp_path)
+    arguments = [tmp_path / "imagesTr", "-o", tmp_path / "o.h5", "--masks", tmp_path / "labelsTr", "--ragged"]
+    assert run(*arguments, "--classes", "background,liver,cyst,tumour,vein") == 0
+    assert "class 'vein' has no sample in train" in capsys.readouterr().err
+
+
 def test_images_with_masks_of_black_and_white(tmp_path):
     for number in range(4):
         pixels = draw(tmp_path / "i" / f"{number}.png", number, colour=False)

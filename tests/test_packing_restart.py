@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 
@@ -85,6 +86,78 @@ def run_noting(read, *arguments):
         return run(*arguments, "--workers", "1")
     finally:
         pool.make_samples = make
+
+
+@pytest.mark.parametrize("form", [[], ["--ragged"], ["--compress", "zstd"]])
+def test_masks_too_go_on_after_a_stop(tmp_path, form):
+    """Bad ones are told, then left out; and a kill -9 in between."""
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    for number in range(8):
+        save(tmp_path / "images" / f"s{number}.nii.gz", noise((20, 20, 20), number))
+        save(tmp_path / "masks" / f"s{number}.nii.gz", (noise((20, 20, 20), number) > 500).astype(np.uint8))
+    (tmp_path / "masks" / "s5.nii.gz").write_text("hello")
+    arguments = [tmp_path / "images", "--masks", tmp_path / "masks", "--classes", "nothing,something", *form]
+    out, work = tmp_path / "o.h5", tmp_path / ".o.h5.packing"
+    process = start(arguments, out, "--workers", "1")
+    while len(done(work)) < 3 and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert run(*arguments, "-o", out) == 1
+    read = []
+    assert run_noting(read, *arguments, "-o", out, "--skip-bad") == 0
+    assert read == ["s5"]
+    volumes = open_volumes(out)
+    assert volumes.verify() == [] and len(volumes) == 7
+    for number, id in enumerate(volumes.ids):
+        wanted = noise((20, 20, 20), int(id[1:]))
+        inputs, target = volumes.read(number)
+        assert np.array_equal(inputs[0], wanted) and np.array_equal(target, wanted > 500)
+    with h5py.File(out) as file:
+        for row, id in zip(file["foreground"][()], volumes.ids, strict=True):
+            there = noise((20, 20, 20), int(id[1:])).reshape(-1) > 500
+            assert there[row[1]].all() and not there[row[0]].any()
+
+
+def test_wide_integers_are_not_read_again_after_a_stop(tmp_path):
+    scans, labels = twelve(tmp_path)
+    for number in range(12):
+        save(scans / f"s{number:02d}.nii.gz", noise(seed=number).astype(np.int32) * 100)
+    (scans / "s03.nii.gz").write_text("hello")
+    assert run(scans, "--labels", labels, "-o", tmp_path / "o.h5") == 1
+    read = []
+    assert run_noting(read, scans, "--labels", labels, "-o", tmp_path / "o.h5", "--skip-bad") == 0
+    assert read == [] and open_volumes(tmp_path / "o.h5").dtype == np.float32
+
+
+def test_voxels_beside_a_header_that_change_are_read_again(tmp_path):
+    import nrrd
+
+    (tmp_path / "d").mkdir()
+    for number in range(4):
+        nrrd.write(str(tmp_path / "d" / f"v{number}.nhdr"), noise(seed=number), {"encoding": "raw"})
+    labels = table(tmp_path / "l.csv", [f"v{number},{number % 2}" for number in range(4)] + ["bad,0"])
+    (tmp_path / "d" / "bad.nrrd").write_text("hello")
+    arguments = [tmp_path / "d", "--labels", labels, "-o", tmp_path / "o.h5", "--split", "50/50/0"]
+    assert run(*arguments) == 1
+    (tmp_path / "d" / "v2.raw").write_bytes(noise(seed=9).T.tobytes())
+    assert run(*arguments, "--skip-bad") == 0
+    assert np.array_equal(open_volumes(tmp_path / "o.h5").read(2)[0][0], noise(seed=9))
+
+
+def test_shards_of_two_packs_do_not_mix(tmp_path):
+    scans, labels = twelve(tmp_path)
+    arguments = [scans, "--labels", labels, "-o", tmp_path / "o.h5"]
+    assert run(*arguments, "--shard-size", "2K") == 0
+    old = sorted(tmp_path.glob("o-*.h5"))
+    kept = old[0].read_bytes()
+    assert run(*arguments, "--shard-size", "3K", "--seed", 7) == 0
+    new = sorted(tmp_path.glob("o-*.h5"))
+    assert len(old) == 4 and len(new) == 3 and open_volumes(tmp_path / "o-*.h5").verify() == []
+    (tmp_path / "o-00001-of-00003.h5").write_bytes(kept)
+    with pytest.raises(ValueError, match="are of two packs"):
+        open_volumes(tmp_path / "o-*.h5")
 
 
 def test_workers_leave_with_their_parent(tmp_path):

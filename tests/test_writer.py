@@ -220,6 +220,6 @@ def test_columns_that_do_not_fit_are_refused(tmp_path):
 
 def test_a_full_disk_is_found_before_the_first_sample(tmp_path):
     plan = Plan(dtype="float32", task="classification", num_samples=2**20, shape=(1, 4096, 4096, 64))
-    with pytest.raises(ValueError, match=r"GB free, the file needs \d+\.\d more"):
+    with pytest.raises(ValueError, match=r"MB free, the file needs [\d,]+ more"):
         allocate(tmp_path / ".x.draft", plan)
     assert list(tmp_path.iterdir()) == []

@@ -95,6 +95,8 @@ class Workshop:
         self.finished: dict[str, Finished] = {}
 
     def __enter__(self) -> Self:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise Busy(f"{self.folder} is in the way: the work folder has this name; move it")
         self.folder.mkdir(exist_ok=True)
         self._lock = (self.folder / LOCK).open("w")
         try:
@@ -117,6 +119,8 @@ class Workshop:
         self._journal.close()
         if not self.finished:
             self.remove()
+        elif error is not None:
+            error.add_note(f"what was read is kept in {self.folder} for the next time")
         self._lock.close()
 
     def remove(self) -> None:
@@ -149,7 +153,8 @@ class Workshop:
         path = self.folder / JOURNAL
         lines = _believed(path, self._key)
         self.finished = {line["id"]: Finished.from_line(line) for line in lines}
-        used = {entry.file for done in self.finished.values() for entry in done.samples}
+        entries = [entry for done in self.finished.values() for entry in done.samples]
+        used = {entry.file for entry in entries} | {entry.drawn[0] for entry in entries if entry.drawn}
         for other in self.folder.iterdir():
             if other.name not in {LOCK, *used}:
                 shutil.rmtree(other) if other.is_dir() else other.unlink()
@@ -164,6 +169,15 @@ class Workshop:
     def _write(self, plain: dict[str, Any]) -> None:
         self._journal.write(json.dumps(plain) + "\n")
         self._journal.flush()
+
+
+def key_of(output: Path) -> str:
+    """The key of what an earlier pack has left; empty where there is nothing."""
+    try:
+        with (work_folder(output) / JOURNAL).open() as file:
+            return str(json.loads(file.readline()).get("key", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def boot() -> str:

@@ -50,6 +50,8 @@ def read_labelling(options: PackOptions, sources: Mapping[str, Source]) -> Label
         classes = None if options.classes is None else read_classes(options.classes)
         return Labelling("segmentation", rows, classes.names if classes else [], masks=masks, classes=classes)
     assert table is not None
+    if table.several and options.recipe.patch is not None:
+        raise ValueError("--patch cuts patches of one class each, but a sample has several here; leave --patch out")
     return Labelling("multilabel" if table.several else "classification", rows, table.class_names)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from datasets import sources
 from datasets.masks import found_classes
-from datasets.packing.journal import Finished, Workshop
+from datasets.packing.journal import Finished, Workshop, key_of
 from datasets.packing.labelling import Labelling, read_labelling
 from datasets.packing.parts import Packed, divide, rehearse
 from datasets.packing.plan import Plan, make_plan, read_headers
@@ -76,6 +76,8 @@ def _pack(options: PackOptions, progress: Progress | None, wide: bool) -> PackSu
     headers, unread = read_headers(found, labelling.masks)
     labelling = _with_classes(options, labelling, found, headers)
     plan = make_plan(options, found, headers, unread, labelling, wide)
+    if plan.key != make_plan(options, found, headers, unread, labelling, True).key == key_of(options.output):
+        raise TooWide  # an earlier start has found that out
     rehearse(options, labelling, list(plan.shapes))
     with Workshop(options.output, plan.key) as shop:
         reasons = dict(plan.bad) | _make_samples(options, plan, labelling, shop, progress)
@@ -88,8 +90,25 @@ def _pack(options: PackOptions, progress: Progress | None, wide: bool) -> PackSu
         packed = divide(options, labelling, done, {id: source.path for id, source in found.items()}, bad)
         shop.sync()
         paths = publish(options, plan, labelling, packed, shop.folder)
+        packed.notes.extend(_passed_over(options, plan, labelling))
         shop.remove()
     return _summarise(paths, packed, bad)
+
+
+def _passed_over(options: PackOptions, plan: Plan, labelling: Labelling) -> list[str]:
+    """A note on files in the folders that are in no sample: of other formats, of a channel that is not asked for."""
+    good = [plan.sources[id] for id in plan.shapes] + list((labelling.masks or {}).values())
+    known = {file for source in plan.sources.values() for file in source.files}
+    known |= {file for source in good for file in sources.all_files(source)}
+    known |= {path for path in (options.labels, options.split_list, options.atlas, options.regions) if path}
+    others = [
+        path
+        for folder in options.sources
+        if folder.is_dir()
+        for path in sorted(folder.rglob("*"))
+        if path not in known and not path.is_dir() and not path.name.startswith(".")
+    ]
+    return [f"{len(others)} other file(s) were passed over, such as {others[0]}"] if others else []
 
 
 def _with_classes(
@@ -99,7 +118,11 @@ def _with_classes(
     if labelling.masks is None or labelling.classes is not None or not headers:
         return labelling
     masks = [(labelling.masks[id], found[id], header) for id, header in headers.items()]
-    classes = found_classes(survey(masks, _workers(options, len(masks))))
+    try:
+        values = survey(masks, _workers(options, len(masks)))
+    except WorkerDied:
+        raise OSError("a process was killed while it read the masks: out of memory? Try --workers 1") from None
+    classes = found_classes(values)
     return replace(labelling, classes=classes, class_names=classes.names)
 
 
@@ -111,7 +134,7 @@ def _make_samples(
     now = {id: identity(task) for id, task in tasks.items()}
     shop.forget({id for id, done in shop.finished.items() if now.get(id) != done.identity})
     rows = reserve(plan, labelling, options, shop.folder) if plan.in_place else {}
-    todo = [Task(**vars(task) | {"row": rows.get(id)}) for id, task in tasks.items() if id not in shop.finished]
+    todo = [replace(task, row=rows.get(id)) for id, task in tasks.items() if id not in shop.finished]
     size = {id: sum(path.stat().st_size for path in plan.sources[id].files) for id in plan.shapes}
     count = sum(size[id] for id in shop.finished), len(shop.finished)
     bench = Bench(

@@ -67,7 +67,7 @@ class _Known:
 
 def rehearse(options: PackOptions, labelling: Labelling, ids: Sequence[str]) -> None:
     """Raise what the division will raise for want of groups, before hours are spent on reading."""
-    _divide(options, labelling, [(id, 0) for id in ids], np.zeros(len(ids), np.int64))
+    _divide(options, labelling, ids, np.zeros(len(ids), np.int64))
 
 
 def divide(
@@ -87,8 +87,9 @@ def divide(
         done = [source for source in done if source.id in stay]
     samples = [(source, entry) for source in done for entry in source.samples]
     names, classes = _classes(labelling, samples)
-    _require_all(names, classes, bad)
-    split, fold = _divide(options, labelling, [(source.id, 0) for source, _ in samples], classes)
+    if labelling.task != "segmentation" and labelling.atlas is None:
+        _require_all(names, classes, bad)
+    split, fold = _divide(options, labelling, [source.id for source, _ in samples], classes)
     homes = {
         source.id: (SPLITS[code], None if fold is None or code == TEST else int(fold[number]))
         for number, ((source, _), code) in enumerate(zip(samples, split.tolist(), strict=True))
@@ -111,7 +112,9 @@ def _count(counters: dict[str, int], id: str) -> int:
 def _known(labelling: Labelling, source: Finished, path: Path) -> _Known:
     row = labelling.rows[source.id]
     bits = np.frombuffer(bytes.fromhex(source.hash), np.uint64)
-    return _Known(source.id, path, row.labels, row.split, row.fold, Print(source.digest, bits, source.num_bits))
+    # two label maps that differ decide as two labels do
+    labels = (f"map {source.samples[0].checksum:08x}",) if labelling.task == "segmentation" else row.labels
+    return _Known(source.id, path, labels, row.split, row.fold, Print(source.digest, bits, source.num_bits))
 
 
 def _classes(labelling: Labelling, samples: Sequence[tuple[Finished, Entry]]) -> tuple[list[str], NDArray[Any]]:
@@ -146,11 +149,11 @@ def _require_all(names: Sequence[str], classes: NDArray[Any], bad: Sequence[tupl
 
 
 def _divide(
-    options: PackOptions, labelling: Labelling, samples: Sequence[tuple[str, int]], classes: NDArray[Any]
+    options: PackOptions, labelling: Labelling, ids: Sequence[str], classes: NDArray[Any]
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
     """Split and fold of each sample, given by the id of its source."""
-    rows = [labelling.rows[id] for id, _ in samples]
-    groups = [labelling.group(id) for id, _ in samples]
+    rows = [labelling.rows[id] for id in ids]
+    groups = [labelling.group(id) for id in ids]
     # where the fold is given, the sample is trained on or validated
     given = [TRAIN if row.split == UNSET and row.fold != UNSET else row.split for row in rows]
     split = split_samples(classes, groups, options.split, options.recipe.seed, given)

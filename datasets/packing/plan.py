@@ -8,17 +8,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from datasets import drafts, sources
 from datasets.packing.geometry import final_shape, resampled_shape
 from datasets.packing.labelling import Labelling
-from datasets.packing.prepare import resolve_dtype
+from datasets.packing.prepare import ends, resolve_dtype
 from datasets.packing.recipe import PackOptions, Recipe, expand
 from datasets.sources import Header, Source, UnusableSource
 
+LARGEST = 2**31
+"""voxels of a sample"""
 VERSION = 1
 """of the bytes that a recipe makes: when they change, nothing of an earlier run is kept"""
 
@@ -86,24 +87,24 @@ def make_plan(
     wide: bool,
 ) -> Plan:
     """ValueError where the sources do not fit into one file. wide: as in `resolve_dtype`."""
-    small = _too_small(options.recipe, headers)
-    bad, headers = {**bad, **small}, {id: header for id, header in headers.items() if id not in small}
-    if not headers:
-        id = next(id for id in found if id in bad)
-        raise ValueError(f"nothing can be packed; the first, {found[id].path}: {bad[id]}")
-    axes = len(_common("axes", {id: header.shape[1:] for id, header in headers.items()}, len))
     recipe = options.recipe
     if (recipe.spacing or recipe.resize) and find_spec("scipy") is None:
         raise ValueError("--spacing and --resize need scipy: pip install -e '.[formats]'")
-    channels = _common("channels", {id: header.shape for id, header in headers.items()}, lambda shape: shape[0])[0]
-    if recipe.normalise == "imagenet" and channels != 3:
-        raise ValueError(f"--normalise imagenet is for red, green and blue; the sources have {channels} channel(s)")
+    odd = _unlike(headers)
+    odd |= _ill_sized(recipe, {id: header for id, header in headers.items() if id not in odd})
+    bad, headers = {**bad, **odd}, {id: header for id, header in headers.items() if id not in odd}
+    if not headers:
+        id = next(id for id in found if id in bad)
+        raise ValueError(f"nothing can be packed; the first, {found[id].path}: {bad[id]}")
+    channels, *spatial = next(iter(headers.values())).shape
+    axes = len(spatial)
+    _check_kind(options, headers, channels, axes)
     shapes = {id: (channels, *final_shape(header.shape[1:], header.affine, recipe)) for id, header in headers.items()}
     shape = None if options.ragged else _common_shape(shapes)
     dtype = resolve_dtype(recipe.dtype, (header.dtype for header in headers.values()), wide)
     chunk = None if options.chunk is None else expand(options.chunk, axes, "--chunk")
     if chunk is not None and shape is not None and any(c > s for c, s in zip(chunk, shape[1:], strict=True)):
-        raise ValueError(f"--chunk {chunk} is larger than a sample {shape[1:]}")
+        raise ValueError(f"--chunk {chunk} is larger than a sample {shape[1:]}; leave it out, or give less")
     return Plan(
         sources=found,
         shapes=shapes,
@@ -117,17 +118,46 @@ def make_plan(
     )
 
 
-def _too_small(recipe: Recipe, headers: Mapping[str, Header]) -> dict[str, str]:
-    """Volumes that no patch fits into."""
-    if recipe.patch is None:
-        return {}
-    small = {}
+def _unlike(headers: Mapping[str, Header]) -> dict[str, str]:
+    """Sources of another number of channels or axes than most."""
+    kinds = {id: (header.shape[0], len(header.shape) - 1) for id, header in headers.items()}
+    (most, _), *others = Counter(kinds.values()).most_common() or [((0, 0), 0)]
+    told = "{} channel(s) and {} axes"
+    return {
+        id: f"it has {told.format(*kind)}, most others {told.format(*most)}; pack these apart"
+        for id, kind in kinds.items()
+        if others and kind != most
+    }
+
+
+def _ill_sized(recipe: Recipe, headers: Mapping[str, Header]) -> dict[str, str]:
+    """Volumes that no patch fits into, or that resampling would blow up."""
+    odd = {}
     for id, header in headers.items():
         have = resampled_shape(header.shape[1:], header.affine, recipe)
-        want = expand(recipe.patch, len(have), "--patch")
-        if any(here < there for here, there in zip(have, want, strict=True)):
-            small[id] = f"its {have} voxels are smaller than the patch {want}"
-    return small
+        want = None if recipe.patch is None else expand(recipe.patch, len(have), "--patch")
+        if want is not None and any(here < there for here, there in zip(have, want, strict=True)):
+            odd[id] = f"its {have} voxels are smaller than the patch {want}"
+        if math.prod(have) > LARGEST:
+            odd[id] = (
+                f"resampled it would have {math.prod(have):,} voxels; is its spacing right? {LARGEST:,} are the most"
+            )
+    return odd
+
+
+def _check_kind(options: PackOptions, headers: Mapping[str, Header], channels: int, axes: int) -> None:
+    recipe = options.recipe
+    kinds = {header.dtype for header in headers.values()}
+    if recipe.normalise == "imagenet" and (channels != 3 or kinds != {np.dtype(np.uint8)}):
+        raise ValueError(
+            f"--normalise imagenet is for red, green and blue of 8 bits; the sources have {channels} channel(s) of "
+            f"{', '.join(sorted(map(str, kinds)))}"
+        )
+    if options.atlas is not None and axes != 3:
+        raise ValueError("--atlas is for volumes, and the sources are images")
+    if recipe.window is not None:
+        for kind in kinds:
+            ends(recipe.window, kind)
 
 
 def into_files(sizes: Sequence[int], limit: int | None) -> list[list[int]]:
@@ -148,15 +178,6 @@ def file_names(output: Path, count: int, sharded: bool) -> list[Path]:
     if not sharded:
         return [output]
     return [output.with_name(f"{output.stem}-{n:05d}-of-{count:05d}{output.suffix}") for n in range(1, count + 1)]
-
-
-def _common(what: str, shapes: Mapping[str, tuple[int, ...]], of: Any) -> tuple[int, ...]:
-    counts = Counter(of(shape) for shape in shapes.values())
-    if len(counts) > 1:
-        (most, _), (odd, _) = counts.most_common(1)[0], counts.most_common()[-1]
-        id = next(id for id, shape in shapes.items() if of(shape) == odd)
-        raise ValueError(f"{id!r} has {odd} {what}, most others have {most}; pack them into files of their own")
-    return next(iter(shapes.values()))
 
 
 def _common_shape(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -181,6 +202,9 @@ def _key(
     chunk: tuple[int, ...] | None,
 ) -> str:
     atlas = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (options.atlas, options.regions) if path]
-    told = [VERSION, asdict(options.recipe), dtype, shape, chunk, options.compress, options.ragged, options.channels]
+    recipe = asdict(options.recipe)
+    if options.recipe.patch is None and labelling.task != "segmentation":
+        del recipe["seed"]  # nothing is drawn
+    told = [VERSION, recipe, dtype, shape, chunk, options.compress, options.ragged, options.channels]
     told += [atlas, sorted(labelling.classes.number_of.items()) if labelling.classes else [], labelling.task]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()

@@ -7,9 +7,11 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
+from typing import Any
 
 from datasets.masks import mask_values, read_mask
 from datasets.packing.journal import Finished
@@ -34,12 +36,18 @@ def run(bench: Bench, tasks: Iterable[Task], workers: int) -> Iterator[tuple[Tas
         finally:
             writer.close()
         return
+    with _processes(workers, _begin, (bench,)) as pool:
+        yield from _in_turn(pool, iter(tasks), 2 * workers)
+
+
+@contextmanager
+def _processes(workers: int, begin: Callable[..., None], arguments: tuple[Any, ...]) -> Iterator[ProcessPoolExecutor]:
     # not fork: the progress bar has a thread
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["datasets.packing.pool"])
-    pool = ProcessPoolExecutor(workers, context, _begin, (bench,))
+    pool = ProcessPoolExecutor(workers, context, begin, arguments)
     try:
-        yield from _in_turn(pool, iter(tasks), 2 * workers)
+        yield pool
     except BrokenProcessPool:
         raise WorkerDied from None
     finally:
@@ -48,10 +56,10 @@ def run(bench: Bench, tasks: Iterable[Task], workers: int) -> Iterator[tuple[Tas
 
 def survey(masks: Sequence[tuple[Source, Source, Header]], workers: int) -> dict[int, Path]:
     """The values that masks have, each with the first that has it; masks that cannot be read are left to `run`."""
-    context = multiprocessing.get_context("forkserver")
     found: dict[int, Path] = {}
-    with ProcessPoolExecutor(workers, context) as pool:
-        for (mask, _, _), values in zip(masks, pool.map(_values, *zip(*masks, strict=True)), strict=True):
+    with ExitStack() as stack:
+        run_all = map if workers == 1 else stack.enter_context(_processes(workers, _keep_to_parent, ())).map
+        for (mask, _, _), values in zip(masks, run_all(_values, *zip(*masks, strict=True)), strict=True):
             for value in values:
                 found.setdefault(value, mask.path)
     return found
@@ -76,14 +84,18 @@ def _in_turn(pool: ProcessPoolExecutor, tasks: Iterator[Task], most: int) -> Ite
 _work_one: Callable[[Task], Outcome]
 
 
-def _begin(bench: Bench) -> None:
+def _keep_to_parent() -> None:
     """In each process: Ctrl-C is the parent's to answer; without a parent there is nothing to do."""
-    global _work_one
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_leave_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _begin(bench: Bench) -> None:
+    global _work_one
+    _keep_to_parent()
     writer = Appender(bench)
     _work_one = lambda task: _outcome(bench, writer, task)  # noqa: E731
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 DTYPES = ("keep", "uint8", "int16", "float32")
 NORMALISATIONS = ("zscore", "unit", "imagenet", "none")
-KEPT = ("uint8", "int16", "float16", "float32")
+KEPT = ("uint8", "int16", "float32")
 IMAGENET = ((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))
 """mean and standard deviation of red, green, blue in 0 to 1 (torchvision's weights)"""
 _BLOCK = 1 << 15
@@ -45,19 +45,31 @@ class Storage:
 
 def clip(data: NDArray[Any], window: tuple[float, float]) -> NDArray[Any]:
     """Intensities limited to the window, in the same dtype."""
-    low, high = window
-    if data.dtype.kind in "iu":
-        limits = np.iinfo(data.dtype)
-        low, high = (min(max(end, limits.min), limits.max) for end in (int(np.ceil(low)), int(np.floor(high))))
+    low, high = ends(window, data.dtype)
     clipped: NDArray[Any] = np.clip(data, data.dtype.type(low), data.dtype.type(high))
     return clipped
+
+
+def ends(window: tuple[float, float], dtype: np.dtype[Any]) -> tuple[float, float]:
+    """The lowest and the highest value of a dtype within a window. ValueError where there is none."""
+    low, high = window
+    if dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        low, high = max(int(np.ceil(low)), limits.min), min(int(np.floor(high)), limits.max)
+    if low > high:
+        raise ValueError(f"--window {window[0]:g},{window[1]:g} holds no value of {dtype}")
+    return float(dtype.type(low)), float(dtype.type(high))
 
 
 def measure(data: NDArray[Any], window: tuple[float, float] | None = None) -> Intensities:
     """Of one channel, clipped to the window if there is one."""
     flat = np.ascontiguousarray(data).reshape(-1)
     low, high = float(flat.min()), float(flat.max())
-    floor = window[0] if window is not None else 0.0 if low == 0 or (low < 0 and bool((flat == 0).any())) else None
+    floor = None
+    if window is not None:
+        floor = ends(window, flat.dtype)[0]
+    elif low == 0 or (low < 0 and bool((flat == 0).any())):
+        floor = 0.0
     count, total, squares = _sums(flat, low if floor is None else floor, floor is None)
     if count == 0:  # nothing lies above the floor
         floor, (count, total, squares) = None, _sums(flat, low, True)

@@ -1,5 +1,7 @@
 """The last step of a pack: the bytes in the work folder become volume files."""
 
+import hashlib
+import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,22 +49,39 @@ def publish(options: PackOptions, plan: Plan, labelling: Labelling, packed: Pack
     paths = file_names(options.output, len(parts), options.shard_bytes is not None)
     for path in paths:
         require_replaceable(path)
-    for path, part in zip(paths, parts, strict=True):
+    about = stored(options, plan.dtype) | {layout.PACK: _pack_id(packed)}
+    drafted = []
+    for number, part in enumerate(parts):
         entries = [packed.samples[number][1] for number in part]
         form = plan.form(labelling.task, [entry.shape for entry in entries])
         ids = [packed.samples[number][0].id for number in part]
         draft = _in_place(plan, form, ids, entries, folder) or _copied(form, entries, folder)
+        drafted.append(folder / f"ready-{number}.h5")
         drafts.complete(
             draft,
-            path,
+            drafted[-1],
             form,
             _columns(labelling, packed, part, folder),
             class_names=packed.class_names,
-            packing=stored(options, plan.dtype),
+            packing=about,
             source=_manifest(packed, part),
             chunks=_chunks(form, entries, folder) if form.box is not None else (),
         )
+    for draft, path in zip(drafted, paths, strict=True):
+        draft.replace(path)
+    if options.shard_bytes is not None:
+        for path in set(options.output.parent.glob(f"{options.output.stem}-*{options.output.suffix}")) - set(paths):
+            if layout.SHARD_NAME.search(path.stem):  # of an earlier pack of this name, in another number of files
+                path.unlink()
+    drafts.sync(options.output.parent)
     return paths
+
+
+def _pack_id(packed: Packed) -> str:
+    """The same in all files of a pack, and in no other pack."""
+    told = [packed.ids, packed.groups, packed.class_names, packed.split.tolist(), packed.classes.tolist()]
+    told += [None if packed.fold is None else packed.fold.tolist(), [entry.checksum for _, entry in packed.samples]]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def _offsets(form: drafts.Plan, places: drafts.Places, row: int) -> tuple[int, int | None]:

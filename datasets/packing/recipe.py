@@ -1,5 +1,6 @@
 """What `hpc pack` is asked for: the recipe of a sample's bytes, which predict replays, and all that is around it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,8 +41,12 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("spacing", "resize", "size", "patch"):
             value = getattr(self, name)
-            if value is not None and (len(value) not in (1, 2, 3) or min(value) <= 0):
+            if value is not None and (len(value) not in (1, 2, 3) or not min(value) > 0):
                 raise ValueError(f"--{name} {_spell(value)} is not one, two or three numbers above 0")
+        if self.spacing is not None and not all(math.isfinite(length) for length in self.spacing):
+            raise ValueError(f"--spacing {_spell(self.spacing)} is not one, two or three numbers above 0")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed {self.seed} is out of range; use 0 to 2**63 - 1")
         if self.spacing is not None and self.resize is not None:
             raise ValueError("--spacing and --resize both resample; give one of the two")
         if self.patch is not None and self.size is not None:

@@ -24,6 +24,8 @@ from datasets.packing.prepare import Intensities, Storage, choose_storage, clip,
 from datasets.packing.recipe import Recipe, expand
 from datasets.sources import Header, Source, UnusableSource, Volume
 
+EXACT = 2**24
+"""float32 holds all whole numbers up to it"""
 FOREGROUND = 256
 """voxels that are noted for each class of a label map"""
 
@@ -86,7 +88,7 @@ class _Prepared:
 
 def identity(task: Task) -> str:
     """Names, sizes and times of a source's files, and its label: another one means that it is to be read again."""
-    files = task.source.files + (task.mask.files if task.mask else ())
+    files = sources.all_files(task.source) + (sources.all_files(task.mask) if task.mask else ())
     status = [(str(path.resolve()), path.stat()) for path in files]
     told = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
     return hashlib.sha256(repr((told, task.label)).encode()).hexdigest()[:16]
@@ -133,10 +135,12 @@ def _prepare(bench: Bench, task: Task) -> _Prepared:
     if recipe.size is not None:
         size = expand(recipe.size, data.ndim - 1, "--size")
         if maps is not None:
-            maps = centre_fit(maps[None], affine, size, [0])[0][0]
+            maps = centre_fit(maps[None], affine, size, [_background(bench, maps, size)])[0][0]
         data, affine = centre_fit(data, affine, size, [channel.low for channel in channels])
     if recipe.dtype == "keep" and bench.dtype == "int16" and any(too_wide(c, bench.dtype) for c in channels):
         raise TooWide(task.source.id)
+    if bench.dtype == "float32" and any(c.integers and max(-c.low, c.high) > EXACT for c in channels):
+        raise UnusableSource("its whole numbers go beyond 2**24, which float32 does not hold exactly; rescale them")
     storages = [choose_storage(channel, bench.dtype, recipe.window) for channel in channels]
     scales = [_normal(recipe, *pair, number) for number, pair in enumerate(zip(channels, storages, strict=True))]
     parts = [store(channel, way) for channel, way in zip(data, storages, strict=True)]
@@ -151,6 +155,14 @@ def _prepare(bench: Bench, task: Task) -> _Prepared:
         offset=tuple(offset for _, offset in scales),
         print=told,
     )
+
+
+def _background(bench: Bench, maps: NDArray[np.uint8], size: tuple[int, ...]) -> int:
+    """The class that label maps are padded with, that of the value 0."""
+    number = None if bench.classes is None else bench.classes.number_of.get(0)
+    if number is None and any(have < want for have, want in zip(maps.shape, size, strict=True)):
+        raise UnusableSource(f"its {maps.shape} voxels would be padded to {size}, but no class has the value 0")
+    return number or 0
 
 
 def _map(bench: Bench, task: Task, volume: Volume) -> NDArray[np.uint8] | None:

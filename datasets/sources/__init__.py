@@ -25,6 +25,7 @@ __all__ = [
     "Source",
     "UnusableSource",
     "Volume",
+    "all_files",
     "describe",
     "find",
     "header",
@@ -63,12 +64,17 @@ def read(source: Source) -> Volume:
     return Volume(data, head.affine)
 
 
+def all_files(source: Source) -> tuple[Path, ...]:
+    """The files of a source whose header can be read, and those that the header names."""
+    detached = [nrrd.data_file(path) for path in source.files if path.suffix.lower() == ".nhdr"]
+    return (*source.files, *(path for path in detached if path))
+
+
 def describe(source: Source) -> dict[str, Any]:
     """Manifest entry: name, size in bytes, sha256; of several files their sum, and of their bytes in order."""
     digest = hashlib.sha256()
     size = 0
-    detached = [nrrd.data_file(path) for path in source.files if path.suffix.lower() == ".nhdr"]
-    for path in (*source.files, *(path for path in detached if path)):
+    for path in all_files(source):
         with path.open("rb") as file:
             while block := file.read(2**20):
                 digest.update(block)

@@ -20,6 +20,8 @@ from datasets.sources.voxels import Turn, check_claim, check_shape, check_values
 START = 64 * 2**10
 """bytes of a file that hold its header, compressed or not"""
 SIZES: Any = {348: nibabel.Nifti1Header, 540: nibabel.Nifti2Header}
+IN_MM = {"meter": 1000.0, "micron": 0.001}
+"""lengths of the header's unit; most headers have mm, or none"""
 MAGIC = {348: slice(344, 348), 540: slice(4, 8)}
 QUIET = logging.getLogger(f"{__name__}.nibabel")  # nibabel tells its own logger what it mends
 QUIET.addHandler(logging.NullHandler())
@@ -106,7 +108,9 @@ def _parse(block: bytes) -> _Layout:
     stored = np.dtype(header.get_data_dtype())
     packable(stored)
     slope, intercept = header.get_slope_inter()
-    turn = turn_to_ras(np.asarray(header.get_best_affine(), np.float64), shape[:3])
+    affine = np.asarray(header.get_best_affine(), np.float64)
+    affine[:3] *= IN_MM.get(header.get_xyzt_units()[0], 1.0)
+    turn = turn_to_ras(affine, shape[:3])
     offset = int(header.get_data_offset())
     if offset < len(block):
         raise UnusableSource(f"broken data (its voxels start at byte {offset}, inside the header)")

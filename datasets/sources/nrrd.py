@@ -30,6 +30,7 @@ TYPES = {
 }
 ENDIAN = {"little": "<", "big": ">", None: "|"}
 ENCODINGS = {"raw": "raw", "gzip": "gzip", "gz": "gzip", "bzip2": "bzip2", "bz2": "bzip2"}
+IN_MM = {"mm": 1.0, "millimeter": 1.0, "m": 1000.0, "cm": 10.0, "um": 0.001, "µm": 0.001, "micron": 0.001, "nm": 1e-6}
 SPACES = {
     "left-posterior-superior": (-1, -1, 1),
     "lps": (-1, -1, 1),
@@ -206,6 +207,14 @@ def _roles(head: Any, axes: int) -> tuple[list[int], int | None]:
     return spatial, others[0] if others else None
 
 
+def _unit(head: Any) -> float:
+    """mm of the header's unit of length; mm where it names none. UnusableSource for one that is no length."""
+    names = {str(name).strip('"').lower() for name in head.get("space units", ())} - {""}
+    if len(names) > 1 or not names <= set(IN_MM):
+        raise UnusableSource(f"its space units are {', '.join(sorted(names))}; give all in one of {', '.join(IN_MM)}")
+    return IN_MM[names.pop()] if names else 1.0
+
+
 def _affine(head: Any, spatial: list[int]) -> NDArray[np.float64]:
     """Index to mm in RAS; of a 2D image the sizes of its rows and columns on the diagonal."""
     directions, spacings = head.get("space directions"), head.get("spacings")
@@ -217,6 +226,7 @@ def _affine(head: Any, spatial: list[int]) -> NDArray[np.float64]:
         affine[:3, :3] = columns
         if "space origin" in head and np.isfinite(head["space origin"]).all():
             affine[:3, 3] = head["space origin"]
+        affine[:3] *= _unit(head)
         return np.diag([*SPACES.get(str(head.get("space")).lower(), (1, 1, 1)), 1.0]) @ affine
     if directions is not None:
         sizes = [float(np.linalg.norm(directions[axis])) for axis in reversed(spatial)]
