@@ -166,6 +166,7 @@ def complete(
     CHECKSUMS; TARGETS unless they are label maps; FOLDS and FOREGROUND where there are such. chunks: all, once, in any
     order, of a chunked draft. ValueError for columns that do not fit, or a group in two splits.
     """
+    layout.check_classes(plan.task, class_names)
     tables = _check_columns(plan, columns, len(class_names))
     attributes: dict[str, Any] = {
         layout.TASK_ATTR: plan.task,

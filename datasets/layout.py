@@ -54,12 +54,22 @@ PACK = "pack"
 """in the packing options of a shard: which pack it is of"""
 SHARD_NAME = re.compile(r"-\d+-of-(\d+)$")
 
+MAX_MAP_CLASSES = 255
+
 Tables = dict[str, NDArray[Any]]
 
 
 def target_shape(task: str, shape: tuple[int, ...], num_classes: int) -> tuple[int, ...]:
     """Shape of one sample's target: () class number, (K,) multi-hot, or the spatial shape of `shape` (C, *spatial)."""
     return {"classification": (), "multilabel": (num_classes,), "segmentation": shape[1:]}[task]
+
+
+def check_classes(task: str, names: Sequence[str]) -> None:
+    """ValueError for a name that stands twice, and for more classes than a label map's bytes can tell apart."""
+    if len(set(names)) < len(names):
+        raise ValueError(f"two classes have the name {next(name for name in names if list(names).count(name) > 1)!r}")
+    if task == "segmentation" and len(names) > MAX_MAP_CLASSES:
+        raise ValueError(f"label maps are bytes: {len(names)} classes are more than {MAX_MAP_CLASSES}")
 
 
 def sample_checksum(inputs: Any, target: Any) -> int:

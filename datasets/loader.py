@@ -83,6 +83,9 @@ class Loader:
     damaged. Kept by tests/test_loader.py, test_sampling.py and test_patches.py.
     """
 
+    _sought = False
+    """the next iteration begins where `seek` has said"""
+
     def __init__(
         self,
         volumes: VolumeFile,
@@ -133,10 +136,13 @@ class Loader:
         if epoch < 0 or not 0 <= step <= len(self):
             raise ValueError(f"position (epoch {epoch}, step {step}) is outside: an epoch has steps 0 to {len(self)}")
         self.close()
-        self.epoch, self.step = epoch, step
+        self.epoch, self.step, self._sought = epoch, step, True
 
     def __iter__(self) -> Generator[Batch, None, None]:
         self.close()
+        if not (self.shuffle or self._sought):
+            self.step = 0  # what a loop left by break has seen is to be scored again
+        self._sought = False
         batches = self._iterate()
         self._running = weakref.ref(batches)
         return batches
@@ -201,7 +207,9 @@ class Loader:
         candidates = self.samples if self.on_bad_sample == "skip" else None
         if candidates is not None and isinstance(self._sampler, Weighted):
             candidates = candidates[self._sampler.weights > 0]
-        return Reading(self.volumes, self.seed, epoch, self.verify, patches, self.foreground, candidates)
+        return Reading(
+            self.volumes, self.seed, epoch, self.verify, patches, self.foreground, self.batch_size, candidates
+        )
 
     def _account(self, prefetch: Prefetch) -> None:
         self.waited += prefetch.waited
@@ -323,6 +331,8 @@ class Loader:
             raise ValueError(
                 f"batch_size {self.batch_size} is over the {size} samples of split {self.split!r} of {name}"
             )
+        if not self.shuffle and self.on_bad_sample == "skip":
+            raise ValueError("on_bad_sample 'skip' would score another sample in place of a bad one: mend the file")
         for option, default in (("sampler", "uniform"), ("views", 1), ("foreground", 0.0)):
             if not self.shuffle and getattr(self, option) != default:
                 raise ValueError(f"{option} {getattr(self, option)!r} has no effect where nothing is shuffled")

@@ -37,11 +37,12 @@ from datasets.layout import (
     TASKS,
     TEXTS,
     Shard,
+    check_classes,
     compute_fingerprint,
     table_specs,
     tables_checksum,
 )
-from datasets.names import Names, decodes
+from datasets.names import MAX_LENGTH, Names, decodes
 from datasets.partition import HELD_OUT, SPLITS
 from datasets.trust import (
     VolumeFileError,
@@ -102,12 +103,22 @@ def _check_names(path: Path, file: h5py.File) -> None:
         raise VolumeFileError(f"{path} is half written or damaged: no {', '.join(missing)}; pack it again")
 
 
-def _read_facts(path: Path, file: h5py.File, identity: tuple[int, int, int]) -> Shard:
+def _read_task(path: Path, file: h5py.File) -> tuple[str, list[str]]:
+    """The task and the names of its classes."""
     task, classes = read_text(path, file, TASK_ATTR), read_attribute(path, file, CLASSES_ATTR)
     if task not in TASKS:
         raise VolumeFileError(f"{path}: task {task!r} is unknown; this version reads {', '.join(TASKS)}")
     if not isinstance(classes, list) or not classes:
         raise VolumeFileError(f"{path}: attribute {CLASSES_ATTR} is not a list of names; pack it again")
+    try:
+        check_classes(task, classes)
+    except ValueError as error:
+        raise VolumeFileError(f"{path}: {error}; pack it again") from error
+    return task, classes
+
+
+def _read_facts(path: Path, file: h5py.File, identity: tuple[int, int, int]) -> Shard:
+    task, classes = _read_task(path, file)
     inputs, shapes = own_dataset(path, file, INPUTS), _read_shapes(path, file)
     sample = inputs.shape[1:] if shapes is None else tuple(shapes[0].tolist())
     _check_inputs(path, inputs, sample, shapes is not None)
@@ -173,8 +184,8 @@ def _check_table(path: Path, file: h5py.File, name: str, spec: tuple[tuple[int, 
     if dataset.shape != shape:
         raise VolumeFileError(f"{path}: {name} has shape {dataset.shape}, not {shape}; pack it again")
     dtype = dataset.dtype
-    if dtype.kind != "S" if kind == "S" else dtype != np.dtype(kind):
-        wanted = "text of fixed length" if kind == "S" else kind
+    if dtype.kind != "S" or dtype.itemsize > MAX_LENGTH if kind == "S" else dtype != np.dtype(kind):
+        wanted = f"text of up to {MAX_LENGTH} bytes" if kind == "S" else kind
         raise VolumeFileError(f"{path}: {name} has dtype {dtype}, not {wanted}; pack it again")
     return plain_offset(path, dataset)
 

@@ -21,6 +21,7 @@ class Stream(IntEnum):
     PATCH = 4
     SAMPLER = 5
     REPLACE = 6
+    FOREGROUND = 7
     TRANSFORMS = 16
     ELASTIC = 17
     CUTOUT = 18

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
@@ -38,6 +39,8 @@ class Reading:
     patches: Patches | None
     foreground: float
     """share of the places in the epoch whose patch holds a foreground location"""
+    batch_size: int
+    """of a global batch"""
     candidates: NDArray[np.int64] | None
     """samples that may stand in for a bad one; None: a bad one ends the iteration"""
 
@@ -64,7 +67,7 @@ class Prefetch:
         self._checked = _chosen_for_check(reading)
         self._reader = Reader(reading.volumes)
         self._pieces = max(1, min(threads, rows, rows * ring.sample_bytes // PIECE_BYTES))
-        self._depth = 1 + -(-threads // self._pieces)
+        self._depth = 2 + -(-threads // self._pieces)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader") if threads else None
         self.waited = 0.0
         """seconds spent waiting in `next`"""
@@ -107,10 +110,21 @@ class Prefetch:
             _LOG.warning("sample skipped: %s", reason)
         return work
 
+    def _is_foreground(self, place: int) -> bool:
+        reading = self._reading
+        if not reading.foreground:
+            return False
+        step, row = divmod(place, reading.batch_size)
+        return bool(foreground_rows(reading.seed, reading.epoch, step, reading.batch_size, reading.foreground)[row])
+
     def _start(self, share: Share) -> Work:
         work = Work(self._ring.acquire(spare=self._depth), share, share.samples.copy())
         if self._pool is None:
-            self._read(work, 0, len(share.samples))
+            try:
+                self._read(work, 0, len(share.samples))
+            except BaseException:
+                work.slot.busy = False
+                raise
             return work
         edges = [len(share.samples) * piece // self._pieces for piece in range(self._pieces + 1)]
         work.futures = [
@@ -151,7 +165,7 @@ class Prefetch:
         view = int(work.share.views[row])
         if self._checked[sample] and view == 0:
             check_whole(volumes, self._reader, sample)
-        foreground = _is_foreground(int(work.share.places[row]), self._reading.foreground)
+        foreground = self._is_foreground(int(work.share.places[row]))
         key = sample + view * len(volumes)
         start = patches.start(self._reader, self._reading.epoch, sample, key, foreground)
         self._reader.read_patch(sample, start, patches.size, inputs, target)
@@ -167,9 +181,17 @@ def _own_part(
     return inputs[:size], None if target is None else target[:voxels]
 
 
-def _is_foreground(place: int, share: float) -> bool:
-    """Exactly `share` of the places of an epoch, evenly spread."""
-    return int((place + 1) * share) > int(place * share)
+@lru_cache(maxsize=8)
+def foreground_rows(seed: int, epoch: int, step: int, batch_size: int, share: float) -> NDArray[np.bool_]:
+    """(batch_size,) the rows of a global batch whose patch holds a foreground location.
+
+    As many as `share` of an epoch comes to, batch by batch; drawn, so that no rank has them all.
+    """
+    before, after = (int(number * batch_size * share + 1e-6) for number in (step, step + 1))
+    rows = np.zeros(batch_size, bool)
+    order = np.argsort(random_bits(seed, epoch, Stream.FOREGROUND, batch_size, step), kind="stable")
+    rows[order[: after - before]] = True
+    return rows
 
 
 def _chosen_for_check(reading: Reading) -> NDArray[np.bool_]:

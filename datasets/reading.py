@@ -4,6 +4,7 @@ A reader fills buffers that the caller owns, with `target` None unless the file 
 OSError that names the file and the sample; `BadSample` when only this one cannot be had.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -84,6 +85,8 @@ class Reader:
             raise ValueError(f"{self._volumes.paths[number]} has no foreground table")
         table = np.empty((len(self._volumes.class_names), place[1]), np.int32)
         self._named(sample, lambda: self._files[number].fill(bytes_of(table), place[0] + row * table.nbytes))
+        if table.max() >= math.prod(self._volumes.sample_shape(sample)[1:]):
+            self._raise(sample, ValueError("a foreground place lies outside of it"))
         return table
 
     def _named(self, sample: int, work: Callable[[], None]) -> None:

@@ -49,6 +49,7 @@ class VolumeWriter:
         foreground: ArrayLike | None = None,
     ) -> None:
         self.path, self.class_names = Path(path), tuple(class_names)
+        layout.check_classes(task, self.class_names)
         self._facts: dict[str, Any] = {"packing": packing, "source": source, "orientation": orientation}
         self._folds, self._foreground = folds, foreground
         self._settings: dict[str, Any] = {"dtype": np.dtype(dtype).name, "task": task, "num_samples": num_samples}

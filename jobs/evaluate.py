@@ -49,8 +49,8 @@ def evaluate(run: RunDir, split: str, wanted: str) -> tuple[str, Scores, list[st
     model = parts.build_model(experiment.model.name).to(device).eval()
     model.load_state_dict(found.model())
     data, bf16 = experiment.data, experiment.train.precision == "bf16"
-    options: dict[str, Any] = {"threads": data.threads, "device": device, "dtype": torch.float32, "patch": data.patch}
-    loader = Loader(parts.volumes, split, data.batch_size, shuffle=False, **options)
+    options: dict[str, Any] = {"threads": data.threads, "device": device, "dtype": torch.float32, "verify": 1.0}
+    loader = Loader(parts.volumes, split, data.batch_size, patch=data.patch, shuffle=False, **options)
     task = Classification(experiment.train.loss, parts.weights, device)
     counts, scores, samples = Counts(parts.num_classes, device), [], []
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -88,7 +88,7 @@ def main() -> int:
     except (UserError, ValueError, BadNode) as error:
         print(error, file=sys.stderr)
         return ExitCode.BAD_INPUT
-    except checkpoint.StorageError as error:
+    except (checkpoint.StorageError, OSError) as error:
         print(error, file=sys.stderr)
         return ExitCode.STORAGE
     metrics, table = scores.metrics(), scores.per_class(names)

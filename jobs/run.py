@@ -153,7 +153,11 @@ def _build(folder: RunDir, experiment: Experiment, allocation: Allocation) -> Tr
     watchdog = Watchdog(folder, allocation, experiment.train.hang_after, peers).start()
     with watchdog.phase("build", _BUILD_LIMIT_S):
         trainer = Trainer(folder, experiment, engine, _FLAG, watchdog)
-        trainer.resume()
+        try:
+            trainer.resume()
+        except BaseException:
+            trainer.leave_data()
+            raise
     return trainer
 
 

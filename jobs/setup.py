@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from datasets import Loader, sampling, staging
+from datasets import Loader, codecs, sampling, staging
 from datasets.augment import Augment
 from datasets.layout import VolumeFile
 from datasets.staging import Staged
@@ -62,9 +62,19 @@ def _refuse_unsaved(name: str, model: nn.Module) -> None:
         )
 
 
+def _require_codecs(volumes: VolumeFile) -> None:
+    """UserError where the file is compressed and what it is read with is not installed."""
+    if any(shard.inputs.chunks is not None and shard.inputs.chunks.codec for shard in volumes.shards):
+        try:
+            codecs.require_library()
+        except ImportError as error:
+            raise UserError(str(error)) from error
+
+
 def prepare(experiment: Experiment, files: Sequence[Path] = ()) -> Parts:
     """Open the data file (`files`: copies of it) and compare it with the experiment. Raises ValueError or UserError."""
     volumes = open_data(experiment, files)
+    _require_codecs(volumes)
     shape = _sample_shape(experiment.data, volumes)
     classes = len(volumes.class_names)
     train = volumes.indices("train")
@@ -105,7 +115,6 @@ def make_loaders(
         "device": device,
         "dtype": torch.float32,
         "patch": data.patch,
-        "on_bad_sample": data.on_bad_sample,
     }
     train = Loader(
         volumes,
@@ -116,9 +125,11 @@ def make_loaders(
         weights=sampling.class_weights(volumes, data.weights) if data.weights else None,
         views=data.views,
         foreground=data.foreground,
+        on_bad_sample=data.on_bad_sample,
         **common,
     )
-    return train, Loader(volumes, split="validation", **common)
+    # each sample once, and no score of damaged ones
+    return train, Loader(volumes, split="validation", verify=1.0 if data.patch is None else train.verify, **common)
 
 
 def _verified_share(data: Data, volumes: VolumeFile) -> float:

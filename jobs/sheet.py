@@ -130,6 +130,7 @@ class Sheet:
 
 def shorten(text: str, font: Any, width: int) -> str:
     """The text if it fits into `width` pixels, else its end after dots: ids tend to differ there."""
+    text = "".join(sign if sign.isprintable() else " " for sign in text)
     if font.getlength(text) <= width:
         return text
     return next(("..." + text[n:] for n in range(1, len(text)) if font.getlength("..." + text[n:]) <= width), "...")

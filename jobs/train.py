@@ -63,10 +63,15 @@ class Trainer:
         self.settings = experiment.train
         self.parts: Parts = prepare(experiment)
         self.staged = stage(experiment, self.parts.volumes)
-        if self.staged:
-            self.parts = prepare(experiment, self.staged.paths)
-        self.deterministic = wants_determinism(experiment, engine.device)
-        self._build()
+        try:
+            if self.staged:
+                self.parts = prepare(experiment, self.staged.paths)
+            self.deterministic = wants_determinism(experiment, engine.device)
+            self._build()
+        except BaseException:
+            if self.staged:
+                self.staged.close()
+            raise
         self.step = 0
         self.state: dict[str, Any] = {"evaluated_step": 0, "best": None, "sums": None, "shown": {}, "last": None}
         self.bad_samples = 0

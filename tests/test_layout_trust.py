@@ -193,7 +193,7 @@ MALFORMED = {
     # types
     "texts of any length": (
         stored("ids", ["a", "b", "c", "d"], dtype=h5py.string_dtype()),
-        "ids has dtype object, not text of fixed length",
+        "ids has dtype object, not text of up to 1024 bytes",
     ),
     "texts of any length, not UTF-8": (
         stored("groups", [b"\xff", b"b", b"c", b"d"], dtype=h5py.string_dtype()),
