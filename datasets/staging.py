@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -60,10 +60,17 @@ class Staged:
         self.close()
 
 
-def stage(volumes: VolumeFile, scratch: Sequence[str | os.PathLike[str]]) -> Staged:
+class StagingStopped(Exception):
+    """`stopped` came true while the data were copied; nothing of it is left."""
+
+
+def stage(
+    volumes: VolumeFile, scratch: Sequence[str | os.PathLike[str]], stopped: Callable[[], object] = lambda: False
+) -> Staged:
     """Copy all shards to the first of the scratch folders that is there, unless they are; waits for who is at it.
 
-    Raises StagingError where there is no folder, or not enough room in it.
+    Raises StagingError where there is no folder, or not enough room in it, and StagingStopped soon after `stopped()`
+    is true: a copy of many GB outlasts the notice of a preemption.
     """
     base = _private_folder(scratch)
     folder = base / _digest(volumes)
@@ -71,9 +78,9 @@ def stage(volumes: VolumeFile, scratch: Sequence[str | os.PathLike[str]]) -> Sta
     while True:
         lock = _open_lock(folder)
         try:
-            fcntl.flock(lock, fcntl.LOCK_SH)  # waits for who is copying
+            _wait_for_copier(lock, stopped)
             if not _is_whole(folder, volumes) and _alone(lock) and _is_current(lock, folder):
-                _copy(volumes, folder)
+                _copy(volumes, folder, stopped)
                 fcntl.flock(lock, fcntl.LOCK_SH)
             if _is_current(lock, folder) and _is_whole(folder, volumes):
                 return Staged(_copies(volumes, folder), folder, lock)
@@ -82,6 +89,17 @@ def stage(volumes: VolumeFile, scratch: Sequence[str | os.PathLike[str]]) -> Sta
             raise
         os.close(lock)
         time.sleep(_AGAIN_S)
+
+
+def _wait_for_copier(lock: int, stopped: Callable[[], object]) -> None:
+    """Hold the lock shared."""
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if stopped():
+                raise StagingStopped from None
+            time.sleep(_AGAIN_S)
 
 
 def _private_folder(scratch: Sequence[str | os.PathLike[str]]) -> Path:
@@ -157,7 +175,7 @@ def _is_whole(folder: Path, volumes: VolumeFile) -> bool:
         return False
 
 
-def _copy(volumes: VolumeFile, folder: Path) -> None:
+def _copy(volumes: VolumeFile, folder: Path, stopped: Callable[[], object]) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     needed = sum(shard.identity[1] for shard in volumes.shards)
     free = shutil.disk_usage(folder.parent).free
@@ -170,20 +188,22 @@ def _copy(volumes: VolumeFile, folder: Path) -> None:
     try:
         folder.mkdir(mode=0o700)
         for source, copy in zip(volumes.paths, _copies(volumes, folder), strict=True):
-            _copy_file(source, copy)
+            _copy_file(source, copy, stopped)
         _compare(volumes, folder)
         _write_marker(volumes, folder)
-    except OSError as error:
+    except (OSError, StagingStopped) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, StagingError):
+        if isinstance(error, (StagingError, StagingStopped)):
             raise
         raise StagingError(f"data.stage: {volumes.name} cannot be copied to {folder}: {error}") from error
 
 
-def _copy_file(source: Path, copy: Path) -> None:
+def _copy_file(source: Path, copy: Path, stopped: Callable[[], object]) -> None:
     with source.open("rb", buffering=0) as read, copy.open("xb", buffering=0) as write:
         buffer = memoryview(bytearray(_PART_BYTES))
         while count := read.readinto(buffer):
+            if stopped():
+                raise StagingStopped
             done = 0
             while done < count:
                 done += write.write(buffer[done:count])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,17 @@ def _sample_shape(data: Data, volumes: VolumeFile) -> tuple[int, ...]:
     return (volumes.channels, *data.patch)
 
 
-def stage(experiment: Experiment, volumes: VolumeFile) -> Staged | None:
-    """The node's own copy of the data file, where the experiment asks for one. Raises UserError, StagingError."""
+def stage(experiment: Experiment, volumes: VolumeFile, stopped: Callable[[], object]) -> Staged | None:
+    """The node's own copy of the data file, where the experiment asks for one and nothing stops it meanwhile.
+
+    Raises UserError, StagingError.
+    """
     if experiment.data.stage == "none":
         return None
-    return staging.stage(volumes, scratch_folders())
+    try:
+        return staging.stage(volumes, scratch_folders(), stopped)
+    except staging.StagingStopped:
+        return None
 
 
 def make_loaders(

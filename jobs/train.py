@@ -39,6 +39,8 @@ from jobs.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
 _FLUSH_STEPS = 10
+_STAGING_LIMIT_S, _SLOWEST_COPY = 600.0, 20e6
+"""Seconds beside those of copying the data to the node, at so many bytes a second, before it counts as a hang."""
 _SAVE_LIMIT_S, _EVALUATION_LIMIT_S = 1800.0, 600.0
 """Silence that is no hang while saving, and between two batches of an evaluation."""
 
@@ -62,7 +64,9 @@ class Trainer:
         self.watchdog = watchdog or Watchdog(run, engine.allocation, experiment.train.hang_after)  # asleep
         self.settings = experiment.train
         self.parts: Parts = prepare(experiment)
-        self.staged = stage(experiment, self.parts.volumes)
+        size = sum(path.stat().st_size for path in self.parts.volumes.paths)
+        with self.watchdog.phase("staging", _STAGING_LIMIT_S + size / _SLOWEST_COPY):
+            self.staged = stage(experiment, self.parts.volumes, lambda: flag.cause)
         try:
             if self.staged:
                 self.parts = prepare(experiment, self.staged.paths)

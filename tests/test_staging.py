@@ -1,5 +1,6 @@
 """Copies on a node's disk: made once for all ranks, whole or made anew, gone with the last reader, ours alone."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from datasets import open_volumes
-from datasets.staging import StagingError, stage
+from datasets.staging import StagingError, StagingStopped, _digest, stage
 from datasets.writer import VolumeWriter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,6 +61,31 @@ def left(scratch):
 
 def inodes(staged):
     return [path.stat().st_ino for path in staged.paths]
+
+
+def test_a_stop_ends_a_copy_and_leaves_nothing_of_it(shards, scratch):
+    volumes, asked = open_volumes(shards), []
+
+    def second_time():
+        asked.append(1)
+        return len(asked) > 1
+
+    with pytest.raises(StagingStopped):
+        stage(volumes, [scratch], second_time)
+    assert not list(scratch.rglob("*.h5"))
+    with stage(volumes, [scratch]) as staged:
+        assert open_volumes(staged.paths).verify() == []
+
+
+def test_a_stop_ends_the_waiting_for_another_copier(shards, scratch):
+    volumes = open_volumes(shards)
+    folder = scratch / OWN
+    folder.mkdir(mode=0o700)
+    held = os.open(folder / f"{_digest(volumes)}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(StagingStopped):
+        stage(volumes, [scratch], lambda: True)
+    os.close(held)
 
 
 def test_copies_hold_the_same_samples_and_are_gone_at_the_end(shards, scratch):
