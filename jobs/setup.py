@@ -108,13 +108,13 @@ def stage(experiment: Experiment, volumes: VolumeFile, stopped: Callable[[], obj
 
 
 def make_loaders(
-    experiment: Experiment, parts: Parts, device: torch.device | str, rank: int = 0, world_size: int = 1
+    experiment: Experiment, parts: Parts, device: torch.device | str, rank: int = 0, world_size: int = 1, seed: int = 0
 ) -> tuple[Loader, Loader]:
     """Of training and validation. Raises ValueError or UserError with one line."""
     data, volumes = experiment.data, parts.volumes
     common: dict[str, Any] = {
         "batch_size": data.batch_size,
-        "seed": experiment.train.seed,
+        "seed": seed,
         "rank": rank,
         "world_size": world_size,
         "threads": data.threads,

@@ -94,7 +94,7 @@ class Trainer:
         self.model = self.parts.build_model(self.experiment.model.name, self.deterministic).to(engine.device)
         self.optimizer = build_optimizer(settings.optimizer, self.model)
         self.task = Classification(settings.loss, self.parts.weights, engine.device)
-        place = (engine.device, engine.rank, engine.world_size)
+        place = (engine.device, engine.rank, engine.world_size, settings.seed)
         self.loader, self.validation = make_loaders(self.experiment, self.parts, *place)
         self.steps_per_epoch = min(len(self.loader), settings.limit_steps or len(self.loader))
         self.total_steps = settings.epochs * self.steps_per_epoch

@@ -237,7 +237,7 @@ def _spoil(play: Playing, steps: str) -> None:
     with VolumeWriter(path, dtype=before.dtype, **sizes) as writer:
         for number in range(len(before)):
             volume, label = before.read(number)
-            scale = before.scale[number] * (float("nan") if number in spoilt else 1)
+            scale = 3e38 if number in spoilt else before.scale[number]  # a number in the file, none in the network
             split = SPLITS[before.split[number]]
             given = {"id": before.ids[number], "split": split, "offset": before.offset[number]}
             writer.add(volume, label, scale=scale, **given)
