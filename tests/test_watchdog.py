@@ -250,7 +250,9 @@ def test_a_stopped_rank_is_named_by_the_others(stage: Stage, scene: str, stopped
         assert [(one["rank"], one["node"]) for one in event["stuck"]] == [(stopped, f"n{stopped}")], str(event)
     os.kill(child.pid or 0, signal.SIGCONT)  # after longer than the limit: its silence begins anew
     child.join(CHILD_LIMIT_S)
-    assert stopped not in [event["rank"] for event in hangs(stage.run(scene))]
+    # torch may need longer than the limit to say that the others have left: then they are the ones it names
+    for event in (event for event in hangs(stage.run(scene)) if event["rank"] == stopped):
+        assert event["silent"] < 2 * HANG_S and stopped not in [one["rank"] for one in event["stuck"]], str(event)
 
 
 def test_a_stop_shorter_than_the_limit_and_a_save_longer_than_it_are_no_hang(stage: Stage) -> None:
