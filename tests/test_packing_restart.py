@@ -146,6 +146,22 @@ def test_voxels_beside_a_header_that_change_are_read_again(tmp_path):
     assert np.array_equal(open_volumes(tmp_path / "o.h5").read(2)[0][0], noise(seed=9))
 
 
+def test_a_mask_whose_header_is_broken_is_a_line_and_can_be_left_out(tmp_path, capsys):
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    for number in range(4):
+        save(tmp_path / "images" / f"s{number}.nii.gz", noise(seed=number))
+        save(tmp_path / "masks" / f"s{number}.nii.gz", (noise(seed=number) > 500).astype(np.uint8))
+    (tmp_path / "masks" / "s2.nii.gz").unlink()
+    (tmp_path / "masks" / "s2.nhdr").write_text("NRRD0004\ntype: short\ndata file: ../out.raw\n")
+    arguments = [tmp_path / "images", "--masks", tmp_path / "masks", "--classes", "nothing,something"]
+    assert run(*arguments, "-o", tmp_path / "o.h5") == 1
+    told = [line for line in capsys.readouterr().err.splitlines() if "pack: bad: " in line]
+    assert len(told) == 1 and "s2.nii.gz" in told[0]
+    assert run(*arguments, "-o", tmp_path / "o.h5", "--skip-bad", "--split", "50/50/0") == 0
+    assert tuple(open_volumes(tmp_path / "o.h5").ids) == ("s0", "s1", "s3")
+
+
 def test_shards_of_two_packs_do_not_mix(tmp_path):
     scans, labels = twelve(tmp_path)
     arguments = [scans, "--labels", labels, "-o", tmp_path / "o.h5"]

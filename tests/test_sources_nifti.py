@@ -13,28 +13,10 @@ import pytest
 
 from datasets import sources
 from datasets.sources import UnusableSource, find, header, packed, read
+from tests.scans import SPACING, save, world
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(nibabel.__file__).parent / "tests" / "data"
-SPACING = np.array([1.0, 1.5, 2.0])
-
-
-def world(shape=(9, 10, 11)):
-    """A volume in RAS whose voxels say where they are: 100 x + 10 y + z."""
-    x, y, z = np.indices(shape)
-    return (100 * x + 10 * y + z).astype(np.int16)
-
-
-def save(path, data, axes="RAS"):
-    """Write RAS data in another stored orientation, anisotropic, with a shifted origin."""
-    affine = np.diag([*SPACING, 1.0])
-    affine[:3, 3] = (-3, 4, 5)
-    image = nibabel.Nifti1Image(data, affine)
-    turn = nibabel.orientations.ornt_transform(
-        nibabel.orientations.axcodes2ornt("RAS"), nibabel.orientations.axcodes2ornt(axes)
-    )
-    nibabel.save(image.as_reoriented(turn), path)
-    return path
 
 
 def load(path):

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from datasets.drafts import sync
+
 JOURNAL, LOCK, NOW = "done.jsonl", "lock", "now-"
 _SYNC_EVERY = 20.0
 """seconds between syncs of all that was written"""
@@ -136,7 +138,7 @@ class Workshop:
     def sync(self) -> None:
         """Bring all data files to the disk, then say so in the journal."""
         for path in self.folder.glob("*.dat"):
-            _sync(path)
+            sync(path)
         self._write({"synced": True})
         os.fsync(self._journal.fileno())
         self._synced = time.monotonic()
@@ -203,11 +205,3 @@ def _believed(path: Path, key: str) -> list[dict[str, Any]]:
         last = max((number for number, line in enumerate(lines, 1) if "synced" in line), default=0)
         lines = lines[:last]
     return [line for line in lines if "id" in line]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

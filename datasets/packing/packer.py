@@ -21,7 +21,7 @@ from datasets.packing.plan import Plan, make_plan, read_headers
 from datasets.packing.pool import WorkerDied, run, survey
 from datasets.packing.publish import publish, reserve
 from datasets.packing.recipe import PackOptions
-from datasets.packing.samples import Bench, Task, TooWide, identity
+from datasets.packing.samples import Bench, Task, TooWide, files_of, identity
 from datasets.sources import Header, Source
 from datasets.writer import require_replaceable
 
@@ -88,18 +88,17 @@ def _pack(options: PackOptions, progress: Progress | None, wide: bool) -> PackSu
         if not done:
             raise ValueError(f"nothing can be packed; the first, {bad[0][0]}: {bad[0][1]}")
         packed = divide(options, labelling, done, {id: source.path for id, source in found.items()}, bad)
+        packed.notes.extend(_passed_over(options, plan, labelling))
         shop.sync()
         paths = publish(options, plan, labelling, packed, shop.folder)
-        packed.notes.extend(_passed_over(options, plan, labelling))
         shop.remove()
     return _summarise(paths, packed, bad)
 
 
 def _passed_over(options: PackOptions, plan: Plan, labelling: Labelling) -> list[str]:
     """A note on files in the folders that are in no sample: of other formats, of a channel that is not asked for."""
-    good = [plan.sources[id] for id in plan.shapes] + list((labelling.masks or {}).values())
-    known = {file for source in plan.sources.values() for file in source.files}
-    known |= {file for source in good for file in sources.all_files(source)}
+    used = [*plan.sources.values(), *(labelling.masks or {}).values()]
+    known = {file for source in used for file in files_of(source)}
     known |= {path for path in (options.labels, options.split_list, options.atlas, options.regions) if path}
     others = [
         path

@@ -86,9 +86,17 @@ class _Prepared:
     print: Print
 
 
+def files_of(source: Source) -> tuple[Path, ...]:
+    """All files of a source; of one whose header is broken or forged, that header alone."""
+    try:
+        return sources.all_files(source)
+    except Exception:  # whatever the library says to a stranger's file: reading the source tells the reason
+        return source.files
+
+
 def identity(task: Task) -> str:
     """Names, sizes and times of a source's files, and its label: another one means that it is to be read again."""
-    files = sources.all_files(task.source) + (sources.all_files(task.mask) if task.mask else ())
+    files = files_of(task.source) + (files_of(task.mask) if task.mask else ())
     status = [(str(path.resolve()), path.stat()) for path in files]
     told = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
     return hashlib.sha256(repr((told, task.label)).encode()).hexdigest()[:16]

@@ -65,7 +65,7 @@ def read(source: Source) -> Volume:
 
 
 def all_files(source: Source) -> tuple[Path, ...]:
-    """The files of a source whose header can be read, and those that the header names."""
+    """The files of a source, and those that a header among them names. UnusableSource for a header that may not."""
     detached = [nrrd.data_file(path) for path in source.files if path.suffix.lower() == ".nhdr"]
     return (*source.files, *(path for path in detached if path))
 
