@@ -308,22 +308,22 @@ class Peers:
 def behind(table: Mapping[int, Heard], now: float, patience: float) -> dict[int, str]:
     """Which ranks the others wait for, and why we think so; all of them where none stands out.
 
-    First those without a sign of life, then those with the fewest steps, then those that are in no collective while
-    others are. `now` is when the table was read; `patience` how long a word may stay the same, both in seconds.
+    First those without a sign of life (a rank that has said that it leaves owes none), then those with the fewest
+    steps, then those that are in no collective while others are. `now` is when the table was read; `patience` how long
+    a word may stay the same, both in seconds.
     """
-    here = {rank: heard for rank, heard in table.items() if "leaves" not in heard.beat} or dict(table)
-    ages = {rank: now - heard.since for rank, heard in here.items()}
+    ages = {rank: now - heard.since for rank, heard in table.items() if "leaves" not in heard.beat}
     longest = max(ages.values(), default=0.0)
     if quiet := [rank for rank, age in ages.items() if age > max(patience, longest / 2)]:
         return dict.fromkeys(quiet, "no sign of life")
-    steps = {rank: -1 if heard.beat.get("step") is None else heard.beat["step"] for rank, heard in here.items()}
+    steps = {rank: -1 if heard.beat.get("step") is None else heard.beat["step"] for rank, heard in table.items()}
     last = [rank for rank, step in steps.items() if step == min(steps.values())]
-    if len(last) < len(here):
+    if len(last) < len(table):
         return {rank: f"{max(steps.values()) - steps[rank]} steps behind" for rank in last}
-    elsewhere = [rank for rank, heard in here.items() if not heard.beat.get("waits")]
-    if 0 < len(elsewhere) < len(here):
+    elsewhere = [rank for rank, heard in table.items() if not heard.beat.get("waits")]
+    if 0 < len(elsewhere) < len(table):
         return dict.fromkeys(elsewhere, "the others wait in a collective")
-    return dict.fromkeys(here, "no rank stands out")
+    return dict.fromkeys(table, "no rank stands out")
 
 
 def _stuck(rank: int, beat: Beat, why: str) -> dict[str, Any]:

@@ -330,6 +330,8 @@ def heard(since: float = 10, **beat: Any) -> Heard:
         ([heard(), heard(step=None), heard()], {1}),
         ([heard(), heard(), heard()], {0, 1, 2}),
         ([heard(3, leaves=True), heard(2), heard()], {1}),
+        ([heard(3, leaves=True, waits=False), heard(), heard()], {0}),
+        ([heard(3, leaves=True, step=4), heard(), heard(leaves=True)], {0}),
     ],
 )
 def test_who_is_behind(table: list[Heard], expected: set[int]) -> None:

@@ -77,15 +77,21 @@ def make_run(folder: Path, data: Path, *overrides: str) -> RunDir:
 
 
 class SignalAtBoundary(StopFlag):
-    """Sends its own process a real signal when the loop asks for the n-th time whether to stop."""
+    """Sends its own process a real signal when the loop asks for the n-th time whether to stop.
+
+    SIGKILL waits for `settle`: what is lost is then known (tests/faults/ kills in the middle of a save).
+    """
 
     def __init__(self, boundary: int | None, number: int) -> None:
         super().__init__()
         self._boundary, self._number, self.asked = boundary, number, 0
+        self.settle: Callable[[], None] = lambda: None
 
     def agree(self, max_over_ranks: Callable[[int], int]) -> str | None:
         self.asked += 1
         if self.asked == self._boundary:
+            if self._number == signal.SIGKILL:
+                self.settle()
             os.kill(os.getpid(), self._number)
         return super().agree(max_over_ranks)
 
@@ -109,11 +115,14 @@ def train(
     save_always: bool = False,
 ) -> str:
     """One attempt, for processes of their own: "done", or "stopped" by the signal at boundary `signal_at`."""
-    trainer = make_trainer(run, generation, SignalAtBoundary(signal_at, number).install(), allocation)
+    flag = SignalAtBoundary(signal_at, number)
+    trainer = make_trainer(run, generation, flag.install(), allocation)
     if save_always:
         _save_at_each_step(trainer)
     try:
         trainer.resume()
+        if trainer.saver:
+            flag.settle = trainer.saver.wait
         trainer.fit()
         trainer.engine.barrier()
     except Stopped:
