@@ -13,9 +13,10 @@ from typing import Any
 
 from hpc import allocation, evidence, instances, usage
 from hpc.errors import UserError
-from hpc.experiment import Budgets, Experiment, load
+from hpc.experiment import Experiment, load
 from hpc.preempt import NOTICE, ExitCode
 from hpc.rundir import RunDir, read_json
+from hpc.settings import Budgets
 from hpc.verdict import (
     BAD_INPUT,
     CRASH,

@@ -12,8 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 import slurm_templates
 from hpc import yamlfile
 from hpc.errors import UserError, nearest
-from hpc.experiment import Duration, Gigabytes, Launch
 from hpc.sections import Container, Environment, NodePath, SbatchOptions, Text, Word
+from hpc.settings import Duration, Gigabytes, Launch
 from hpc.units import slurm_time
 
 _SHIPPED = Path(slurm_templates.__file__).parent / "instances"

@@ -26,10 +26,10 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from hpc import instances, slurm, template
 from hpc.errors import UserError, nearest
-from hpc.experiment import Launch
 from hpc.functions import payload
 from hpc.functions.submit import Files, submit_local, submit_slurm
 from hpc.instances import Instance, Request
+from hpc.settings import Launch
 from hpc.submission import choose_cluster
 from hpc.sweep import cut
 from hpc.sweepdir import Chunk

@@ -17,11 +17,12 @@ from typing import Any
 from hpc import after, arrays, instances, payload, preflight, submission, template, yamlfile
 from hpc import plan as plans
 from hpc.errors import UserError
-from hpc.experiment import Experiment, Launch, load, validate
+from hpc.experiment import Experiment, load, validate
 from hpc.plan import Plan
 from hpc.preempt import ExitCode
 from hpc.preflight import Findings
 from hpc.rundir import RunDir, next_run, write_text
+from hpc.settings import Launch
 
 PACK, EVALUATE = "jobs.pack", "jobs.evaluate"
 

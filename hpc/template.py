@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from hpc.errors import UserError
-from hpc.experiment import Experiment, Launch, validate
+from hpc.experiment import Experiment, validate
 from hpc.filling import Options, Raw, fill
 from hpc.instances import Instance, Request
 from hpc.rundir import RunDir
 from hpc.sections import bindable, on_node
+from hpc.settings import Launch
 from hpc.sweepdir import Chunk, SweepDir
 
 _NOTICE_S = 120

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpc.experiment import Budgets
+    from hpc.settings import Budgets
 
 FINISHED, TOLD, STOPPED, BAD_INPUT, IN_VAIN = "finished", "told", "stopped", "bad input", "in vain"
 NO_STEP = "no step"

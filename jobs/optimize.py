@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim import Optimizer as TorchOptimizer
 
-from hpc.experiment import Optimizer, Scheduler
+from hpc.training import Optimizer, Scheduler
 
 # one_cycle of Smith & Topin (arXiv 1708.07120): 30 % of the steps rise from 1/25 of the highest rate.
 _RISE, _START = 0.3, 1 / 25

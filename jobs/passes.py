@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from datasets.loader import Batch
-from hpc.experiment import Train
+from hpc.training import Train
 from jobs.engine import Engine
 from jobs.tasks.classification import Classification, Counts
 from jobs.virtual import BatchNorms, Gradients, VirtualRanks

@@ -19,7 +19,8 @@ from datasets.layout import VolumeFile
 from datasets.staging import Staged
 from hpc.allocation import scratch_folders
 from hpc.errors import UserError
-from hpc.experiment import Data, Experiment
+from hpc.experiment import Experiment
+from hpc.settings import Data
 from jobs import foreign_weights
 from jobs.check import open_data
 from jobs.tasks.classification import class_weights

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
 from sklearn.utils.class_weight import compute_class_weight
 
-from hpc.experiment import Loss
+from hpc.training import Loss
 from jobs.tasks.classification import DIRECTION, METRICS, Classification, Counts, Scores, class_weights
 
 CPU = torch.device("cpu")

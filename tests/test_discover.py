@@ -11,8 +11,9 @@ import pytest
 from hpc import discover, instances, template
 from hpc.discover import Found
 from hpc.errors import UserError
-from hpc.experiment import Launch, validate
+from hpc.experiment import validate
 from hpc.rundir import RunDir
+from hpc.settings import Launch
 from tests.slurm.cluster import Cluster
 
 Discover = Callable[[list[str], list[str]], dict[str, Found]]

@@ -24,7 +24,7 @@ from datasets import open_volumes, survey
 from datasets.description import describe
 from datasets.statistics import QUANTILES, Intensities
 from datasets.survey import Survey, choose_samples
-from hpc.experiment import Loss
+from hpc.training import Loss
 from jobs.inspect_view import show
 from tests.inspected import NAMES, damage, facts_of, run, volumes_of, write
 

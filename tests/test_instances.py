@@ -11,7 +11,7 @@ import pytest
 
 from hpc import instances
 from hpc.errors import UserError
-from hpc.experiment import Launch
+from hpc.settings import Launch
 
 CEDIA = instances.find("cedia-a100-40gb-nodes")
 FITS = {"nodes": 4, "cpus": 12, "mem": "64GB", "gpus": 1, "time": "3d"}

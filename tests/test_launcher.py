@@ -16,10 +16,10 @@ from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmiss
 
 from hpc import template
 from hpc.errors import UserError
-from hpc.experiment import Launch
 from hpc.functions import step
 from hpc.functions.job import QueueWatcher, SlurmFunctionJob, outcome
 from hpc.launch import Launcher
+from hpc.settings import Launch
 from tests.fakeslurm import FakeSlurm, without_slurm
 from tests.slurm.cluster import Cluster
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from hpc.experiment import Optimizer, Scheduler
+from hpc.training import Optimizer, Scheduler
 from jobs.optimize import build_optimizer, learning_rate
 
 HIGHEST = 0.02

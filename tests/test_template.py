@@ -9,9 +9,10 @@ import pytest
 
 from hpc import plan, template
 from hpc.errors import UserError
-from hpc.experiment import Launch, load
+from hpc.experiment import load
 from hpc.instances import Instance
 from hpc.rundir import RunDir
+from hpc.settings import Launch
 from hpc.sweepdir import Chunk
 from tests.batchtext import CEDIA, DEAF, PYTHON, STUB, experiment, options, played, render, rows_of
 from tests.slurm.cluster import Cluster

@@ -13,10 +13,11 @@ from pydantic import ValidationError
 
 from hpc import template
 from hpc.errors import UserError
-from hpc.experiment import Launch, validate
+from hpc.experiment import validate
 from hpc.instances import Instance
 from hpc.rundir import RunDir
 from hpc.sections import on_node
+from hpc.settings import Launch
 from hpc.sweepdir import Chunk, SweepDir
 from tests.batchtext import DEAF, options
 

@@ -15,9 +15,9 @@ import pytest
 from pydantic import ValidationError
 
 from hpc import instances, template
-from hpc.experiment import Launch
 from hpc.instances import Instance
 from hpc.rundir import RunDir
+from hpc.settings import Launch
 from hpc.sweepdir import Chunk, SweepDir
 from tests.batchtext import CEDIA, PYTHON, experiment
 

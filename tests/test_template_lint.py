@@ -8,8 +8,8 @@ import pytest
 
 from hpc import filling, instances, lint, template
 from hpc.errors import UserError
-from hpc.experiment import Launch
 from hpc.instances import Instance
+from hpc.settings import Launch
 
 SHIPPED = (filling.FOLDER / filling.JOB).read_text()
 CEDIA = instances.find("cedia-a100-40gb")

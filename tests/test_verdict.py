@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from hpc.experiment import Budgets
+from hpc.settings import Budgets
 from hpc.verdict import BACKOFF_S, FAILURES, Ending, Row, judge, row_before, tally
 
 RUN = "exp-0000aaaa"

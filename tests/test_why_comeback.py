@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from hpc import attempt, ledger, why
-from hpc.experiment import Budgets
 from hpc.rundir import RunDir, write_json, write_text
+from hpc.settings import Budgets
 from hpc.verdict import Ending, Row, judge
 from tests.ended import EXPERIMENT, HEAD, LINE, ended, log, make_run, words
 from tests.fakeslurm import FakeSlurm

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from datasets.census import balanced_weights
-from hpc.experiment import Loss
+from hpc.training import Loss
 
 METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "loss")
 DIRECTION = {"accuracy": "max", "balanced_accuracy": "max", "f1_macro": "max", "loss": "min"}
