@@ -1,4 +1,4 @@
-"""What every task promises (jobs/tasks/contract.py): losses of single samples, exact counts, small rows, all metrics."""
+"""What every task promises (jobs/tasks/contract.py): losses of single samples, exact counts, small rows, metrics."""
 
 from typing import Any
 
