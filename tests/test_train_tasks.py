@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from hpc.allocation import Allocation
+from hpc.errors import UserError
+from hpc.experiment import load
 from hpc.metrics import DEFAULT_MONITOR, DIRECTIONS, STEP_METRIC
 from hpc.rundir import RunDir, read_json
 from jobs import validation
+from jobs.setup import check
 from jobs.tasks.contract import Stored
 from tests import tiny_run, tiny_tasks
 from tests.test_train import assert_same, free_port, play_rank, run_ranks
@@ -93,6 +96,32 @@ def test_the_result_and_the_events_have_the_tasks_own_metrics(task: str, tmp_pat
 def train(folder: Path) -> None:
     assert tiny_run.train(RunDir(folder)) == "done"
     os._exit(0)
+
+
+# What does not fit is told before a run queues.
+
+FAULTS: list[tuple[str, tuple[str, ...], list[str]]] = [
+    ("multilabel", ("task=classification",), ["task is classification", "packed for multilabel", "task: multilabel"]),
+    ("multilabel", ("train.loss.pos_weight=[1, 2]",), ["pos_weight has 2 weights", "3 classes"]),
+    ("segmentation", ("train.loss.ignore=[egde]",), ["no class 'egde'", "did you mean 'edge'"]),
+    ("segmentation", ("data.sampler=balanced",), ["balanced", "label maps", "foreground"]),
+    ("segmentation", ("data.sampler=weighted", "data.weights={disc: 2}"), ["weights", "label maps"]),
+]
+
+
+@pytest.mark.parametrize(("task", "overrides", "words"), FAULTS)
+def test_what_does_not_fit_is_one_line(task: str, overrides: tuple[str, ...], words: list[str], tmp_path: Path) -> None:
+    run = tiny_tasks.make_run(tmp_path / "run", tiny_tasks.make_data(tmp_path, task), task, *overrides)
+    with pytest.raises((UserError, ValueError)) as caught:
+        check(load(run.experiment)[0])
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), caught.value
+
+
+def test_a_network_of_the_other_task_is_told(tmp_path: Path) -> None:
+    run = tiny_tasks.make_run(tmp_path / "run", tiny_tasks.make_data(tmp_path, "segmentation"), "segmentation")
+    labels = f"model.name=file:{run.path / 'net.py'}:Labels"
+    with pytest.raises(UserError, match=r"net\.py:Labels: it gives scores of shape \(3,\).* not \(3, 6, 8\)"):
+        check(load(run.experiment, [labels])[0])
 
 
 # Ranks.
