@@ -51,9 +51,14 @@ def rendered(figure: Figure) -> NDArray[np.uint8]:
 
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file's bytes."""
+    return encoded(rendered(figure))
+
+
+def encoded(pixels: NDArray[np.uint8]) -> bytes:
+    """(height, width, 3) as a PNG file's bytes."""
     from PIL import Image
 
-    image = Image.fromarray(rendered(figure))
+    image = Image.fromarray(pixels)
     photograph = image.getcolors(FEW_COLOURS) is None
     method = Image.Quantize.MEDIANCUT if photograph else Image.Quantize.MAXCOVERAGE
     image = image.quantize(COLOURS, method, dither=Image.Dither.NONE)

@@ -22,7 +22,7 @@ IGNORE = 255
 """the label that is left out of loss and counts"""
 LONG_NAME, LONG_ID = 22, 24
 THRESHOLD = 0.5
-"""from which on a label is taken as found"""
+"""above which a label is taken as found"""
 _GREYS = 8
 """steps between two greys of a picture: fewer bytes in a PNG, and no difference that one sees"""
 _SIDES = {2: "", 3: "; the patient's left is on the left, the front on top"}
@@ -161,7 +161,7 @@ def _verdict(example: Example, names: Sequence[str]) -> tuple[bool, list[str]]:
         called = int(said.argmax())
         words = f"{text.cut(names[called], LONG_NAME - 5)} {said[called]:.2f}"
         return bool(present[called]), [there, f"{'✓' if present[called] else '✗'} {words}"]
-    found = said >= THRESHOLD
+    found = said > THRESHOLD
     wrong = [f"-{names[k]} {said[k]:.2f}" for k in np.flatnonzero(present & ~found).tolist()]
     wrong += [f"+{names[k]} {said[k]:.2f}" for k in np.flatnonzero(found & ~present).tolist()]
     return not wrong, [there, f"✗ {text.cut(', '.join(wrong), LONG_NAME)}" if wrong else "✓"]

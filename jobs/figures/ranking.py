@@ -80,8 +80,7 @@ class Reliability:
 def reliability(confidence: NDArray[Any], right: NDArray[Any]) -> Reliability:
     """(N,) probabilities said, (N,) whether it was so. A bin holds its upper edge, the first 0."""
     confidence = np.asarray(confidence, np.float64)
-    edges = np.linspace(0, 1, BINS + 1)
-    which = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, BINS - 1)
+    which = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
     samples = np.bincount(which, minlength=BINS)
     with np.errstate(invalid="ignore"):
         said = np.bincount(which, weights=confidence, minlength=BINS) / samples
