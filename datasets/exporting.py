@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from datasets.sources.contract import Source, library
 from datasets.sources.voxels import turn_to_ras
 
+nifti1: Any = nibabel.nifti1  # untyped
 Affine = NDArray[np.float64]
 GZIP_LEVEL = 4
 
@@ -67,8 +68,7 @@ def _nifti(source: Source, values: NDArray[Any], affine: Affine, suffix: str) ->
         header.extensions.clear()
         header["pixdim"][4:] = 1
     else:
-        new: Any = nibabel.Nifti1Header()
-        stored, header, place = values, new, affine
+        stored, header, place = values, nifti1.Nifti1Header(), affine
         header.set_xyzt_units("mm")
     stored = stored[0] if len(stored) == 1 else np.moveaxis(stored, 0, -1)
     header.set_data_dtype(stored.dtype)
