@@ -1,4 +1,4 @@
-"""Intervals of metrics: each resample has the metrics of its samples written out, as jobs/tasks and scikit-learn say."""
+"""Intervals of metrics: each resample has the metrics of its samples written out, as the tasks and sklearn say."""
 
 import math
 import time
@@ -6,15 +6,15 @@ import time
 import numpy as np
 import pytest
 import torch
-from hpc.metrics import DIRECTIONS
-from jobs.tasks.contract import Stored
-from jobs.tasks.options import Options
 from scipy import stats
 from sklearn import metrics as sk
 
+from hpc.metrics import DIRECTIONS
 from hpc.training import Loss
 from jobs.inference.bootstrap import _draw, intervals, metrics_of
 from jobs.tasks import _TASKS
+from jobs.tasks.contract import Stored
+from jobs.tasks.options import Options
 
 NAMES = ("a", "b", "c", "d")
 

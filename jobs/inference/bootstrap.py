@@ -165,6 +165,12 @@ def _segmentation(stored: Stored, weights: np.ndarray, in_iou: np.ndarray, in_di
     }
 
 
+def per_sample_dice(stored: Stored, in_dice: Sequence[bool]) -> float:
+    """PER_SAMPLE of the samples as they are; NaN where no class that counts is there or predicted."""
+    in_iou = [True] * len(in_dice)
+    return float(metrics_of("segmentation", stored, np.ones((1, len(stored))), (in_iou, in_dice))[PER_SAMPLE][0])
+
+
 def _ranked(task: str, stored: Stored, weights: np.ndarray) -> Metrics:
     """map and roc_auc: means over the classes for which they are defined."""
     assert stored.targets is not None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import logging
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -13,6 +14,7 @@ from hpc.errors import UserError
 from hpc.experiment import Experiment
 from hpc.rundir import RunDir, read_json, write_json
 
+_LOG = logging.getLogger(__name__)
 _OF_VOXELS = tuple(field.name for field in fields(Recipe) if field.name not in ("seed", "per_class", "dtype"))
 """packing options that decide what a network sees; numbers are normalised, whatever dtype they were stored in"""
 
@@ -68,17 +70,19 @@ def _spell(value: Any) -> str:
 
 
 def remember(run: RunDir, volumes: VolumeFile) -> None:
-    """Write data.json, unless it says the same already."""
+    """Write data.json, unless it says the same already. A full disk takes it, never the training."""
     facts = asdict(DataFacts.of(volumes))
-    if not run.data.exists() or read_json(run.data) != _plain(facts):
-        write_json(run.data, facts)
+    try:
+        if not run.data.exists() or read_json(run.data) != _plain(facts):
+            write_json(run.data, facts)
+    except (OSError, UserError) as error:
+        _LOG.warning("%s is not written: %s; the run needs its data file for predictions", run.data, error)
 
 
 def _plain(facts: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-        for key, value in facts.items()
-    }
+    """As JSON gives it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(facts))
+    return plain
 
 
 def recall(run: RunDir, experiment: Experiment) -> DataFacts:

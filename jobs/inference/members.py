@@ -17,6 +17,9 @@ from jobs.inference.flips import check_axes, flipped
 from jobs.inference.windows import Predict, Windows, centre, mean_over_windows, slide
 from models3d import create_model, takes
 
+_WINDOWS = 4
+"""in one forward pass"""
+
 
 @dataclass(frozen=True)
 class Manner:
@@ -27,8 +30,8 @@ class Manner:
     window: tuple[int, ...] | None = None
     """voxels of sliding windows; None: the size that a network was trained on"""
     overlap: float = 0.5
-    batch: int = 1
-    """windows, or files of a classification, in one forward pass"""
+    batch: int = 0
+    """windows, or whole samples, in one forward pass; 0: a few windows, samples as in training"""
     windows: bool = False
     """of a classification: the mean over windows of the volume, not the window about its centre alone"""
 
@@ -68,7 +71,7 @@ class Member:
         """(B, C, *spatial) on the device -> (B, K, ...) float32, in the precision of the training. Raises UserError."""
         bf16 = self.experiment.train.precision == "bf16"
         with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            outputs = self.model(inputs).float()
+            outputs: Tensor = self.model(inputs).float()
         maps = tuple(inputs.shape[2:]) if self.facts.task == "segmentation" else ()
         if outputs.shape[1:] != (wanted := (len(self.facts.class_names), *maps)):
             shape, given = tuple(outputs.shape[1:]), tuple(inputs.shape[1:])
@@ -85,7 +88,7 @@ class Member:
 
     def windows(self, manner: Manner, shape: Sequence[int]) -> Windows:
         """For a volume of spatial `shape`: of the size it was trained on, unless another is asked for."""
-        return Windows(manner.window or self.trained_size or tuple(shape), manner.overlap, manner.batch)
+        return Windows(manner.window or self.trained_size or tuple(shape), manner.overlap, manner.batch or _WINDOWS)
 
     def answer(self, volume: Tensor, manner: Manner) -> Tensor:
         """(C, *spatial) float32 on the CPU -> (K,), or (K, *spatial) of a segmentation, float32 on the CPU.
@@ -169,7 +172,7 @@ def check_manner(members: Sequence[Member], manner: Manner) -> None:
     axes, maps = facts.spatial_axes, facts.task == "segmentation"
     try:
         check_axes(manner.flips, axes)
-        Windows(manner.window or (1,) * axes, manner.overlap, manner.batch)
+        Windows(manner.window or (1,) * axes, manner.overlap)
     except ValueError as error:
         raise UserError(str(error)) from None
     if manner.window is not None and len(manner.window) != axes:
