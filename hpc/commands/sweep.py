@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpc.commands.common import After, AsJson, ExperimentFile, Runs, app, print_json, report, say, table
+from hpc.commands.common import After, AsJson, ExperimentFile, Runs, Tiny, app, print_json, report, say, table
 from hpc.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,13 +27,14 @@ def sweep(
     parallel: Annotated[
         int | None, typer.Option("--max-parallel", min=1, help="At most so many rows at a time.", metavar="K")
     ] = None,
+    tiny: Tiny = False,
     after: After = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the rows and the script only.")] = False,
     runs: Runs = None,
     as_json: AsJson = False,
 ) -> None:
     """Submit one run per combination of values as one job array; rows finished or under way already are left out."""
-    from hpc import arrays
+    from hpc import arrays, recipes
     from hpc import sweep as sweeps
     from hpc.after import options
     from hpc.plan import removed_if
@@ -41,7 +42,8 @@ def sweep(
     from hpc.submission import Refused
 
     folder = runs_folder(runs)
-    planned = sweeps.make(file, axes, folder, zipped, parallel)
+    planned = sweeps.make(file, axes, folder, zipped, parallel, tiny)
+    recipes.fetch(row.experiment for row in planned.rows)
     cluster = planned.cluster
     waits = options(after or [], folder, cluster)
     if dry_run:
