@@ -92,6 +92,19 @@ DATA = {
         digits.fetch,
         digits.pack,
     ),
+    "digits-kept": DataSet(
+        "the same, every fourth image twice, some of them in two splits",
+        (digits.SCIKIT_LEARN,),
+        digits.fetch_twice,
+        digits.pack,
+    ),
+    "digits-dropped": DataSet(
+        "the same images, of equal ones all but the first dropped",
+        (digits.SCIKIT_LEARN,),
+        digits.fetch_twice,
+        partial(digits.pack, duplicates="drop"),
+        "digits-kept",
+    ),
 }
 WEIGHTS = {
     "tf_efficientnet_lite0": Weights("EfficientNet-Lite0 trained on ImageNet", (weights.LITE0,), weights.make),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -24,5 +25,12 @@ def fetch(folder: Path) -> None:
         image.save(target / f"digit-{number:04d}.png")
 
 
-def pack(folder: Path) -> list[str]:
-    return [str(folder), "--labels", "folders", "--normalise", "unit", "--duplicates", "keep"]
+def fetch_twice(folder: Path) -> None:
+    """The same, every fourth image there a second time under another name, as in a folder that was never cleaned."""
+    fetch(folder)
+    for path in sorted(folder.glob("*/*.png"))[::4]:
+        shutil.copyfile(path, path.with_name(f"{path.stem}-copy.png"))
+
+
+def pack(folder: Path, duplicates: str = "keep") -> list[str]:
+    return [str(folder), "--labels", "folders", "--normalise", "unit", "--duplicates", duplicates]
