@@ -154,9 +154,7 @@ class Source:
         return experiment, {key: after.get(key) for key in keys if after.get(key) != before.get(key)}
 
 
-def load(
-    path: Path, overrides: Sequence[str] | None = None, tiny: bool = False
-) -> tuple[Experiment, dict[str, Any]]:
+def load(path: Path, overrides: Sequence[str] | None = None, tiny: bool = False) -> tuple[Experiment, dict[str, Any]]:
     """The resolved experiment of a YAML file or recipe, and its delta. Raises UserError."""
     return Source(path, tiny).resolve(overrides or ())
 

@@ -1,7 +1,7 @@
 """Recipes: experiments that the payload carries, by name, and their tiny forms on real data.
 
-A recipe is jobs/recipes/NAME.yaml. Its tiny form is what jobs/recipes/tiny/common.yaml and tiny/NAME.yaml change of it,
-or where there is no such file, that of its base. Paths in both are relative to the working folder, as those of overrides are.
+A recipe is jobs/recipes/NAME.yaml. Its tiny form is what tiny/common.yaml and tiny/NAME.yaml beside it change, or where
+there is no such file, that of its base. Paths in both are relative to the working folder, as those of overrides are.
 """
 
 from __future__ import annotations

