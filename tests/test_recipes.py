@@ -1,8 +1,8 @@
-"""Recipes: every one plans and builds at full size, and its tiny form learns (one of each task; all: `make recipes`)."""
+"""Recipes: each plans and builds at full size, and its tiny form learns (one of each task; all: `make recipes`)."""
 
 import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nibabel
@@ -31,7 +31,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if ALL or row.usual], ids=lambda row: row.recipe)
-def test_a_tiny_form_learns(row: Row, tmp_path: Path, record_property: pytest.RecordProperty) -> None:
+def test_a_tiny_form_learns(row: Row, tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     played = play(row, tmp_path / "play")
     if ALL:
         record_property(MEASURED, played.line(row))
@@ -61,15 +61,12 @@ def _check_figures(played: Played) -> None:
 
 def _check_predictions(played: Played) -> None:
     """A line for each file whose scores are probabilities; of a segmentation a map for each, where its file is."""
-    written = sorted(played.predicted.rglob("*"))
-    tables = [path for path in written if path.suffix == ".csv"]
-    assert tables, written
-    with tables[0].open() as file:
-        assert len(list(csv.DictReader(file))) == len(played.sources)
-    if read_json(played.run.result)["task"] != "segmentation":
-        return
-    for source in played.sources:
-        (mask,) = [path for path in written if path.name.startswith(source.name.split(".")[0])]
+    result = read_json(played.run.result)
+    maps = result["task"] == "segmentation"
+    with (played.predicted / ("volumes.csv" if maps else "predictions.csv")).open() as file:
+        assert len(list(csv.DictReader(file))) == len(played.sources) * (len(result["class_names"]) if maps else 1)
+    for source in played.sources if maps else ():
+        (mask,) = [path for path in played.predicted.rglob(f"{source.name.split('.')[0]}*") if path.is_file()]
         if source.name.endswith(".nii.gz"):
             image, truth = nibabel.load(mask), nibabel.load(source)
             assert image.shape == truth.shape and np.allclose(image.affine, truth.affine)
@@ -199,7 +196,7 @@ def test_missing_data_of_a_tiny_form_is_made_by_a_child(user: Path, monkeypatch:
     recipes.fetch([load(Path("cedia-resnet3d"), ["data.file=mine.h5"], tiny=True)[0]])
     assert asked == []
     monkeypatch.setattr("hpc.payload.child", lambda *_, **__: 1)
-    with pytest.raises(UserError, match="structures-small.h5 could not be made"):
+    with pytest.raises(UserError, match=r"structures-small.h5 could not be made"):
         recipes.fetch(tiny[:1])
 
 

@@ -69,13 +69,20 @@ class Member:
 
     def logits(self, inputs: Tensor) -> Tensor:
         """(B, C, *spatial) on the device -> (B, K, ...) float32, in the precision of the training. Raises UserError."""
-        bf16 = self.experiment.train.precision == "bf16"
-        with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            outputs: Tensor = self.model(inputs).float()
+        bf16, name = self.experiment.train.precision == "bf16", self.experiment.model.name
+        try:
+            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+                outputs: Tensor = self.model(inputs).float()
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"the memory of {self.device} is too small for model {name} on {tuple(inputs.shape)}: lower --batch"
+            ) from None
+        except RuntimeError as error:
+            raise UserError(f"model {name} fails on an input {tuple(inputs.shape)}: {_first(error)}") from None
         maps = tuple(inputs.shape[2:]) if self.facts.task == "segmentation" else ()
         if outputs.shape[1:] != (wanted := (len(self.facts.class_names), *maps)):
             shape, given = tuple(outputs.shape[1:]), tuple(inputs.shape[1:])
-            raise UserError(f"model {self.experiment.model.name} gives {shape} for an input {given}, not {wanted}")
+            raise UserError(f"model {name} gives {shape} for an input {given}, not {wanted}")
         return outputs
 
     def probabilities(self, inputs: Tensor) -> Tensor:
