@@ -41,11 +41,10 @@ def sweep(
     from hpc.rundir import runs_folder
     from hpc.submission import Refused
 
-    folder = runs_folder(runs)
-    planned = sweeps.make(file, axes, folder, zipped, parallel, tiny)
+    planned = sweeps.make(file, axes, runs_folder(runs), zipped, parallel, tiny)
     recipes.fetch(row.experiment for row in planned.rows)
     cluster = planned.cluster
-    waits = options(after or [], folder, cluster)
+    waits = options(after or [], planned.sweep.path.parent, cluster)
     if dry_run:
         _print_json(planned, []) if as_json else _show(planned)
         report(_checked(planned))
@@ -57,9 +56,12 @@ def sweep(
         _print_json(planned, jobs)
         return
     _show_left_out(planned)
-    count = len(planned.rows)
-    say(f"{made.name}  {count} row{'s' * (count > 1)}  job {', '.join(jobs)} ({cluster})  {made.path}")
+    say(f"{made.name}  {_rows(len(planned.rows))}  job {', '.join(jobs)} ({cluster})  {made.path}")
     say(f"follow it: hpc ls {made.name}")
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count > 1)}"
 
 
 def _print_json(planned: SweepPlan, jobs: list[str]) -> None:
