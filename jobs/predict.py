@@ -79,6 +79,7 @@ def _predict(options: argparse.Namespace) -> int:
     _protect_inputs(options, predictor, found)
     journal = PredictJournal(options.out, _request(members, options, manner), (PREDICTIONS, VOLUMES), options.force)
     _protect(options, predictor, found, journal)
+    journal.begin()
     bad = _work(options, predictor, found, journal)
     paths = _write_tables(options.out, predictor, journal)
     for source, reason in bad:

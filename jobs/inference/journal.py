@@ -30,7 +30,10 @@ def identity(source: Source) -> str:
 
 
 class PredictJournal:
-    """The folder's state. Lines are {"id", "identity", ...}, whatever the predictions need to be told again."""
+    """The folder's state. Lines are {"id", "identity", ...}, whatever the predictions need to be told again.
+
+    Nothing is written before `begin`.
+    """
 
     def __init__(self, folder: Path, request: dict[str, Any], tables: Iterable[str], force: bool) -> None:
         """Raises UserError where the folder holds something else, unless `force`."""
@@ -45,10 +48,15 @@ class PredictJournal:
                 )
             if there := next((folder / name for name in tables if (folder / name).exists()), None):
                 raise UserError(f"{there} is there already, and not of this command: -o another folder, or --force")
-        if told.get("key") != key or force:
+        self._anew, self._request = told.get("key") != key or force, {"key": key, **request}
+        lines = [] if self._anew else read_lines(self._file)
+        self.done = {str(line["id"]): line for line in lines if "id" in line and "identity" in line}
+
+    def begin(self) -> None:
+        """From here on the folder is of this request."""
+        if self._anew:
             self._file.unlink(missing_ok=True)
-            write_json(folder / REQUEST, {"key": key, **request})
-        self.done = {str(line["id"]): line for line in read_lines(self._file) if "id" in line and "identity" in line}
+            write_json(self._folder / REQUEST, self._request)
 
     def finished(self, id: str, seen: str) -> bool:
         """Whether this source, as it is now, is done, and its file is there."""

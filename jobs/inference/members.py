@@ -80,8 +80,8 @@ class Member:
         except RuntimeError as error:
             raise UserError(f"model {name} fails on an input {tuple(inputs.shape)}: {_first(error)}") from None
         maps = tuple(inputs.shape[2:]) if self.facts.task == "segmentation" else ()
-        if outputs.shape[1:] != (wanted := (len(self.facts.class_names), *maps)):
-            shape, given = tuple(outputs.shape[1:]), tuple(inputs.shape[1:])
+        if tuple(outputs.shape) != (wanted := (len(inputs), len(self.facts.class_names), *maps)):
+            shape, given = tuple(outputs.shape), tuple(inputs.shape)
             raise UserError(f"model {name} gives {shape} for an input {given}, not {wanted}")
         return outputs
 
