@@ -99,9 +99,13 @@ def _sentence(fault: Any) -> str:
 
 
 def _section(loc: tuple[Any, ...]) -> type[BaseModel]:
+    """The section at this place: of a list (train.stages.0) that of its items."""
     section: type[BaseModel] = Experiment
     for key in loc:
-        section = section.model_fields[key].annotation  # type: ignore[assignment]
+        if isinstance(key, str):
+            kind = section.model_fields[key].annotation
+            found = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, BaseModel)]
+            section = found[0]
     return section
 
 
