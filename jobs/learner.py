@@ -56,9 +56,12 @@ class Learner:
         self.passes: Any = None
         gc.collect()  # DDP's hooks on the parameters go with it
         self.passes = make_passes(self._train, self._engine, self.model, self._task, self.evaluated, layers.norms)
-        self.update = Updater(
-            self.model, self.optimizer, self.passes, self._rates, self._train.clip_norm, self.ema.update if self.ema else None
-        )
+        clip = self._train.clip_norm
+        self.update = Updater(self.model, self.optimizer, self.passes, self._rates, clip, self._average)
+
+    def _average(self) -> None:
+        if self.ema:
+            self.ema.update()
 
     def enter_due(self, step: int) -> bool:
         """Begin the stage that the step after `step` others belongs to; False where it is under way."""
