@@ -11,13 +11,14 @@ from pydantic import BaseModel, ValidationError, field_validator, model_validato
 
 from hpc import yamlfile
 from hpc.errors import UserError, nearest
+from hpc.metrics import DEFAULT_MONITOR, DIRECTIONS
 from hpc.settings import Data, Duration, Launch, Model, Section
 from hpc.training import Train
 
 
 class Experiment(Section):
     name: str
-    task: Literal["classification"] = "classification"
+    task: Literal["classification", "multilabel", "segmentation"] = "classification"
     model: Model
     data: Data
     train: Train = Train()
@@ -29,6 +30,19 @@ class Experiment(Section):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
             raise ValueError("must be 1 to 80 letters, digits, '.', '_' or '-', and start with a letter or digit")
         return name
+
+    @model_validator(mode="after")
+    def _check_task(self) -> Experiment:
+        self.train.loss.of_task(self.task)
+        if self.monitor not in DIRECTIONS[self.task]:
+            names = nearest(self.monitor, DIRECTIONS[self.task])
+            raise ValueError(f"train.monitor {self.monitor} is no metric of task {self.task}; {names}")
+        return self
+
+    @property
+    def monitor(self) -> str:
+        """The metric that names the best checkpoint."""
+        return self.train.monitor or DEFAULT_MONITOR[self.task]
 
     @model_validator(mode="after")
     def _check_batch(self) -> Experiment:

@@ -21,7 +21,9 @@ from hpc.rundir import RunDir, read_json, write_bytes
 from jobs import checkpoint, figures
 from jobs.engine import BadNode, choose_device
 from jobs.setup import prepare
-from jobs.tasks.classification import Classification, Counts, Scores
+from jobs.tasks import make_task
+from jobs.tasks.contract import Scores, Stored
+from jobs.tasks.counts import Counts, Kept
 
 
 def find_checkpoint(run: RunDir, wanted: str) -> checkpoint.Checkpoint:
@@ -51,27 +53,29 @@ def evaluate(run: RunDir, split: str, wanted: str) -> tuple[str, Scores, list[st
     data, bf16 = experiment.data, experiment.train.precision == "bf16"
     options: dict[str, Any] = {"threads": data.threads, "device": device, "dtype": torch.float32, "verify": 1.0}
     loader = Loader(parts.volumes, split, data.batch_size, patch=data.patch, shuffle=False, **options)
-    task = Classification(experiment.train.loss, parts.weights, device)
-    counts, scores, samples = Counts(parts.num_classes, device), [], []
+    task = make_task(experiment, parts.volumes, device)
+    counts, kept = Counts(task.cells, device), Kept(task)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for batch in loader:
-            outputs = model(batch.inputs).float()
-            counts.add(outputs, batch.targets, task.loss(outputs, batch.targets))
-            scores.append(outputs.softmax(1).cpu().numpy())
-            samples.append(batch.samples.cpu().numpy())
-    result = Scores(counts.matrix.cpu().numpy(), counts.total_loss() / int(counts.matrix.sum()))
-    order = np.concatenate(samples)
+            outputs = model(batch.inputs)
+            losses = task.losses(outputs, batch.targets)
+            counts.add(task, outputs, batch.targets, losses.mean())
+            kept.add(batch.samples, outputs, batch.targets, losses)
+    order, targets, rows, own = (column.numpy() for column in kept.columns())
+    labels = None if experiment.task == "segmentation" else targets
+    stored = Stored(order, labels, rows, own)
+    result = task.scores(counts.cells.cpu().numpy(), counts.total_loss() / counts.samples, counts.samples, stored)
     volumes, names = parts.volumes, list(parts.volumes.class_names)
     buffer = io.BytesIO()
     ids = np.array([str(volumes.ids[sample]) for sample in order])
-    np.savez(
-        buffer, ids=ids, targets=volumes.targets[order], scores=np.concatenate(scores), class_names=np.array(names)
-    )
+    np.savez(buffer, ids=ids, targets=targets, scores=rows, class_names=np.array(names))
     write_bytes(run.prediction(split), buffer.getvalue())
-    title = f"{split}, {found.name}: accuracy {result.metrics()['accuracy']:.3f} (majority {result.majority:.3f})"
-    write_bytes(
-        run.figure(f"confusion_matrix_{split}"), figures.png(figures.confusion_matrix(result.matrix, names, title))
-    )
+    if result.matrix.ndim == 2:
+        majority = result.baseline["accuracy"]
+        title = f"{split}, {found.name}: accuracy {result.metrics()['accuracy']:.3f} (majority {majority:.3f})"
+        write_bytes(
+            run.figure(f"confusion_matrix_{split}"), figures.png(figures.confusion_matrix(result.matrix, names, title))
+        )
     return found.name, result, names
 
 
@@ -84,24 +88,27 @@ def main() -> int:
     options = parser.parse_args()
     run = RunDir(options.run)
     try:
-        name, scores, names = evaluate(run, options.split, options.checkpoint)
+        name, scores, _ = evaluate(run, options.split, options.checkpoint)
     except (UserError, ValueError, BadNode) as error:
         print(error, file=sys.stderr)
         return ExitCode.BAD_INPUT
     except (checkpoint.StorageError, OSError) as error:
         print(error, file=sys.stderr)
         return ExitCode.STORAGE
-    metrics, table = scores.metrics(), scores.per_class(names)
+    metrics, table = scores.metrics(), scores.per_class()
     if options.json:
-        summary = {"checkpoint": name, "split": options.split, "majority": scores.majority, "metrics": metrics}
+        summary = {"checkpoint": name, "split": options.split, "baseline": scores.baseline, "metrics": metrics}
         print(json.dumps({**summary, "per_class": table, "confusion_matrix": scores.matrix.tolist()}, indent=1))
         return ExitCode.DONE
     print(f"{run.name} {name} on {options.split}: {scores.samples} samples")
     for key, value in metrics.items():
-        print(f"  {key:<20}{value:.4f}" + (f"   (majority class {scores.majority:.4f})" if key == "accuracy" else ""))
-    print(f"  {'class':<20}{'samples':>8}{'precision':>11}{'recall':>9}{'f1':>9}")
+        alone = scores.baseline.get(key)
+        print(f"  {key:<20}{value:.4f}" + ("" if alone is None else f"   (commonest class alone {alone:.4f})"))
+    last = "dice" if "dice" in table[0] else "f1"
+    print(f"  {'class':<20}{'support':>8}{'precision':>11}{'recall':>9}{last:>9}")
     for row in sorted(table, key=lambda row: float(row["recall"])):
-        print(f"  {row['name']:<20}{row['support']:>8}{row['precision']:>11.3f}{row['recall']:>9.3f}{row['f1']:>9.3f}")
+        own = row[last] if row[last] is not None else float("nan")
+        print(f"  {row['name']:<20}{row['support']:>8}{row['precision']:>11.3f}{row['recall']:>9.3f}{own:>9.3f}")
     print(f"  {run.figure(f'confusion_matrix_{options.split}')}\n  {run.prediction(options.split)}")
     return ExitCode.DONE
 
