@@ -34,9 +34,10 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _check_task(self) -> Experiment:
         self.train.loss.of_task(self.task)
-        if self.monitor not in DIRECTIONS[self.task]:
-            names = nearest(self.monitor, DIRECTIONS[self.task])
-            raise ValueError(f"train.monitor {self.monitor} is no metric of task {self.task}; {names}")
+        for key, metric in {"train.monitor": self.monitor, **self.train.metrics()}.items():
+            if metric not in DIRECTIONS[self.task]:
+                names = nearest(metric, DIRECTIONS[self.task])
+                raise ValueError(f"{key} {metric} is no metric of task {self.task}; {names}")
         return self
 
     @property

@@ -9,7 +9,6 @@ from pydantic import Field, field_validator, model_validator
 from hpc.optimisation import EarlyStopping, Ema, Optimizer, Scheduler, Stage
 from hpc.settings import Duration, Positive, Section
 
-
 LOSSES: dict[str, dict[str, set[str]]] = {
     "classification": {"cross_entropy": {"class_weights", "label_smoothing"}, "focal": {"class_weights", "gamma"}},
     "multilabel": {
@@ -119,6 +118,13 @@ class Train(Section):
         self._refuse_idle(self.deterministic, {"virtual_ranks": {"layout"}})
         self._sum_epochs()
         return self
+
+    def metrics(self) -> dict[str, str]:
+        """Those that the rate and the end of the run follow, by their keys in the file."""
+        named = {"train.scheduler": self.scheduler.metric}
+        named |= {f"train.stages.{n}.scheduler": s.scheduler.metric for n, s in enumerate(self.stages) if s.scheduler}
+        named["train.early_stopping"] = self.early_stopping.metric if self.early_stopping else None
+        return {f"{key}.metric": metric for key, metric in named.items() if metric is not None}
 
     def _sum_epochs(self) -> None:
         if not self.stages:

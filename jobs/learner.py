@@ -178,7 +178,7 @@ def resolve_all(experiment: Experiment, stages: Stages, model: nn.Module) -> lis
 
 
 def check(experiment: Experiment, model: nn.Module) -> list[str]:
-    """What each stage trains, a line each. Raises UserError where the model or the optimizer is not as the file says."""
+    """What each stage trains, a line each. Raises UserError where model or optimizer are not as the file says."""
     stages, parameters = Stages(experiment.train, 1), dict(model.named_parameters())
     lines = []
     for number, layers in enumerate(resolve_all(experiment, stages, model)):

@@ -101,8 +101,8 @@ class Saver:
         """Copy everything and return the checkpoint's name; with `wait`, once it is durable.
 
         `trained`: as for Snapshot.take. `protect`: names that are not to be deleted, nor dropped for a newer one while
-        they wait. Raises StorageError when this save failed (with `wait`) or the last five did, and whatever stopped the
-        writing thread.
+        they wait. Raises StorageError when this save failed (with `wait`) or the last five did, and whatever stopped
+        the writing thread.
         """
         began, name = time.monotonic(), checkpoint.name_of(self._generation, step)
         with self._changed:
