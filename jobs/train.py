@@ -27,6 +27,7 @@ from jobs import check, checkpoint, resuming, validation
 from jobs.engine import Engine
 from jobs.epoch import EpochSums, Pace
 from jobs.guards import LossGuard, SpikeDetector, Verdict
+from jobs.inference.facts import remember
 from jobs.ledger import StepLedger
 from jobs.optimize import build_optimizer, learning_rate
 from jobs.passes import make_passes
@@ -125,11 +126,12 @@ class Trainer:
         if self.engine.is_main:
             steps = (self.step, self.total_steps, self.steps_per_epoch)
             names = self.task.class_names
-            self.recorder = Recorder(self.run, self.experiment, names, self.generation, steps)
+            self.recorder = Recorder(self.run, self.experiment, names, self.generation, steps, self.parts.volumes)
             if self._evaluation_due():
                 self.recorder.evaluates_again(self.step, self.state["shown"])
             resuming.check_room(folder, self.model, self.optimizer, fresh=found is None)
             self._open_saver()
+            remember(self.run, self.parts.volumes)
             if before:
                 self.recorder.data_changed(before, self.parts.volumes.fingerprint)
             where = f"goes on from {found.name}" if found else "starts"
@@ -325,7 +327,8 @@ class Trainer:
             self._judge(found)
             if self.recorder:
                 seen = self.sums.scores().metrics()
-                self.recorder.evaluation(self.step, found, seen, speed, self.pace.waiting_share)
+                best = bool(self.state["best"]) and self.state["best"]["step"] == self.step
+                self.recorder.evaluation(self.step, found, seen, speed, self.pace.waiting_share, best)
             if self.experiment.data.on_bad_sample == "skip":
                 self.samples.count_replaced()
         self.state.update(evaluated_step=self.step, sums=None, shown={})
