@@ -60,7 +60,8 @@ def test_a_confusion_matrix_shows_its_numbers_and_says_what_does_not_occur():
     assert {"0.75", "0.25"} <= {label.get_text() for label in words(share)}
     shown, axes = assert_drawn(share), share.axes[0]
     at = axes.transData.transform([(0, 1), (1, 1)]).round().astype(int)
-    assert all(tuple(shown[shown.shape[0] - y, x]) == (230, 230, 230) for x, y in at), "no class b: grey, not 0"
+    greys = [shown[shown.shape[0] - y, x] for x, y in at]
+    assert np.abs(np.array(greys, int) - 230).max() <= 2, "no class b: grey, not 0"
     empty = matrices.confusion_matrix(np.zeros((3, 3), int), ["a", "b", "c"], "nothing")
     assert ink(canvas.rendered(empty)) > 0
 
