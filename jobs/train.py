@@ -27,6 +27,7 @@ from jobs import check, checkpoint, resuming, validation
 from jobs.engine import Engine
 from jobs.epoch import EpochSums, Pace
 from jobs.guards import LossGuard, SpikeDetector, Verdict
+from jobs.inference.facts import remember
 from jobs.ledger import StepLedger
 from jobs.optimize import build_optimizer, learning_rate
 from jobs.passes import make_passes
@@ -130,6 +131,7 @@ class Trainer:
                 self.recorder.evaluates_again(self.step, self.state["shown"])
             resuming.check_room(folder, self.model, self.optimizer, fresh=found is None)
             self._open_saver()
+            remember(self.run, self.parts.volumes)
             if before:
                 self.recorder.data_changed(before, self.parts.volumes.fingerprint)
             where = f"goes on from {found.name}" if found else "starts"

@@ -212,7 +212,7 @@ def test_one_run(tmp_path: Path) -> None:
     assert facts["Attempts"] == "2 (1 stopped by a signal, 1 requeued)"
     assert (facts["Train samples/s"], facts["Validation samples/s"]) == ("31.04", "80.2")
     assert (facts["Instance"], facts["Nodes"], facts["Tasks"]) == ("cedia-a100-40gb", "2", "8")
-    assert facts["Waiting for data"].startswith("1.2%") and facts["Majority class alone"] == "0.1667"
+    assert facts["Waiting for data"].startswith("1.2%") and facts["Commonest class alone"] == "accuracy 0.1667"
     assert table(text, "### Validation", "resnet3d")[1] == ["accuracy", "higher is better", "0.91", "0.9"]
     assert [row[0] for row in table(text, "### Classes", "resnet3d")[1:]] == ["hippocampus", "thalamus", "amygdala"]
     assert "baseline" not in text and "### Confusion matrix" not in text, "the figure shows it"
@@ -220,6 +220,47 @@ def test_one_run(tmp_path: Path) -> None:
         assert (tmp_path / "out" / link).is_file()
     inlined = re.findall(r"data:image/png;base64,([^\"]+)", web)
     assert [base64.b64decode(one) for one in inlined] == [path.read_bytes() for path in figures.values()]
+
+
+OTHER_TASKS = {
+    "multilabel": (
+        {"map": 0.62, "hamming": 0.1},
+        {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "ap": None, "auc": 0.75, "calibration_error": 0.1},
+        ["Recall", "Precision", "F1", "ROC AUC", "Calibration error"],
+        [[[3, 1], [2, 4]]] * 3,
+    ),
+    "segmentation": (
+        {"dice": 0.8, "iou": 0.7},
+        {"precision": 0.5, "recall": 0.25, "dice": 1 / 3, "iou": 0.2},
+        ["Recall", "Precision", "Dice", "IoU"],
+        [[5, 0, 0], [0, 5, 0], [1, 0, 5]],
+    ),
+}
+
+
+@pytest.mark.parametrize("task", OTHER_TASKS)
+def test_a_run_of_another_task(task: str, tmp_path: Path) -> None:
+    metrics, row, titles, matrix = OTHER_TASKS[task]
+    name = next(iter(metrics))
+    told = result() | {"task": task, "monitor": name, "baseline": {name: 0.25}, "confusion_matrix": matrix}
+    told |= {"best": {"epoch": 4, "step": 300, "metrics": metrics}, "last": {}}
+    told |= {"per_class": [{"name": one, "support": 4, **row} for one in CLASSES]}
+    del told["majority"]
+    text = write_report([RunData("a-1", EXPERIMENT, {}, told)], tmp_path)[0].read_text()
+    assert dict(table(text, "### Facts", "a-1")[1:])["Commonest class alone"] == f"{name} 0.25"
+    directions = {line[0]: line[1] for line in table(text, "### Validation", "a-1")[1:]}
+    assert directions[name] == "higher is better" and directions.get("hamming", "lower is better") == "lower is better"
+    assert table(text, "### Classes", "a-1")[0] == ["Class", "Support", *titles]
+    if task == "multilabel":
+        assert table(text, "### Labels", "a-1")[1] == [CLASSES[0], "4", "1", "2", "3"]
+    else:
+        assert table(text, "### Confusion matrix", "a-1")[3] == [CLASSES[2], "1", "0", "5"]
+
+
+def test_an_unfinished_run_is_judged_by_its_tasks_metric() -> None:
+    metrics = {"step": 75, "epoch": 1, "split": "validation", "metrics": {"accuracy": 0.9, "dice": 0.3, "loss": 1.0}}
+    run = RunData("a", {"task": "segmentation", "train": {"monitor": None}}, {}, {}, [metrics])
+    assert (run.monitor, run.lower) == ("dice", False)
 
 
 def test_differences_to_the_first_run(tmp_path: Path) -> None:

@@ -14,6 +14,16 @@ from hpc.journal.rundata import RunData, Values, flatten, mapping
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _SHOWN = 6  # differences of a run in the overview
+_CLASS_COLUMNS = {
+    "recall": "Recall",
+    "precision": "Precision",
+    "f1": "F1",
+    "dice": "Dice",
+    "iou": "IoU",
+    "ap": "AP",
+    "auc": "ROC AUC",
+    "calibration_error": "Calibration error",
+}
 INLINED = 1_350_000
 """Bytes of figures in one HTML page; base64 makes them 1.8 MB. What is in no run's share is a file beside the page."""
 _MATRIX_FITS = 24  # classes; a wider table of numbers is read by nobody
@@ -170,7 +180,7 @@ def _facts(run: RunData) -> Table:
         ("Checkpoint", best.get("checkpoint")),
         ("Trained", _progress(run)),
         ("Chosen by", f"{run.monitor} ({_direction(run.lower)})"),
-        ("Majority class alone", result.get("majority")),
+        ("Commonest class alone", _baseline(run)),
         ("Train samples/s", run.speed.get("train")),
         ("Validation samples/s", run.speed.get("validation")),
         ("Waiting for data", f"{share:.1%} of the training time" if share is not None else None),
@@ -181,6 +191,14 @@ def _facts(run: RunData) -> Table:
     ]
     rows = tuple(_cells(*pair) for pair in pairs if pair[1] is not None)
     return Table("Facts", _heads("Fact", "Value"), rows, words=(0, 1))
+
+
+def _baseline(run: RunData) -> str | None:
+    """The monitored metric of an answer that does not look at the input; of older results the majority's accuracy."""
+    given, majority = mapping(run.result.get("baseline")), run.result.get("majority")
+    if is_number(given.get(run.monitor)):
+        return f"{run.monitor} {number(given[run.monitor])}"
+    return f"accuracy {number(majority)}" if is_number(majority) else None
 
 
 def _progress(run: RunData) -> str | None:
@@ -220,15 +238,13 @@ def _moment(word: str, evaluation: Values) -> Head:
 
 def _per_class(run: RunData, first: RunData) -> Table | None:
     others = {str(row.get("name")): row for row in first.per_class}
+    keys = [key for key in _CLASS_COLUMNS if any(is_number(row.get(key)) for row in run.per_class)]
     rows = []
     for row in run.per_class:
         other = others.get(str(row.get("name")), {})
-        scores = [
-            _versus(row.get(key), other.get(key), lower=False, same=run is first)
-            for key in ("recall", "precision", "f1")
-        ]
+        scores = [_versus(row.get(key), other.get(key), _lower(key, run), same=run is first) for key in keys]
         rows.append((*_cells(row.get("name"), row.get("support")), *scores))
-    heads = _heads("Class", "Support", "Recall", "Precision", "F1")
+    heads = _heads("Class", "Support", *(_CLASS_COLUMNS[key] for key in keys))
     return Table("Classes, the most difficult first", heads, tuple(rows)) if rows else None
 
 
@@ -236,9 +252,19 @@ def _confusion(run: RunData) -> Table | None:
     matrix = [row for row in run.result.get("confusion_matrix") or () if isinstance(row, Sequence)]
     if not matrix or len(matrix) > _MATRIX_FITS:
         return None
+    if all(isinstance(cell, Sequence) for cell in matrix[0]):
+        return _label_counts(matrix, run.class_names)
     names = run.class_names if len(run.class_names) == len(matrix) else [str(k) for k in range(len(matrix))]
     rows = tuple(_cells(name, *counts) for name, counts in zip(names, matrix, strict=True))
     return Table("Confusion matrix", _heads("True class / predicted", *names), rows)
+
+
+def _label_counts(matrices: Sequence[Sequence[Any]], names: Sequence[str]) -> Table | None:
+    """Of several labels: each one's counts."""
+    if len(names) != len(matrices):
+        return None
+    rows = tuple(_cells(name, tp, fp, fn, tn) for name, ((tn, fp), (fn, tp)) in zip(names, matrices, strict=True))
+    return Table("Labels, counted apart", _heads("Label", "Found", "False alarms", "Missed", "Rightly not named"), rows)
 
 
 def _metric_names(runs: Iterable[RunData]) -> list[str]:
