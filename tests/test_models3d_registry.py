@@ -46,7 +46,11 @@ BAD = [
     ("unet3d", {"axes": 2}, r"no option 'axes'"),
     ("timm:resnt18", {}, r"timm has no model 'resnt18'; nearest: resnet18"),
     ("timm:resnet18", {"drop_rat": 0.1}, r"no option 'drop_rat'; nearest: drop_rate"),
-    ("timm:resnet18", {"pretrained": True}, r"starts from fresh weights here; leave out the option 'pretrained': .*pretrained: true"),
+    (
+        "timm:resnet18",
+        {"pretrained": True},
+        r"starts from fresh weights here; leave out the option 'pretrained': .*pretrained: true",
+    ),
     ("torchvision:resnet18", {}, r"takes 3 input channels, not 1"),
     ("torchvision:fcn_resnet50", {"in_channels": 3}, r"no classification model 'fcn_resnet50'"),
     ("smp:Unett", {}, r"smp has no model 'Unett'; nearest: Unet.*its models: DPT, .*Unet, UnetPlusPlus"),
