@@ -97,7 +97,12 @@ def _caption(volumes: VolumeFile) -> list[str]:
     lines = [f"{files[0]}{f' and {len(files) - 1} more' * (len(files) > 1)}: {len(volumes)} samples, {volumes.task}"]
     if volumes.spatial_axes == 3:
         where = "with most label voxels" if volumes.task == "segmentation" else "in the middle"
-        lines.append(f"axial slices {where}; the patient's left is on the left, the front on top")
+        if volumes.orientation == "RAS":
+            lines.append(f"axial slices {where}; the patient's left is on the left, the front on top")
+        else:
+            lines.append(
+                f"slices along the last axis {where}; axes are {volumes.orientation}: first to the right, second up"
+            )
     channels = volumes.channels
     if _is_colour(volumes):
         lines.append("channels 0, 1 and 2 as red, green and blue")
@@ -176,7 +181,7 @@ def _face(plane: NDArray[Any]) -> NDArray[Any]:
 
 def _fit(sides: Sequence[int], spacing: Sequence[float], cell: int) -> tuple[int, int]:
     """(height, width) in pixels of true proportions, the longer one the cell's."""
-    true = np.array(sides) * np.where(np.asarray(spacing) > 0, spacing, 1.0)
+    true = np.array(sides) * np.where(np.isfinite(spacing) & (np.asarray(spacing) > 0), spacing, 1.0)
     height, width = np.maximum((true * (cell / true.max())).round(), 1).astype(int).tolist()
     return height, width
 
