@@ -144,6 +144,7 @@ def _make_samples(
         form=None if plan.shape is None else plan.form(labelling.task, [plan.shape]),
         atlas=labelling.atlas,
         classes=labelling.classes,
+        channels=next(iter(plan.shapes.values()))[0],
     )
     bad = {}
     with _named_deaths(shop):
