@@ -55,6 +55,8 @@ PACK = "pack"
 SHARD_NAME = re.compile(r"-\d+-of-(\d+)$")
 
 MAX_MAP_CLASSES = 255
+UNLABELLED = 255
+"""The value of a label map that stands for no class: neither losses nor metrics look at such a voxel."""
 
 Tables = dict[str, NDArray[Any]]
 

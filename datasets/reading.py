@@ -52,6 +52,14 @@ class Reader:
 
         self._named(sample, fill)
 
+    def read_map(self, sample: int, target: memoryview) -> None:
+        """Fill `target` with the label map of a sample, of which nothing else is read."""
+        number, row = self._volumes.locate(sample)
+        maps = self._arrays[number][1]
+        if maps is None:
+            raise ValueError(f"{self._volumes.paths[number]} holds no label maps")
+        self._named(sample, lambda: maps.read(row, target))
+
     def check(self) -> None:
         """Raises OSError where a file is gone, or was exchanged since it was opened."""
         for file in self._files:

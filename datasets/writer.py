@@ -143,7 +143,10 @@ class VolumeWriter:
         if target.shape != wanted or not np.can_cast(target.dtype, np.int64):
             raise ValueError(f"sample {id!r} has a target {target.shape} {target.dtype}; need {wanted}")
         limit = 2 if task == "multilabel" else classes
-        if target.size and (target.min() < 0 or target.max() >= limit):
+        wrong = (target < 0) | (target >= limit)
+        if task == "segmentation":
+            wrong &= target != layout.UNLABELLED
+        if wrong.any():
             raise ValueError(f"sample {id!r} has target values {target.min()} to {target.max()}; need 0 to {limit - 1}")
         return np.ascontiguousarray(target, np.dtype(layout.TARGET_DTYPES[task])).reshape(wanted)
 

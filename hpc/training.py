@@ -45,18 +45,69 @@ class Scheduler(Section):
         return self
 
 
-class Loss(Section):
-    name: Literal["cross_entropy"] = "cross_entropy"
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    class_weights: Literal["balanced"] | list[float] | None = None
-    """balanced: inverse frequency in the training split; or one weight per class, 0 to leave one out."""
+LOSSES: dict[str, dict[str, set[str]]] = {
+    "classification": {"cross_entropy": {"class_weights", "label_smoothing"}, "focal": {"class_weights", "gamma"}},
+    "multilabel": {
+        "bce": {"pos_weight"},
+        "weighted_bce": set(),
+        "focal": {"alpha", "gamma"},
+        "focal_bce": {"alpha", "gamma"},
+    },
+    "segmentation": {
+        "dice_ce": {"class_weights", "label_smoothing", "ignore", "include_background"},
+        "cross_entropy": {"class_weights", "label_smoothing", "ignore", "include_background"},
+        "dice": {"ignore", "include_background"},
+        "focal": {"class_weights", "gamma", "ignore", "include_background"},
+    },
+}
+"""task -> loss -> the options that take effect; the first loss is the default."""
 
-    @field_validator("class_weights")
+Weights = Literal["balanced"] | list[float] | None
+
+
+class Loss(Section):
+    """What is made small (jobs/tasks/): the mean of the samples' losses, each of which is its own."""
+
+    name: Literal["cross_entropy", "focal", "bce", "weighted_bce", "focal_bce", "dice", "dice_ce"] | None = None
+    """None: cross_entropy, bce or dice_ce, as the task is. dice_ce: nnU-Net's sum; weighted_bce: both terms of a label
+    by the inverse of how often they occur in the training split."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    class_weights: Weights = None
+    """balanced: inverse frequency in the training split; or one weight per class, 0 to leave one out."""
+    pos_weight: Weights = None
+    """Weight of the positive term of each label; balanced: negatives / positives in the training split."""
+    gamma: Annotated[float, Field(ge=0)] = 2.0
+    """Of the focal loss (Lin et al., arXiv 1708.02002): 0 is cross entropy."""
+    alpha: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Weight of the positive term in the focal loss of labels, 1 - alpha that of the negative; None: both 1."""
+    ignore: tuple[str, ...] = ()
+    """Classes whose voxels neither loss nor metrics look at, as 255 in a label map."""
+    include_background: bool = False
+    """Whether Dice, loss and metric, counts the first class as well."""
+
+    @field_validator("class_weights", "pos_weight")
     @classmethod
     def _check_weights(cls, weights: Any) -> Any:
         if isinstance(weights, list) and not (all(weight >= 0 for weight in weights) and any(weights)):
             raise ValueError(f"{weights} are no weights: finite numbers of 0 or more, not all 0")
         return weights
+
+    def of_task(self, task: str) -> str:
+        """The loss's name, with the task's default. Raises ValueError for what the task does not have."""
+        losses = LOSSES[task]
+        name: str = self.name or next(iter(losses))
+        if name not in losses:
+            raise ValueError(f"train.loss.name {name} is no loss of task {task}; use {', '.join(losses)}")
+        for option in sorted(set().union(*(options for known in LOSSES.values() for options in known.values()))):
+            if getattr(self, option) != type(self).model_fields[option].default and option not in losses[name]:
+                raise ValueError(self._idle(option, task, name))
+        return name
+
+    @staticmethod
+    def _idle(option: str, task: str, name: str) -> str:
+        fits = [loss for loss, options in LOSSES[task].items() if option in options]
+        fits = fits or [f"task {other}" for other, known in LOSSES.items() if any(option in o for o in known.values())]
+        return f"train.loss.{option} has no effect with {name} of task {task}; it belongs to {', '.join(fits)}"
 
 
 class Train(Section):
@@ -80,8 +131,8 @@ class Train(Section):
     virtual_ranks, too; auto: run on the CPU, off on CUDA."""
     virtual_ranks: Positive = 4
     """Under `deterministic: layout`, the parts (a power of two) in which each batch is worked off, whoever does it."""
-    monitor: Literal["accuracy", "balanced_accuracy", "f1_macro", "loss"] = "accuracy"
-    """The validation metric that names the best checkpoint."""
+    monitor: str | None = None
+    """The validation metric that names the best checkpoint; None: accuracy, map or dice, as the task is."""
     checkpoint_every: Duration = 300
     """Wall-clock time between saves."""
     keep: Positive = 2
@@ -90,6 +141,8 @@ class Train(Section):
     """Epochs: the checkpoint at the end of each such epoch is kept for good; 0 for none."""
     hang_after: Duration = 60
     """A rank silent for longer than this and ten times its slow steps (their 99th percentile) is ended as hung."""
+    figures: Literal["all", "few"] = "all"
+    """few: of the best evaluation its confusion matrix and the curves alone, for sweeps of many short runs."""
     ledger: bool = False
     """Record what each step did (samples, pixels, loss, weights), to compare runs step by step: see hpc drill."""
 

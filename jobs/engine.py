@@ -123,6 +123,31 @@ class Engine:
             dist.all_reduce(total, group=self._control)
         return total
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """The rows of all ranks, (n, ...) each, rank by rank on rank 0 as a CPU tensor; on others their own."""
+        mine = tensor.detach().to("cpu").contiguous()
+        if self.world_size == 1:
+            return mine
+        counts = torch.zeros(self.world_size, dtype=torch.int64)
+        counts[self.rank] = len(mine)
+        dist.all_reduce(counts, group=self._control)
+        padded = mine.new_zeros(int(counts.max()), *mine.shape[1:])
+        padded[: len(mine)] = mine
+        if not padded.numel():  # of no rank, or rows without columns
+            return mine.new_zeros(int(counts.sum()), *mine.shape[1:]) if self.is_main else mine
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)] if self.is_main else None
+        dist.gather(padded, parts, group=self._control)
+        if parts is None:
+            return mine
+        return torch.cat([part[:count] for part, count in zip(parts, counts.tolist(), strict=True)])
+
+    def broadcast(self, values: Sequence[float]) -> list[float]:
+        """Rank 0's values on every rank, which must give as many."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.broadcast(tensor, 0, group=self._control)
+        return [float(value) for value in tensor]
+
     def share_buffers(self, model: nn.Module) -> None:
         """Rank 0's running statistics on every rank, as DDP does it before each training step."""
         if self.world_size > 1:

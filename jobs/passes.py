@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from datasets.loader import Batch
 from hpc.training import Train
 from jobs.engine import Engine
-from jobs.tasks.classification import Classification, Counts
+from jobs.tasks.contract import Task
+from jobs.tasks.counts import Counts, Kept
 from jobs.virtual import BatchNorms, Gradients, VirtualRanks
 
 
@@ -21,7 +22,7 @@ class Passes(Protocol):
     def backward(self, batch: Batch, step: int) -> Counts:
         """Fill .grad with the gradient of the global batch's mean loss; counts of this rank's share."""
 
-    def forward(self, batch: Batch, counts: Counts) -> None:
+    def forward(self, batch: Batch, counts: Counts, kept: Kept) -> None:
         """Add what the model makes of this rank's share of a batch; no gradients."""
 
     def counts(self) -> Counts:
@@ -34,18 +35,15 @@ class Passes(Protocol):
         """The step does not count: running statistics are as before it."""
 
 
-def make_passes(settings: Train, engine: Engine, model: nn.Module, task: Classification, num_classes: int) -> Passes:
+def make_passes(settings: Train, engine: Engine, model: nn.Module, task: Task) -> Passes:
     """Those of `train.deterministic`. Raises UserError for a model that the layout would show in."""
     kind = VirtualPasses if settings.deterministic == "layout" else RankPasses
-    return kind(settings, engine, model, task, num_classes)
+    return kind(settings, engine, model, task)
 
 
 class _Common:
-    def __init__(
-        self, settings: Train, engine: Engine, model: nn.Module, task: Classification, num_classes: int
-    ) -> None:
-        self._settings, self._engine, self._model = settings, engine, model
-        self._task, self._num_classes = task, num_classes
+    def __init__(self, settings: Train, engine: Engine, model: nn.Module, task: Task) -> None:
+        self._settings, self._engine, self._model, self._task = settings, engine, model, task
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._engine.device.type, torch.bfloat16, enabled=self._settings.precision == "bf16")
@@ -55,25 +53,25 @@ class _Common:
         sequence = np.random.SeedSequence([self._settings.seed, *key])
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 
-    def _evaluate(self, x: Tensor, y: Tensor, counts: Counts, part: int = 0) -> None:
+    def _evaluate(self, x: Tensor, y: Tensor, samples: Tensor, counts: Counts, kept: Kept, part: int = 0) -> None:
         with self._autocast():
             outputs = self._model(x)
-        counts.add(outputs, y, self._task.loss(outputs, y), part)
+        losses = self._task.losses(outputs, y)
+        counts.add(self._task, outputs, y, losses.mean(), part)
+        kept.add(samples, outputs, y, losses, x)
 
 
 class RankPasses(_Common):
     """Each rank works off its share in `accumulate` parts; gradients are averaged by DDP."""
 
-    def __init__(
-        self, settings: Train, engine: Engine, model: nn.Module, task: Classification, num_classes: int
-    ) -> None:
-        super().__init__(settings, engine, model, task, num_classes)
+    def __init__(self, settings: Train, engine: Engine, model: nn.Module, task: Task) -> None:
+        super().__init__(settings, engine, model, task)
         self._parallel = engine.wrap(model)
         self._buffers = list(model.buffers())
         self._before = [buffer.clone() for buffer in self._buffers]
 
     def counts(self) -> Counts:
-        return Counts(self._num_classes, self._engine.device)
+        return Counts(self._task.cells, self._engine.device)
 
     def backward(self, batch: Batch, step: int) -> Counts:
         self._parallel.train()
@@ -94,11 +92,11 @@ class RankPasses(_Common):
             outputs = self._parallel(x)
         loss = self._task.loss(outputs, y)
         torch.autograd.backward(loss / self._settings.accumulate)
-        counts.add(outputs, y, loss)
+        counts.add(self._task, outputs, y, loss)
 
-    def forward(self, batch: Batch, counts: Counts) -> None:
+    def forward(self, batch: Batch, counts: Counts, kept: Kept) -> None:
         if len(batch.targets):
-            self._evaluate(batch.inputs, batch.targets, counts)
+            self._evaluate(batch.inputs, batch.targets, batch.samples, counts, kept)
 
     def commit(self) -> None:
         pass  # the layers have kept their own
@@ -111,17 +109,15 @@ class RankPasses(_Common):
 class VirtualPasses(_Common):
     """Each virtual rank is a pass of its own, whoever works it off, and all sums have one order (jobs/virtual.py)."""
 
-    def __init__(
-        self, settings: Train, engine: Engine, model: nn.Module, task: Classification, num_classes: int
-    ) -> None:
-        super().__init__(settings, engine, model, task, num_classes)
+    def __init__(self, settings: Train, engine: Engine, model: nn.Module, task: Task) -> None:
+        super().__init__(settings, engine, model, task)
         self._ranks = VirtualRanks(settings.virtual_ranks, engine.rank, engine.world_size)
         self._norms = BatchNorms(self._ranks, model)
         self._gradients = Gradients(self._ranks, model)
         self._ranks.broadcast(model)
 
     def counts(self) -> Counts:
-        return Counts(self._num_classes, self._engine.device, self._ranks.count)
+        return Counts(self._task.cells, self._engine.device, self._ranks.count)
 
     def backward(self, batch: Batch, step: int) -> Counts:
         self._model.train()
@@ -133,13 +129,13 @@ class VirtualPasses(_Common):
             loss = self._task.loss(outputs, y)
             torch.autograd.backward(loss / self._ranks.count)
             self._gradients.add()
-            counts.add(outputs, y, loss, v)
+            counts.add(self._task, outputs, y, loss, v)
         self._gradients.reduce()
         return counts
 
-    def forward(self, batch: Batch, counts: Counts) -> None:
-        for v, (x, y) in self._ranks.parts(batch.inputs, batch.targets):
-            self._evaluate(x, y, counts, v)
+    def forward(self, batch: Batch, counts: Counts, kept: Kept) -> None:
+        for v, (x, y, samples) in self._ranks.parts(batch.inputs, batch.targets, batch.samples):
+            self._evaluate(x, y, samples, counts, kept, v)
 
     def commit(self) -> None:
         self._norms.commit()

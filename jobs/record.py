@@ -9,33 +9,41 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
+from datasets.layout import VolumeFile
 from hpc import usage
 from hpc.errors import UserError
 from hpc.experiment import Experiment
-from hpc.rundir import DATA_CHANGED, RunDir, read_json, write_bytes, write_json
-from jobs.tasks.classification import DIRECTION, Scores
+from hpc.metrics import DIRECTIONS, STEP_METRIC
+from hpc.rundir import DATA_CHANGED, RunDir, read_json, write_json
+from jobs.drawing import LOSS_TAG, RATE_TAG, Drawer
+from jobs.samples import FEW
+from jobs.tasks.contract import Scores
 from jobs.tracking import Tracker
+from jobs.validation import Evaluation
 
 _LOG = logging.getLogger(__name__)
 _STATE_EVERY_S = 1.0
-FEW = 20
-"""Names of samples in one record."""
 
 
 class Recorder:
     """The records of one attempt; the only writer of these files while it runs."""
 
     def __init__(
-        self, run: RunDir, experiment: Experiment, names: Sequence[str], generation: int, steps: tuple[int, int, int]
+        self,
+        run: RunDir,
+        experiment: Experiment,
+        names: Sequence[str],
+        generation: int,
+        steps: tuple[int, int, int],
+        volumes: VolumeFile | None = None,
     ) -> None:
-        """`steps`: done so far, in all, per epoch."""
+        """`steps`: done so far, in all, per epoch; volumes: what the samples of the pictures are read from."""
         self._run, self._names, self._generation = run, list(names), generation
         self._epochs, self._task = experiment.train.epochs, experiment.task
-        self._monitor = experiment.train.monitor
+        self._monitor, self._step_metric = experiment.monitor, STEP_METRIC[experiment.task]
         resumed, self._total, self._per_epoch = steps
         self._tracker = Tracker(run, generation, resumed)
+        self._drawer = Drawer(run, experiment, names, self._tracker, volumes)
         self._written_at = 0.0
         self.sample_usage: Callable[[], None] = lambda: None
         """Brings what is known of this node's use up to date."""
@@ -60,9 +68,10 @@ class Recorder:
             _LOG.warning("progress is not recorded for now: %s", error)
         self._refused = True
 
-    def step(self, step: int, loss: float, accuracy: float, rate: float) -> None:
+    def step(self, step: int, scores: Scores, rate: float) -> None:
         """One optimizer step, over all ranks."""
-        values = {"step/loss": loss, "step/accuracy": accuracy, "step/learning_rate": rate}
+        name = self._step_metric
+        values = {LOSS_TAG: scores.loss, f"step/{name}": scores.metrics()[name], RATE_TAG: rate}
         self._shown = (step, values)
         self._tracker.scalars(step, values)
 
@@ -108,7 +117,7 @@ class Recorder:
             self._tell_once(error)
             return
         progress = {"phase": phase, "step": step, "epoch": step // self._per_epoch, "steps": self._total}
-        monitored = {"monitor": self._monitor, "best": _without_matrix(best or {})}
+        monitored = {"monitor": self._monitor, "best": _brief(best or {})}
         state = {**held, **progress, **monitored, "time": round(time.time(), 3)}
         self._quietly(partial(write_json, self._run.state, state))
 
@@ -130,15 +139,22 @@ class Recorder:
         return held
 
     def evaluation(
-        self, step: int, scores: Scores, train: dict[str, float], speed: dict[str, float], waiting: float
+        self,
+        step: int,
+        found: Evaluation,
+        train: dict[str, float],
+        speed: dict[str, float],
+        waiting: float,
+        is_best: bool = False,
     ) -> None:
-        """The end of an epoch: `train` are its training metrics, `speed` samples/s by split, `waiting` a share."""
-        epoch, metrics = step // self._per_epoch, scores.metrics()
+        """The end of an epoch: `train` are its training metrics, `speed` samples/s by split, `waiting` a share.
+
+        is_best: better than all before.
+        """
+        epoch, metrics, names = step // self._per_epoch, found.metrics, ("loss", self._step_metric, self._monitor)
         _LOG.info(
-            "epoch %d/%d  train: loss %.4f, accuracy %.3f  validation: loss %.4f, accuracy %.3f  "
-            "%.1f samples/s, %.1f %% waiting for data",
-            *(epoch, self._epochs, train["loss"], train["accuracy"], metrics["loss"], metrics["accuracy"]),
-            *(speed["train"], 100 * waiting),
+            "epoch %d/%d  train: %s  validation: %s  %.1f samples/s, %.1f %% waiting for data",
+            *(epoch, self._epochs, _shown(train, names), _shown(metrics, names), speed["train"], 100 * waiting),
         )
         line = {"epoch": epoch, "step": step, "split": "validation", "metrics": metrics}
         extra = {"train": train, "waiting_share": waiting, "samples_per_second": speed}
@@ -147,11 +163,7 @@ class Recorder:
         scalars |= {f"validation/{key}": value for key, value in metrics.items()}
         scalars |= {f"speed/{key}_samples_per_second": value for key, value in speed.items() if value}
         self._tracker.scalars(step, {**scalars, "speed/waiting_share": waiting, "epoch": epoch})
-        from jobs import figures  # matplotlib: a resumed run need not wait for it
-
-        title = f"validation, epoch {epoch}: accuracy {metrics['accuracy']:.3f} (majority {scores.majority:.3f})"
-        figure = figures.confusion_matrix(scores.matrix, self._names, title)
-        self._tracker.figure(step, "confusion_matrix/validation", figure)
+        self._drawer.evaluated(step, f"validation, epoch {epoch}", found, is_best)
         self._tracker.flush()
 
     def stop(self, step: int, cause: str) -> None:
@@ -163,25 +175,19 @@ class Recorder:
 
     def result(self, step: int, best: dict[str, Any], last: dict[str, Any]) -> None:
         """Figures, then result.json: its presence means that the run is finished."""
-        from jobs import figures
-
-        self._tracker.close()
         lines = self._run.read_metrics()
-        scores = Scores(np.array(best["matrix"]), best["metrics"]["loss"])
-        title = f"validation, best epoch {best['epoch']}: accuracy {best['metrics']['accuracy']:.3f}"
-        figure = figures.confusion_matrix(scores.matrix, self._names, f"{title} (majority {scores.majority:.3f})")
-        write_bytes(self._run.figure("confusion_matrix"), figures.png(figure))
-        write_bytes(self._run.figure("curves"), figures.png(figures.curves(lines, best["epoch"], scores.majority)))
+        self._drawer.finish(step, best, lines)
+        self._tracker.close()
         self.state("ending", step, best, force=True)
         self.sample_usage()
         used = usage.summary(self._run, finished=True)
-        write_json(self._run.result, {**self._summary(step, best, last, lines, scores), "usage": used})
+        write_json(self._run.result, {**self._summary(step, best, last, lines), "usage": used})
         for line in usage.lines(used):
             _LOG.info(line)
         _LOG.info("finished: best %s %.4f at epoch %d", self._monitor, best["metrics"][self._monitor], best["epoch"])
 
     def _summary(
-        self, step: int, best: dict[str, Any], last: dict[str, Any], lines: list[dict[str, Any]], scores: Scores
+        self, step: int, best: dict[str, Any], last: dict[str, Any], lines: list[dict[str, Any]]
     ) -> dict[str, Any]:
         speeds = {
             split: [s for m in lines if (s := m["samples_per_second"][split])] for split in ("train", "validation")
@@ -194,17 +200,23 @@ class Recorder:
             "steps": step,
             "epochs": self._epochs,
             "monitor": self._monitor,
-            "direction": DIRECTION[self._monitor],
-            "majority": scores.majority,
-            "best": _without_matrix(best),
+            "direction": DIRECTIONS[self._task][self._monitor],
+            **({"majority": best["baseline"]["accuracy"]} if self._task == "classification" else {}),
+            "baseline": best["baseline"],
+            "best": _brief(best),
             "last": last,
             "samples_per_second": {split: statistics.median(values) for split, values in speeds.items() if values},
             "waiting_share": statistics.median([m["waiting_share"] for m in lines]) if lines else None,
             "attempts": self._generation,
-            "per_class": scores.per_class(self._names),
+            "per_class": best["per_class"],
             "confusion_matrix": best["matrix"],
         }
 
 
-def _without_matrix(best: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in best.items() if key != "matrix"}
+def _brief(best: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in best.items() if key not in ("matrix", "per_class", "baseline")}
+
+
+def _shown(metrics: dict[str, float], names: Sequence[str]) -> str:
+    """Those that there are, each once."""
+    return ", ".join(f"{name} {metrics[name]:.4g}" for name in dict.fromkeys(names) if name in metrics)

@@ -23,7 +23,7 @@ from hpc.experiment import Experiment
 from hpc.settings import Data
 from jobs import foreign_weights
 from jobs.check import open_data
-from jobs.tasks.classification import class_weights
+from jobs.tasks import check_loss, check_outputs
 from models3d import create_model, takes
 
 _MOST_OVER = 2
@@ -40,8 +40,6 @@ class Parts:
     shape: tuple[int, ...]
     """(C, *spatial) of a sample as the model gets it"""
     num_classes: int
-    weights: list[float] | None
-    """Class weights of the loss."""
     model_options: dict[str, Any]
 
     def build_model(self, name: str, deterministic: bool = False) -> nn.Module:
@@ -79,14 +77,12 @@ def prepare(experiment: Experiment, files: Sequence[Path] = ()) -> Parts:
     volumes = open_data(experiment, files)
     _require_codecs(volumes)
     shape = _sample_shape(experiment.data, volumes)
-    classes = len(volumes.class_names)
-    train = volumes.indices("train")
-    counts = [int((volumes.targets[train] == label).sum()) for label in range(classes)]
+    check_loss(experiment, volumes)
     Augment.from_mapping(experiment.data.augment).check(volumes.spatial_axes, volumes.channels)
     options = experiment.model.options
     if "input_size" in takes(experiment.model.name):
         options.setdefault("input_size", shape[1:])
-    return Parts(volumes, shape, classes, class_weights(experiment.train.loss, counts), options)
+    return Parts(volumes, shape, len(volumes.class_names), options)
 
 
 def _sample_shape(data: Data, volumes: VolumeFile) -> tuple[int, ...]:
@@ -167,6 +163,19 @@ def load_weights(experiment: Experiment, model: nn.Module) -> list[str]:
         return foreign_weights.load(Path(experiment.model.weights), model)
 
 
+def _check_model(experiment: Experiment, parts: Parts) -> nn.Module:
+    """The model, on no device. Raises UserError where its outputs do not fit the task."""
+    with torch.device("meta"):
+        model = parts.build_model(experiment.model.name)
+        inputs = torch.empty(2, *parts.shape)
+        outputs = model(inputs)
+    try:
+        check_outputs(experiment, parts.volumes, outputs, inputs.shape)
+    except UserError as error:
+        raise UserError(f"model {experiment.model.name}: {error}") from None
+    return model
+
+
 def check(experiment: Experiment) -> list[str]:
     """What was found to fit, a line each. Raises ValueError or UserError with one line for what does not."""
     parts = prepare(experiment)
@@ -175,14 +184,7 @@ def check(experiment: Experiment) -> list[str]:
     make_loaders(experiment, parts, "cpu")
     shape = "different shapes" if volumes.ragged else " x ".join(str(size) for size in volumes.shape)
     patch = "" if experiment.data.patch is None else f", in patches of {' x '.join(map(str, experiment.data.patch))}"
-    with torch.device("meta"):
-        model = parts.build_model(experiment.model.name)
-        outputs = model(torch.empty(2, *parts.shape))
-    if tuple(outputs.shape) != (2, parts.num_classes):
-        raise UserError(
-            f"model {experiment.model.name} gives scores of shape {tuple(outputs.shape[1:])} for a sample, "
-            f"not ({parts.num_classes},): {experiment.task} needs one per class"
-        )
+    model = _check_model(experiment, parts)
     count = sum(p.numel() for p in model.parameters())
     weights = load_weights(experiment, model)
     return [

@@ -12,7 +12,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -23,22 +23,24 @@ from hpc.errors import UserError
 from hpc.experiment import Experiment
 from hpc.preempt import StopFlag
 from hpc.rundir import RunDir
-from jobs import check, checkpoint, resuming
+from jobs import check, checkpoint, resuming, validation
 from jobs.engine import Engine
+from jobs.epoch import EpochSums, Pace
 from jobs.guards import LossGuard, SpikeDetector, Verdict
+from jobs.inference.facts import remember
 from jobs.ledger import StepLedger
 from jobs.optimize import build_optimizer, learning_rate
 from jobs.passes import make_passes
-from jobs.record import FEW, Recorder
+from jobs.record import Recorder
+from jobs.samples import SampleEvents
 from jobs.saving import Saver
 from jobs.schedule import Schedule
 from jobs.setup import Parts, load_weights, make_loaders, prepare, stage
-from jobs.tasks.classification import DIRECTION, Classification, Counts, Scores, total
+from jobs.tasks import make_task
 from jobs.update import Updater
 from jobs.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
-_FLUSH_STEPS = 10
 _STAGING_LIMIT_S, _SLOWEST_COPY = 600.0, 20e6
 """Seconds beside those of copying the data to the node, at so many bytes a second, before it counts as a hang."""
 _SAVE_LIMIT_S, _EVALUATION_LIMIT_S = 1800.0, 600.0
@@ -78,8 +80,7 @@ class Trainer:
             raise
         self.step = 0
         self.state: dict[str, Any] = {"evaluated_step": 0, "best": None, "sums": None, "shown": {}, "last": None}
-        self.bad_samples = 0
-        """of this rank, in this attempt"""
+        self.samples = SampleEvents(run, engine, self.parts.volumes)
         self.guard, self.spikes = LossGuard(), SpikeDetector()
         self.recorder: Recorder | None = None
         self.saver: Saver | None = None
@@ -93,14 +94,13 @@ class Trainer:
         torch.manual_seed(settings.seed)
         self.model = self.parts.build_model(self.experiment.model.name, self.deterministic).to(engine.device)
         self.optimizer = build_optimizer(settings.optimizer, self.model)
-        self.task = Classification(settings.loss, self.parts.weights, engine.device)
+        self.task = make_task(self.experiment, self.parts.volumes, engine.device)
         place = (engine.device, engine.rank, engine.world_size, settings.seed)
         self.loader, self.validation = make_loaders(self.experiment, self.parts, *place)
         self.steps_per_epoch = min(len(self.loader), settings.limit_steps or len(self.loader))
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.rate = learning_rate(settings.scheduler, settings.optimizer.lr, self.total_steps, self.steps_per_epoch)
-        classes = self.parts.num_classes
-        self.passes = make_passes(settings, engine, self.model, self.task, classes)
+        self.passes = make_passes(settings, engine, self.model, self.task)
         self.update = Updater(self.model, self.optimizer, self.passes, self.rate, settings.clip_norm)
         self.ledger = StepLedger(self.run, self.generation, engine.rank, self.model) if settings.ledger else None
 
@@ -125,12 +125,13 @@ class Trainer:
             started_from = load_weights(self.experiment, self.model)
         if self.engine.is_main:
             steps = (self.step, self.total_steps, self.steps_per_epoch)
-            names = self.parts.volumes.class_names
-            self.recorder = Recorder(self.run, self.experiment, names, self.generation, steps)
+            names = self.task.class_names
+            self.recorder = Recorder(self.run, self.experiment, names, self.generation, steps, self.parts.volumes)
             if self._evaluation_due():
                 self.recorder.evaluates_again(self.step, self.state["shown"])
             resuming.check_room(folder, self.model, self.optimizer, fresh=found is None)
             self._open_saver()
+            remember(self.run, self.parts.volumes)
             if before:
                 self.recorder.data_changed(before, self.parts.volumes.fingerprint)
             where = f"goes on from {found.name}" if found else "starts"
@@ -193,16 +194,8 @@ class Trainer:
         return True
 
     def _begin_epoch(self) -> None:
-        self.counts = Counts(self.parts.num_classes, self.engine.device)
-        self.pending: list[tuple[int, Counts]] = []
-        sums = self.state["sums"]
-        if sums and self.engine.is_main:
-            self.counts.matrix += torch.tensor(sums["matrix"], device=self.engine.device)
-            self.counts.loss += float.fromhex(sums["loss"])
-        self._epoch_start = time.monotonic()
-        self._epoch_from_step = self.step
-        self._waited_before = self.loader.waited
-        self._aside = 0.0
+        self.sums = EpochSums(self.engine, self.task, self.state["sums"])
+        self.pace = Pace(self.step, self.loader.waited)
 
     def _train_step(self, batch: Batch) -> Verdict:
         """One optimizer step, or none where a loss is not finite on any rank. Raises Diverged."""
@@ -212,42 +205,21 @@ class Trainer:
             verdict = self.guard.verdict(step, bool(self.engine.max([bad])[0]))
             self.update.apply() if verdict is Verdict.OK else self.update.drop()
             if verdict is not Verdict.OK:
-                own = [] if math.isfinite(counts.total_loss()) else self._ids(batch)
-                self._tell_skipped(step, own)
+                own = [] if math.isfinite(counts.total_loss()) else self.samples.ids(batch)
+                tell = self.recorder or self.samples
+                tell.skipped(step, own)
         loss = counts.total_loss()
         if self.ledger:
             self.ledger.write(step, batch, loss, skipped=verdict is not Verdict.OK)
         if verdict is not Verdict.OK:
             counts = self.passes.counts()
         if verdict is Verdict.STOP:
-            raise Diverged(self.guard.reason([] if math.isfinite(loss) else self._ids(batch)))
+            raise Diverged(self.guard.reason([] if math.isfinite(loss) else self.samples.ids(batch)))
         self.step = step
-        self.pending.append((step, counts))
-        if len(self.pending) >= _FLUSH_STEPS:
+        self.sums.add(step, counts)
+        if self.sums.full:
             self._flush()
         return verdict
-
-    def _tell_skipped(self, step: int, samples: list[str]) -> None:
-        """`samples`: those of this rank, where its own loss is not finite; rank 0 tells the step in any case."""
-        if self.recorder:
-            self.recorder.skipped(step, samples)
-        elif samples:
-            with suppress(OSError):
-                writer = f"rank{self.engine.rank}"
-                self.run.event("skipped", writer, self.generation, step=step, samples=samples[:FEW])
-
-    def _ids(self, batch: Batch) -> list[str]:
-        return [str(self.parts.volumes.ids[sample]) for sample in batch.samples.tolist()]
-
-    def _tell_bad_samples(self) -> None:
-        """Each rank names those that others were taken for."""
-        for loader in (self.loader, self.validation):
-            for sample, reason in loader.skipped:
-                self.bad_samples += 1
-                with suppress(OSError):
-                    id, writer = str(self.parts.volumes.ids[sample]), f"rank{self.engine.rank}"
-                    self.run.event("bad-sample", writer, self.generation, step=self.step, sample=id, reason=reason)
-            loader.skipped.clear()
 
     def _roll_back(self) -> None:
         """Load a checkpoint from before the bad steps, and pass over these from there. Raises Diverged without one."""
@@ -278,23 +250,12 @@ class Trainer:
 
     def _flush(self) -> None:
         """Sum the last steps over the ranks, log them, and add them to the epoch's sums."""
-        self._tell_bad_samples()
-        if not self.pending:
-            return
-        steps = [step for step, _ in self.pending]
-        matrices = self.engine.sum(torch.stack([counts.matrix for _, counts in self.pending]))
-        losses = self.engine.sum(torch.stack([counts.loss for _, counts in self.pending]))
-        self.pending = []
-        for step, matrix, loss in zip(steps, matrices, losses, strict=True):
-            samples = int(matrix.sum())
-            if not samples or not self.recorder:  # skipped, or another rank's to tell
-                continue
-            mean = total(loss) / samples
-            self.recorder.step(step, mean, float(matrix.trace()) / samples, self.rate(step - 1))
-            if self.spikes.seen(step, mean):
-                self.recorder.spike(step, mean)
-            self.counts.matrix += matrix.to(self.engine.device)
-            self.counts.loss += total(loss)
+        self.samples.tell_replaced(self.step, self.loader, self.validation)
+        for step, scores in self.sums.flush():
+            assert self.recorder  # rank 0 alone has any
+            self.recorder.step(step, scores, self.rate(step - 1))
+            if self.spikes.seen(step, scores.loss):
+                self.recorder.spike(step, scores.loss)
         if self.recorder:
             self.recorder.state("training", self.step, self.state["best"])
 
@@ -352,62 +313,44 @@ class Trainer:
 
     def _finish_epoch(self) -> None:
         self._flush()
-        trained = time.monotonic() - self._epoch_start - self._aside
-        steps = self.step - self._epoch_from_step
-        waited = self.loader.waited - self._waited_before
+        self.pace.stop(self.step, self.loader.waited)
         if self.recorder:
             self.recorder.state("evaluating", self.step, self.state["best"], force=True)
         started = time.monotonic()
         with self.watchdog.phase("validation", _EVALUATION_LIMIT_S):
-            scores = self.evaluate()
-            self._tell_bad_samples()
+            found = self._evaluate()
+            self.samples.tell_replaced(self.step, self.loader, self.validation)
             speed = {
-                "train": steps * self.experiment.data.batch_size / trained if steps else 0.0,
-                "validation": scores.samples / (time.monotonic() - started),
+                "train": self.pace.steps_per_second * self.experiment.data.batch_size,
+                "validation": found.scores.samples / (time.monotonic() - started),
             }
-            self._judge(scores)
+            self._judge(found)
             if self.recorder:
-                trained_on = max(int(self.counts.matrix.sum()), 1)
-                seen = Scores(self.counts.matrix.cpu().numpy(), self.counts.total_loss() / trained_on)
-                waiting = waited / trained if steps else 0.0
-                self.recorder.evaluation(self.step, scores, seen.metrics(), speed, waiting)
-            self._count_bad_samples()
+                seen = self.sums.scores().metrics()
+                best = bool(self.state["best"]) and self.state["best"]["step"] == self.step
+                self.recorder.evaluation(self.step, found, seen, speed, self.pace.waiting_share, best)
+            if self.experiment.data.on_bad_sample == "skip":
+                self.samples.count_replaced()
         self.state.update(evaluated_step=self.step, sums=None, shown={})
         if self.state["best"] and self.state["best"]["step"] == self.step:
             self._save()
 
-    def _count_bad_samples(self) -> None:
-        """Rank 0 logs how many there were on all ranks."""
-        if self.experiment.data.on_bad_sample == "skip":
-            count = int(self.engine.sum(torch.tensor([self.bad_samples]))[0])
-            if count:
-                _LOG.warning("%d bad samples were replaced by others in this attempt", count)
+    def _evaluate(self) -> validation.Evaluation:
+        """The validation split. Raises Stopped when a stop comes meanwhile."""
+        return validation.evaluate(
+            self.engine,
+            self.task,
+            self.model,
+            self.passes,
+            self.validation,
+            self.settings.limit_steps,
+            between=partial(self._boundary, saving=False),
+        )
 
-    def evaluate(self) -> Scores:
-        """The validation split, each sample once. Raises Stopped when a stop comes meanwhile."""
-        self.engine.share_buffers(self.model)
-        self.model.eval()
-        counts = self.passes.counts()
-        self.validation.seek(0, 0)
-        with torch.inference_mode():
-            for batch in islice(self.validation, self.settings.limit_steps):
-                self.passes.forward(batch, counts)
-                self._boundary(saving=False)
-        matrix, loss = self.engine.sum(counts.matrix).numpy(), total(self.engine.sum(counts.loss))
-        return Scores(matrix, loss / max(int(matrix.sum()), 1))
-
-    def _judge(self, scores: Scores) -> None:
-        """Keep the last metrics, and the best with the name of the checkpoint that is saved next."""
-        metrics, monitor, best = scores.metrics(), self.settings.monitor, self.state["best"]
-        line = {"epoch": self.step // self.steps_per_epoch, "step": self.step, "metrics": metrics}
-        if not math.isfinite(metrics["loss"]):
-            self.state["last"] = line
-            return
-        sign = 1 if DIRECTION[monitor] == "max" else -1
-        if best is None or sign * metrics[monitor] > sign * best["metrics"][monitor]:
-            name = checkpoint.name_of(self.generation, self.step)
-            self.state["best"] = {**line, "checkpoint": name, "matrix": scores.matrix.tolist()}
-        self.state["last"] = line
+    def _judge(self, found: validation.Evaluation) -> None:
+        where = {"epoch": self.step // self.steps_per_epoch, "step": self.step}
+        name = checkpoint.name_of(self.generation, self.step)
+        validation.judge(self.state, where, found, self.experiment.monitor, name)
 
     # What is left behind.
 
@@ -423,12 +366,11 @@ class Trainer:
                 self.schedule.saved()
             if wait and self.saver:
                 self.saver.wait()
-        self._aside += time.monotonic() - started
+        self.pace.aside += time.monotonic() - started
 
     def _snapshot(self, saver: Saver) -> None:
         if self.step % self.steps_per_epoch or self._evaluation_due():
-            loss = self.counts.total_loss().hex()
-            self.state["sums"] = {"matrix": self.counts.matrix.tolist(), "loss": loss}
+            self.state["sums"] = self.sums.state()
         if self._evaluation_due() and self.recorder:
             self.state["shown"] = self.recorder.shown(self.step)
         self.state |= {"guard": self.guard.state(), "spikes": self.spikes.state()}

@@ -10,7 +10,7 @@ from torch import nn
 
 from datasets.loader import Batch
 from jobs.passes import Passes
-from jobs.tasks.classification import Counts
+from jobs.tasks.counts import Counts
 
 
 class Updater:

@@ -1,4 +1,4 @@
-"""Classification's metrics against scikit-learn's, exact over batches and ranks; the loss likewise."""
+"""Classification's metrics against scikit-learn's, and its weights of classes."""
 
 import warnings
 
@@ -7,135 +7,104 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn import metrics as sklearn_metrics
+from sklearn import metrics as reference
 from sklearn.utils.class_weight import compute_class_weight
 
+from hpc.metrics import DIRECTIONS
 from hpc.training import Loss
-from jobs.tasks.classification import DIRECTION, METRICS, Classification, Counts, Scores, class_weights
-
-CPU = torch.device("cpu")
+from jobs.tasks.contract import Stored
+from jobs.tasks.options import class_weights
+from tests.toy_tasks import NAMES, logits, samples, scores_of, toy
 
 
 @st.composite
-def samples(draw: st.DrawFn) -> tuple[int, list[int], list[int]]:
-    """Classes (1 to 6), truths and predictions of 1 to 40 samples; some classes never occur."""
-    classes = draw(st.integers(1, 6))
+def cases(draw: st.DrawFn) -> tuple[int, list[int], np.ndarray]:
+    """Classes (1 to 4), truths and probabilities of 1 to 30 samples: some never occur, many scores are equal."""
+    classes = draw(st.integers(1, 4))
     occurring = draw(st.lists(st.integers(0, classes - 1), min_size=1, max_size=3))
-    size = draw(st.integers(1, 40))
+    size = draw(st.integers(1, 30))
     truths = draw(st.lists(st.sampled_from(occurring), min_size=size, max_size=size))
-    calls = draw(st.lists(st.integers(0, classes - 1), min_size=size, max_size=size))
-    return classes, truths, calls
+    row = st.lists(st.sampled_from([1.0, 2.0, 3.0, 8.0]), min_size=classes, max_size=classes)
+    parts = np.array(draw(st.lists(row, min_size=size, max_size=size)))
+    return classes, truths, parts / parts.sum(1, keepdims=True)
 
 
-def matrix_of(classes: int, truths: list[int], calls: list[int]) -> np.ndarray:
-    matrix = np.zeros((classes, classes), dtype=np.int64)
+def scores(classes: int, truths: list[int], probabilities: np.ndarray) -> "tuple[dict[str, float], object]":
+    """Of these very probabilities: what goes through logits is rounded, and ties would be none."""
+    task, calls = toy("classification", classes), probabilities.argmax(1)
+    matrix = np.zeros((classes, classes), np.int64)
     np.add.at(matrix, (truths, calls), 1)
-    return matrix
+    stored = Stored(np.arange(len(truths)), np.array(truths), probabilities, np.zeros(len(truths), np.float32))
+    found = task.scores(matrix.flatten(), 0.25, len(truths), stored)
+    return found.metrics(), found
 
 
-@given(samples())
+def expected_of_probabilities(classes: int, truths: list[int], probabilities: np.ndarray) -> dict[str, float]:
+    hot = np.eye(classes)[truths]
+    there = [k for k in range(classes) if hot[:, k].any()]
+    ap = [reference.average_precision_score(hot[:, k], probabilities[:, k]) for k in there]
+    auc = [reference.roc_auc_score(hot[:, k], probabilities[:, k]) for k in there if not hot[:, k].all()]
+    return {"map": float(np.mean(ap)), "roc_auc": float(np.mean(auc)) if auc else 0.0}
+
+
+@given(cases())
 @settings(deadline=None)
-def test_metrics_are_those_of_scikit_learn(given_samples: tuple[int, list[int], list[int]]) -> None:
-    classes, truths, calls = given_samples
-    scores = Scores(matrix_of(classes, truths, calls), 0.25)
-    found = scores.metrics()
+def test_metrics_are_those_of_scikit_learn(case: tuple[int, list[int], np.ndarray]) -> None:
+    classes, truths, probabilities = case
+    calls = probabilities.argmax(1)
+    found, scored = scores(*case)
+    macro = {"average": "macro", "zero_division": 0}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # classes that only the predictions have
         expected = {
-            "accuracy": sklearn_metrics.accuracy_score(truths, calls),
-            "balanced_accuracy": sklearn_metrics.balanced_accuracy_score(truths, calls),
-            "f1_macro": sklearn_metrics.f1_score(truths, calls, average="macro", zero_division=0),
+            "accuracy": reference.accuracy_score(truths, calls),
+            "balanced_accuracy": reference.balanced_accuracy_score(truths, calls),
+            "f1_macro": reference.f1_score(truths, calls, **macro),
+            "f1_micro": reference.f1_score(truths, calls, average="micro"),
+            "precision_macro": reference.precision_score(truths, calls, **macro),
+            "recall_macro": reference.recall_score(truths, calls, **macro),
+            **expected_of_probabilities(*case),
             "loss": 0.25,
         }
         labels = list(range(classes))
-        columns = sklearn_metrics.precision_recall_fscore_support(truths, calls, labels=labels, zero_division=0)
-    assert found == pytest.approx(expected)
-    table = scores.per_class([f"class {label}" for label in labels])
+        columns = reference.precision_recall_fscore_support(truths, calls, labels=labels, zero_division=0)
+    error = found.pop("calibration_error")
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert 0 <= error <= 1
+    table = scored.per_class()  # type: ignore[attr-defined]
     for key, column in zip(("precision", "recall", "f1", "support"), columns, strict=True):
         assert [row[key] for row in table] == pytest.approx(list(column))
-    assert [row["name"] for row in table] == [f"class {label}" for label in labels]
-    assert scores.samples == len(truths)
-    assert scores.majority == pytest.approx(np.bincount(truths).max() / len(truths))
+    assert [row["name"] for row in table] == list(NAMES[:classes])
+    assert scored.baseline["accuracy"] == pytest.approx(np.bincount(truths).max() / len(truths))  # type: ignore[attr-defined]
+
+
+def test_roc_auc_is_scikit_learns_where_all_classes_occur() -> None:
+    outputs, targets = samples("classification", 40)
+    task = toy("classification")
+    rows = task.probabilities(outputs).numpy().astype(np.float64)
+    wanted = reference.roc_auc_score(targets, rows / rows.sum(1, keepdims=True), multi_class="ovr")
+    assert scores_of(task, outputs, targets).metrics()["roc_auc"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_the_baseline_is_what_a_constant_answer_gets() -> None:
+    task, targets = toy("classification"), torch.tensor([0, 0, 0, 1, 2])
+    constant = scores_of(task, logits([[0.5, 0.25, 0.25]] * 5), targets)
+    found, baseline = constant.metrics(), constant.baseline
+    assert baseline["map"] == pytest.approx(1 / 3)
+    assert {key: found[key] for key in baseline} == pytest.approx(baseline)
 
 
 def test_no_sample_at_all_is_no_error() -> None:
-    scores = Scores(np.zeros((3, 3), dtype=np.int64), 0.0)
-    assert scores.metrics() == {"accuracy": 0.0, "balanced_accuracy": 0.0, "f1_macro": 0.0, "loss": 0.0}
-    assert (scores.samples, scores.majority) == (0, 0.0)
-
-
-def test_every_metric_has_a_direction_and_is_offered_as_a_monitor() -> None:
-    found = Scores(np.eye(2, dtype=np.int64), 0.0).metrics()
-    assert set(found) == set(METRICS) == set(DIRECTION)
-
-
-# Counts: however the samples are cut into batches and ranks, the sum is the same.
-
-LOSSES = {
-    "plain": Loss(),
-    "smoothed": Loss(label_smoothing=0.1),
-    "weighted": Loss(class_weights=[0.2, 1.0, 3.0]),
-    "a class of no weight": Loss(class_weights=[0.0, 1.0, 1.0]),
-    "weighted and smoothed": Loss(class_weights=[0.2, 1.0, 3.0], label_smoothing=0.1),
-}
-
-
-def count(task: Classification, outputs: torch.Tensor, targets: torch.Tensor, sizes: list[int]) -> Counts:
-    counts = Counts(3, CPU)
-    for x, y in zip(outputs.split(sizes), targets.split(sizes), strict=True):
-        if len(y):
-            counts.add(x, y, task.loss(x, y))
-    return counts
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_counts_do_not_depend_on_how_the_samples_are_cut(name: str) -> None:
-    task = Classification(LOSSES[name], class_weights(LOSSES[name], [5, 5, 5]), CPU)
-    torch.manual_seed(3)
-    outputs, targets = torch.randn(15, 3), torch.tensor([0, 0, 0, 1, 2] * 3)
-    whole = count(task, outputs, targets, [15])
-    assert int(whole.matrix.sum()) == 15 and torch.isfinite(whole.loss)
-    for sizes in ([1] * 15, [4, 4, 4, 3], [15, 0], [2, 13]):
-        cut = count(task, outputs, targets, sizes)
-        assert torch.equal(cut.matrix, whole.matrix)
-        assert float(cut.loss) == pytest.approx(float(whole.loss), rel=1e-6), f"batches of {sizes}"
-    ranks = [count(task, outputs[rank::4], targets[rank::4], [len(outputs[rank::4])]) for rank in range(4)]
-    assert torch.equal(sum(counts.matrix for counts in ranks), whole.matrix)
-    assert sum(float(counts.loss) for counts in ranks) == pytest.approx(float(whole.loss), rel=1e-6)
+    task = toy("classification")
+    outputs, targets = samples("classification", 0)
+    found = scores_of(task, outputs, targets)
+    assert set(found.metrics()) == set(DIRECTIONS["classification"]) and not any(found.metrics().values())
+    assert found.samples == 0 and found.baseline["accuracy"] == 0.0
 
 
 def test_counts_place_truth_in_rows() -> None:
-    counts = Counts(3, CPU)
-    counts.add(torch.tensor([[0.0, 9.0, 0.0], [0.0, 0.0, 9.0]]), torch.tensor([0, 2]), torch.tensor(1.5))
-    assert counts.matrix.tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 1]]
-    assert float(counts.loss) == 3.0
-
-
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("parts", [2, 3])
-def test_the_gradient_of_accumulated_parts_is_that_of_the_whole(name: str, parts: int) -> None:
-    task = Classification(LOSSES[name], class_weights(LOSSES[name], [5, 5, 5]), CPU)
-    torch.manual_seed(4)
-    whole = torch.randn(12, 3, requires_grad=True)
-    targets = torch.tensor([0] * 6 + [1, 2] * 3)
-    task.loss(whole, targets).backward()
-    apart = whole.detach().clone().requires_grad_()
-    for x, y in zip(apart.chunk(parts), targets.chunk(parts), strict=True):
-        (task.loss(x, y) / parts).backward()
-    assert whole.grad is not None and apart.grad is not None
-    torch.testing.assert_close(apart.grad, whole.grad)
-
-
-def test_the_loss_without_weights_is_cross_entropy_in_fp32() -> None:
-    outputs, targets = torch.randn(5, 3).bfloat16(), torch.tensor([0, 1, 2, 0, 1])
-    loss = Classification(Loss(), None, CPU).loss(outputs, targets)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(outputs.float(), targets))
-
-
-def test_a_batch_of_only_unweighted_samples_has_a_finite_loss() -> None:
-    task = Classification(Loss(class_weights=[0.0, 1.0]), [0.0, 1.0], CPU)
-    assert float(task.loss(torch.randn(2, 2), torch.tensor([0, 0]))) == 0.0
+    counted = toy("classification").count(torch.tensor([[0.0, 9.0, 0.0], [0.0, 0.0, 9.0]]), torch.tensor([0, 2]))
+    assert counted.view(3, 3).tolist() == [[0, 1, 0], [0, 0, 0], [0, 0, 1]]
 
 
 # Weights of classes.
@@ -144,22 +113,20 @@ def test_a_batch_of_only_unweighted_samples_has_a_finite_loss() -> None:
 def test_balanced_weights_are_those_of_scikit_learn() -> None:
     labels = [0] * 10 + [1] * 3 + [2] * 7
     expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
-    assert class_weights(Loss(class_weights="balanced"), [10, 3, 7]) == pytest.approx(list(expected))
+    assert class_weights(Loss(class_weights="balanced"), lambda: [10, 3, 7]) == pytest.approx(tuple(expected))
 
 
 def test_a_class_that_never_occurs_gets_no_weight() -> None:
-    found = class_weights(Loss(class_weights="balanced"), [10, 0, 5])
-    assert found == pytest.approx([15 / 20, 0.0, 15 / 10])
+    found = class_weights(Loss(class_weights="balanced"), lambda: [10, 0, 5])
+    assert found == pytest.approx((15 / 20, 0.0, 15 / 10))
 
 
 def test_balanced_weights_leave_the_mean_at_one() -> None:
     counts = [40, 8, 2]
-    found = class_weights(Loss(class_weights="balanced"), counts)
+    found = class_weights(Loss(class_weights="balanced"), lambda: counts)
     assert found and sum(w * n for w, n in zip(found, counts, strict=True)) / 50 == pytest.approx(1.0)
 
 
 def test_given_weights_count() -> None:
-    assert class_weights(Loss(), [3, 4]) is None
-    assert class_weights(Loss(class_weights=[1, 2]), [3, 4]) == [1.0, 2.0]
-    with pytest.raises(ValueError, match=r"class_weights has 3 weights, but the data has 2 classes"):
-        class_weights(Loss(class_weights=[1, 2, 3]), [3, 4])
+    assert class_weights(Loss(), lambda: [3, 4]) is None
+    assert class_weights(Loss(class_weights=[1, 2]), lambda: [3, 4]) == (1.0, 2.0)

@@ -164,7 +164,7 @@ def rolls_back_to_an_epochs_end(folder: Path) -> None:
         return counts, is_bad
 
     def no_better(scores: Any) -> None:
-        sums.append(int(trainer.counts.matrix.sum()))
+        sums.append(trainer.sums.counts.samples)
         judge(scores)
         if trainer.step == 8:
             trainer.state["best"] = trainer.state["best"] | {"step": 4}
@@ -196,7 +196,7 @@ def bad_on_one_rank(folder: Path, rank: int, port: int) -> None:
     def spoilt(batch: Any, step: int) -> Any:
         if rank == 1 and step == 2:
             batch.inputs.fill_(float("nan"))
-            (folder / "spoilt").write_text("\n".join(trainer._ids(batch)))
+            (folder / "spoilt").write_text("\n".join(trainer.samples.ids(batch)))
         return backward(batch, step)
 
     trainer.passes.backward = spoilt  # type: ignore[method-assign]

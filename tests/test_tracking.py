@@ -182,5 +182,6 @@ def test_a_run_that_writes_its_result_is_running_until_it_is_finished(
     recorder.sample_usage = lambda: seen.append(ledger.statuses([run])[0].state)
     metrics = {"loss": 1.0, "accuracy": 0.5}
     line = {"epoch": 1, "step": 5, "metrics": metrics, "checkpoint": None, "matrix": [[1, 1], [1, 1]]}
+    line |= {"per_class": [], "baseline": {"accuracy": 0.5}}
     recorder.result(5, line, line)
     assert [*seen, ledger.statuses([run])[0].state] == ["running", "finished"]

@@ -10,9 +10,9 @@ import pytest
 from datasets import open_volumes
 from hpc.errors import UserError
 from hpc.experiment import load, validate
-from jobs.evaluate import evaluate
 from jobs.setup import check, prepare
 from tests import tiny_run
+from tests.inferred import evaluate
 from tests.tiny_run import CONTEXT, outcome
 
 OPTIONS = ("data.sampler=balanced", "data.patch=[6, 5, 6]", "data.views=2", "data.stage=node", "train.epochs=1")
@@ -78,7 +78,7 @@ def test_the_model_gets_patches(tmp_path: Path) -> None:
     assert prepare(experiment).shape == (1, 4, 6, 8)
     assert "1 x 8 x 8 x 8 int16, in patches of 4 x 6 x 8, 17 train" in check(experiment)[0]
     assert tiny_run.in_child(tiny_run.train, run) == 0
-    assert evaluate(run, "test", "last")[1].samples == 4
+    assert evaluate(run, "test", "last")[1].scores.samples == 4
 
 
 FAULTS = {

@@ -16,12 +16,13 @@ from datasets import sources
 from datasets.masks import found_classes
 from datasets.packing.journal import Finished, Workshop, key_of
 from datasets.packing.labelling import Labelling, read_labelling
+from datasets.packing.making import TooWide
 from datasets.packing.parts import Packed, divide, rehearse
 from datasets.packing.plan import Plan, make_plan, read_headers
 from datasets.packing.pool import WorkerDied, run, survey
 from datasets.packing.publish import publish, reserve
 from datasets.packing.recipe import PackOptions
-from datasets.packing.samples import Bench, Task, TooWide, files_of, identity
+from datasets.packing.samples import Bench, Task, files_of, identity
 from datasets.sources import Header, Source
 from datasets.writer import require_replaceable
 

@@ -1,127 +1,153 @@
-"""Classification: one class per sample. Metrics come from counts, so they are exact over ranks."""
+"""Classification: one class per sample."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from datasets.census import balanced_weights
-from hpc.training import Loss
-
-METRICS = ("accuracy", "balanced_accuracy", "f1_macro", "loss")
-DIRECTION = {"accuracy": "max", "balanced_accuracy": "max", "f1_macro": "max", "loss": "min"}
-
-
-def class_weights(settings: Loss, counts: Sequence[int]) -> list[float] | None:
-    """One weight per class, or None. balanced: N / (K * count), as scikit-learn has it, from the training split.
-
-    Raises ValueError for a wrong number of weights.
-    """
-    given = settings.class_weights
-    if given is None:
-        return None
-    if given == "balanced":
-        return balanced_weights(counts)
-    if len(given) != len(counts):
-        raise ValueError(f"train.loss.class_weights has {len(given)} weights, but the data has {len(counts)} classes")
-    return [float(weight) for weight in given]
+from hpc.errors import UserError
+from jobs.tasks import losses, measures
+from jobs.tasks.contract import Stored
+from jobs.tasks.options import Options
 
 
 class Classification:
-    """Cross entropy over (B, K) scores and (B,) class numbers."""
+    """(B, K) logits and (B,) class numbers; the counts are the confusion matrix."""
 
-    def __init__(self, settings: Loss, weights: list[float] | None, device: torch.device) -> None:
-        self._smoothing = settings.label_smoothing
-        self._weights = torch.tensor(weights, device=device) if weights else None
+    name = "classification"
+
+    def __init__(self, options: Options, device: torch.device) -> None:
+        self.class_names = options.class_names
+        self.num_classes = len(self.class_names)
+        self.cells = self.num_classes**2
+        self._options = options
+        self._weights = None if options.class_weights is None else torch.tensor(options.class_weights, device=device)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Weighted sum over the batch divided by its samples (B >= 1), in fp32.
+        return self.losses(outputs, targets).mean()
 
-        torch's own mean divides by the sum of the weights of those samples: it would depend on how samples are cut
-        into batches, parts and ranks, and be NaN where all are of a class of weight 0.
-        """
-        total = functional.cross_entropy(
-            outputs.float(), targets, weight=self._weights, label_smoothing=self._smoothing, reduction="sum"
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        settings = self._options.loss
+        if self._options.name == "focal":
+            return losses.focal(outputs, targets, self._weights, settings.gamma)
+        return losses.cross_entropy(outputs, targets, self._weights, settings.label_smoothing)
+
+    def count(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        called = self.probabilities(outputs).argmax(1)  # ties as in the stored ones
+        return torch.bincount(targets * self.num_classes + called, minlength=self.cells)
+
+    def probabilities(self, outputs: Tensor) -> Tensor:
+        return outputs.float().softmax(1)
+
+    def rows(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.probabilities(outputs)
+
+    def nothing(self) -> tuple[Tensor, Tensor]:
+        return torch.empty(0, dtype=torch.int64), torch.empty(0, self.num_classes)
+
+    def scores(self, cells: np.ndarray, loss: float, samples: int, stored: Stored | None) -> ClassificationScores:
+        matrix = np.asarray(cells).reshape(self.num_classes, self.num_classes)
+        return ClassificationScores(self.class_names, matrix, loss, samples, stored)
+
+    def check_outputs(self, shape: Sequence[int], inputs_shape: Sequence[int]) -> None:
+        require_scores(self.name, shape, inputs_shape, self.num_classes)
+
+
+def require_scores(task: str, shape: Sequence[int], inputs_shape: Sequence[int], num_classes: int) -> None:
+    """UserError where outputs are not (B, K)."""
+    if tuple(shape) != (inputs_shape[0], num_classes):
+        given = tuple(shape[1:])
+        raise UserError(
+            f"it gives scores of shape {given} for a sample, not ({num_classes},): {task} needs one per class"
         )
-        return total / len(targets)
-
-
-class Counts:
-    """Loss sums and confusion matrix [truth, prediction] of the samples seen so far, on one device.
-
-    Loss sums are kept apart for `parts` (virtual ranks): who adds them up must not matter.
-    """
-
-    def __init__(self, num_classes: int, device: torch.device, parts: int = 1) -> None:
-        self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-        self.loss = torch.zeros(parts, dtype=torch.float64, device=device)
-
-    def total_loss(self) -> float:
-        """Over all parts, in an order that cannot matter."""
-        return total(self.loss)
-
-    def add(self, outputs: Tensor, targets: Tensor, mean_loss: Tensor, part: int = 0) -> None:
-        """One batch: (B, K) scores, (B,) class numbers and the batch's mean loss."""
-        classes = len(self.matrix)
-        cells = targets * classes + outputs.detach().argmax(1)
-        self.matrix += torch.bincount(cells, minlength=classes * classes).view(classes, classes)
-        self.loss[part] += mean_loss.detach().double() * len(targets)
-
-
-def total(losses: Tensor) -> float:
-    """(parts,) -> the exact sum, rounded once; not a number where one of them is none."""
-    values = losses.tolist()
-    return math.fsum(values) if all(map(math.isfinite, values)) else math.nan
 
 
 @dataclass(frozen=True)
-class Scores:
-    """The metrics of a confusion matrix."""
+class ClassificationScores:
+    """The metrics of a confusion matrix, and of the stored probabilities."""
 
+    class_names: Sequence[str]
     matrix: np.ndarray
     """(K, K) counts [truth, prediction]."""
     loss: float
-    """Mean over the samples."""
-
-    @property
-    def samples(self) -> int:
-        return int(self.matrix.sum())
+    samples: int
+    stored: Stored | None = None
+    task = "classification"
 
     def metrics(self) -> dict[str, float]:
-        """accuracy, balanced accuracy (mean recall of the classes that occur), macro F1, loss."""
-        table = self.per_class([""] * len(self.matrix))
-        recalls = [row["recall"] for row in table if row["support"]]
-        f1 = [row["f1"] for row in table if row["support"] or row["predicted"]]
+        """Means over classes are, as scikit-learn's, over those that occur as truth or prediction; map and roc_auc
+        over those that are the truth of some samples, but not of all for roc_auc."""
+        hits, truths, calls = np.diag(self.matrix), self.matrix.sum(1), self.matrix.sum(0)
+        recall, seen = measures.ratio(hits, truths), truths + calls > 0
+        accuracy = float(hits.sum() / max(self.matrix.sum(), 1))
+        found = {
+            "accuracy": accuracy,
+            "balanced_accuracy": measures.mean(recall[truths > 0]),
+            "f1_macro": measures.mean(measures.ratio(2 * hits, truths + calls)[seen]),
+            "f1_micro": accuracy,
+            "precision_macro": measures.mean(measures.ratio(hits, calls)[seen]),
+            "recall_macro": measures.mean(recall[seen]),
+        }
+        return {**found, **self._of_probabilities(), "loss": self.loss}
+
+    def _of_probabilities(self) -> dict[str, float]:
+        if self.stored is None:
+            return {}
+        right = self.stored.rows.argmax(1) == self.stored.targets
+        error = measures.calibration_error(right, self.stored.rows.max(1)) if len(right) else 0.0
         return {
-            "accuracy": float(np.trace(self.matrix) / max(self.samples, 1)),
-            "balanced_accuracy": float(np.mean(recalls)) if recalls else 0.0,
-            "f1_macro": float(np.mean(f1)) if f1 else 0.0,
-            "loss": self.loss,
+            "map": measures.mean(self._per_class["ap"]),
+            "roc_auc": measures.mean(self._per_class["auc"]),
+            "calibration_error": error,
         }
 
-    @property
-    def majority(self) -> float:
-        """The accuracy of always naming the commonest class."""
-        return float(self.matrix.sum(1).max() / max(self.samples, 1))
+    @cached_property
+    def _per_class(self) -> dict[str, list[float]]:
+        """Average precision and ROC AUC of each class against all others."""
+        assert self.stored is not None and self.stored.targets is not None
+        pairs = [(self.stored.targets == k, self.stored.rows[:, k]) for k in range(len(self.class_names))]
+        return {
+            "ap": [measures.average_precision(truths, scores) for truths, scores in pairs],
+            "auc": [measures.roc_auc(truths, scores) for truths, scores in pairs],
+        }
 
-    def per_class(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """Precision, recall and F1 of each class (0 where undefined, as scikit-learn's zero_division=0)."""
+    @cached_property
+    def baseline(self) -> dict[str, float]:
+        """Of always naming the commonest class; map: the mean share of the classes, roc_auc: 0.5."""
+        support = self.matrix.sum(1)
+        constant = np.zeros_like(self.matrix)
+        constant[:, support.argmax()] = support
+        found = ClassificationScores(self.class_names, constant, 0.0, self.samples).metrics()
+        del found["loss"]
+        if self.stored is not None:
+            found |= {"map": measures.mean(support[support > 0] / max(support.sum(), 1)), "roc_auc": 0.5}
+        return found
+
+    def per_class(self) -> list[dict[str, Any]]:
+        """Precision, recall and F1 of each class (0 where undefined); ap and auc where probabilities are stored."""
         hits, truths, calls = np.diag(self.matrix), self.matrix.sum(1), self.matrix.sum(0)
-        return [
-            {
-                "name": name,
-                "support": int(truth),
-                "predicted": int(call),
-                "precision": float(hit / call) if call else 0.0,
-                "recall": float(hit / truth) if truth else 0.0,
-                "f1": float(2 * hit / (truth + call)) if truth + call else 0.0,
-            }
-            for name, hit, truth, call in zip(names, hits, truths, calls, strict=True)
-        ]
+        columns = {
+            "precision": measures.ratio(hits, calls),
+            "recall": measures.ratio(hits, truths),
+            "f1": measures.ratio(2 * hits, truths + calls),
+            **({} if self.stored is None else self._per_class),
+        }
+        counts = {"support": truths, "predicted": calls}
+        return table(self.class_names, counts, columns)
+
+
+def table(names: Sequence[str], counts: dict[str, np.ndarray], columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each class, as plain data; NaN as None."""
+    rows = []
+    for number, name in enumerate(names):
+        row: dict[str, Any] = {"name": name, **{key: int(values[number]) for key, values in counts.items()}}
+        for key, values in columns.items():
+            row[key] = None if np.isnan(values[number]) else float(values[number])
+        rows.append(row)
+    return rows
