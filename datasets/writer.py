@@ -253,7 +253,7 @@ def _check_arguments(shape: Any, dtype: Any, num_samples: Any, class_names: Any)
         raise ValueError(f"shape {shape!r} is no list of whole numbers; give (channels, *spatial), or None: ragged")
     if not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
         raise ValueError(f"num_samples {num_samples!r} must be a whole number of 1 or more")
-    if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
+    if not isinstance(class_names, Sequence) or not all(isinstance(name, str) for name in class_names):
         raise ValueError(f"class_names {class_names!r} is no list of names; give for example ['benign', 'malignant']")
     try:
         np.dtype(dtype)

@@ -19,7 +19,7 @@ WRONG_WRITERS = [
     ({"shape": (1, "4", 4, 4)}, "no list of whole numbers"),
     ({"dtype": "int17"}, "dtype 'int17' is unknown; use uint8, int16"),
     ({"num_samples": "2"}, "num_samples '2' must be a whole number"),
-    ({"class_names": "ab"}, "class_names 'ab' is no list of names"),
+    ({"class_names": 2}, "class_names 2 is no list of names"),
 ]
 WRONG_LOADERS = [
     ({"batch_size": "2"}, "batch_size '2' is no whole number"),
