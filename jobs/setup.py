@@ -26,6 +26,8 @@ from jobs.check import open_data
 from jobs.tasks import check_loss, check_outputs
 from models3d import create_model, takes
 
+_MOST_OVER = 2
+"""A patch may be so many times as long as the longest training volume."""
 _VERIFIED_BYTES = 1 / 64
 """Share of the bytes read for training whose checksum is compared, where data.verify does not say."""
 
@@ -88,6 +90,13 @@ def _sample_shape(data: Data, volumes: VolumeFile) -> tuple[int, ...]:
         return volumes.shape
     if len(data.patch) != volumes.spatial_axes:
         raise UserError(f"data.patch {data.patch} must have {volumes.spatial_axes} sizes, as the volumes have axes")
+    extents = volumes.extents(volumes.indices("train")).max(axis=0).tolist()
+    if any(size > _MOST_OVER * most for size, most in zip(data.patch, extents, strict=True)):
+        longest = " x ".join(map(str, extents))
+        raise UserError(
+            f"data.patch {data.patch} is over {_MOST_OVER} times the largest training volume ({longest}): most of it "
+            f"would be repeated edge; use sizes up to {longest}"
+        )
     return (volumes.channels, *data.patch)
 
 
