@@ -141,6 +141,8 @@ class Train(Section):
     """Epochs: the checkpoint at the end of each such epoch is kept for good; 0 for none."""
     hang_after: Duration = 60
     """A rank silent for longer than this and ten times its slow steps (their 99th percentile) is ended as hung."""
+    figures: Literal["all", "few"] = "all"
+    """few: of the best evaluation its confusion matrix and the curves alone, for sweeps of many short runs."""
     ledger: bool = False
     """Record what each step did (samples, pixels, loss, weights), to compare runs step by step: see hpc drill."""
 

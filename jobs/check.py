@@ -32,7 +32,8 @@ def open_data(experiment: Experiment, files: Sequence[Path] = ()) -> VolumeFile:
             f"(all of them: 'hpc sweep FILE data.fold=0:{last + 1}')"
         )
     if volumes.task != experiment.task:
-        raise UserError(f"task is {experiment.task}, but {experiment.data.file} was packed for {volumes.task}")
+        there = f"{experiment.data.file} was packed for {volumes.task}"
+        raise UserError(f"task is {experiment.task}, but {there}; write 'task: {volumes.task}', or pack again")
     classes = len(volumes.class_names)
     asked = experiment.model.num_classes
     if asked is not None and asked != classes:

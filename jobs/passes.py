@@ -58,7 +58,7 @@ class _Common:
             outputs = self._model(x)
         losses = self._task.losses(outputs, y)
         counts.add(self._task, outputs, y, losses.mean(), part)
-        kept.add(samples, outputs, y, losses)
+        kept.add(samples, outputs, y, losses, x)
 
 
 class RankPasses(_Common):

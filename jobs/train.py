@@ -126,7 +126,7 @@ class Trainer:
         if self.engine.is_main:
             steps = (self.step, self.total_steps, self.steps_per_epoch)
             names = self.task.class_names
-            self.recorder = Recorder(self.run, self.experiment, names, self.generation, steps)
+            self.recorder = Recorder(self.run, self.experiment, names, self.generation, steps, self.parts.volumes)
             if self._evaluation_due():
                 self.recorder.evaluates_again(self.step, self.state["shown"])
             resuming.check_room(folder, self.model, self.optimizer, fresh=found is None)
@@ -327,7 +327,8 @@ class Trainer:
             self._judge(found)
             if self.recorder:
                 seen = self.sums.scores().metrics()
-                self.recorder.evaluation(self.step, found, seen, speed, self.pace.waiting_share)
+                best = bool(self.state["best"]) and self.state["best"]["step"] == self.step
+                self.recorder.evaluation(self.step, found, seen, speed, self.pace.waiting_share, best)
             if self.experiment.data.on_bad_sample == "skip":
                 self.samples.count_replaced()
         self.state.update(evaluated_step=self.step, sums=None, shown={})

@@ -1,10 +1,20 @@
-"""Networks for volumes, and the one registry that also reaches timm, torchvision and a user's own file.
+"""Networks for volumes, and the one registry that also reaches timm, torchvision, smp, MONAI and a user's own file.
 
 from models3d import create_model, list_models
 model = create_model("resnet3d", in_channels=1, num_classes=3, width=16)
 """
 
-from models3d import resnet3d, transformer3d  # importing a family registers it
-from models3d._registry import create_model, list_models, register_model, takes
+from models3d import resnet3d, resnet3d_he, transformer3d, unet  # importing a family registers it
+from models3d._registry import create_model, example_input, list_models, register_model, takes
 
-__all__ = ["create_model", "list_models", "register_model", "resnet3d", "takes", "transformer3d"]
+__all__ = [
+    "create_model",
+    "example_input",
+    "list_models",
+    "register_model",
+    "resnet3d",
+    "resnet3d_he",
+    "takes",
+    "transformer3d",
+    "unet",
+]

@@ -1,25 +1,30 @@
-"""Networks from elsewhere: timm, torchvision, and a user's own Python file. Each is imported only when it is named."""
+"""Networks of others: timm, torchvision, segmentation_models_pytorch, MONAI. Each is imported only when it is named."""
 
-import hashlib
-import importlib.util
+import importlib
 import inspect
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from models3d._options import check_names, nearest, option_names
+from models3d._options import check_names, nearest, on_device, option_names
+from models3d._userfile import UserFile
 
-__all__ = ["SOURCES", "Source"]
+__all__ = ["SOURCES", "Source", "library"]
 
 
-# Options of the two libraries that would load weights, from the network as a rule.
-_WEIGHTS = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "weights", "weights_backbone"}
+# Options of the libraries that would load weights, from the network as a rule.
+_WEIGHTS = {
+    "checkpoint_path",
+    "encoder_weights",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "weights",
+    "weights_backbone",
+}
+_PACKAGES = {"segmentation_models_pytorch": "segmentation-models-pytorch"}
 
 
 class Source(Protocol):
@@ -33,7 +38,7 @@ class Timm:
     """`timm:NAME`: the image models of timm, (B, in_channels, H, W) -> (B, num_classes)."""
 
     def create(self, name: str, in_channels: int, num_classes: int, options: dict[str, Any]) -> nn.Module:
-        timm = _library("timm")
+        timm = library("timm")
         if not timm.is_model(name):
             raise ValueError(
                 f"timm has no model {name!r}{nearest(name, timm.list_models())}; timm.list_models() lists all"
@@ -56,7 +61,7 @@ class Torchvision:
     _with_extra_heads = ("googlenet", "inception_v3")
 
     def create(self, name: str, in_channels: int, num_classes: int, options: dict[str, Any]) -> nn.Module:
-        models = _library("torchvision.models")
+        models = library("torchvision.models")
         good = [*models.list_models(models), *models.list_models(models.video)]
         if name not in good:
             raise ValueError(
@@ -81,36 +86,133 @@ class Torchvision:
         return _class_options(_plain(lambda: self.create(name, 3, 2, {})))
 
 
-class UserFile:
-    """`file:PATH.py:NAME`: a class or function of the user's, called with in_channels, num_classes and the options."""
+class Smp:
+    """`smp:NAME`: segmentation_models_pytorch, (B, in_channels, H, W) -> (B, num_classes, H, W); encoder_name is an option.
+
+    Its encoders want sizes that divide by 32 as a rule.
+    """
+
+    # Not options here: what the registry fills in, a second head, and scores that are no longer logits.
+    _hidden = ("activation", "aux_params", "classes", "in_channels")
 
     def create(self, name: str, in_channels: int, num_classes: int, options: dict[str, Any]) -> nn.Module:
-        path, attribute = _split(name)
-        with _importable(path.parent):
-            factory = _attribute(path, attribute)
-            arguments = {"in_channels": in_channels, "num_classes": num_classes} | options
-            _check_call(f"{path}:{attribute}", factory, arguments)
-            model = factory(**arguments)
-        if not isinstance(model, nn.Module):
-            raise ValueError(f"{path}:{attribute} gave a {type(model).__name__}; it must give a torch.nn.Module")
-        return model
+        kind = self._kind(name)
+        smp = library("segmentation_models_pytorch")
+        _refuse_weights(f"smp:{name}", options)
+        encoder = options.get("encoder_name", "")
+        if not str(encoder).startswith("tu-"):  # those take any option of timm's
+            check_names(f"smp:{name}", options, self.takes(name))
+        if encoder and not encoder.startswith("tu-") and encoder not in (good := smp.encoders.encoders):
+            raise ValueError(
+                f"smp:{name} has no encoder {encoder!r}{nearest(encoder, good)}; "
+                f"segmentation_models_pytorch.encoders.get_encoder_names() lists all, and tu-NAME takes timm's"
+            )
+
+        def build(**chosen: Any) -> nn.Module:
+            model: nn.Module = kind(encoder_weights=None, in_channels=in_channels, classes=num_classes, **chosen)
+            return model
+
+        return _build(f"smp:{name}", build, options)
 
     def takes(self, name: str) -> set[str]:
-        path, attribute = _split(name)
-        with _importable(path.parent):
-            return option_names(_attribute(path, attribute))
+        return option_names(self._kind(name)) - {*self._hidden, *_WEIGHTS}
+
+    def _kind(self, name: str) -> Any:
+        smp = library("segmentation_models_pytorch")
+        good = {kind.__name__: kind for kind in smp.MODEL_ARCHITECTURES_MAPPING.values()}
+        if name not in good:
+            raise ValueError(f"smp has no model {name!r}{nearest(name, good)}; its models: {', '.join(sorted(good))}")
+        return good[name]
 
 
-SOURCES: dict[str, Source] = {"timm": Timm(), "torchvision": Torchvision(), "file": UserFile()}
+class Monai:
+    """`monai:CLASS`: a class of monai.networks.nets, (B, in_channels, *spatial) -> what that class gives.
+
+    Its arguments for channels, classes and number of axes are filled in under the names that it has for them. The option
+    input_size, (D, H, W) or (H, W), gives spatial_dims and img_size where it has these; without it there are 3 axes.
+    """
+
+    _channels = ("in_channels", "n_input_channels")
+    _classes = ("out_channels", "num_classes")
+
+    def create(self, name: str, in_channels: int, num_classes: int, options: dict[str, Any]) -> nn.Module:
+        kind, parameters = self._kind(name)
+        _refuse_weights(f"monai:{name}", options)
+        check_names(f"monai:{name}", options, self.takes(name))
+        chosen = dict(options)
+        size = chosen.pop("input_size", None)
+        filled: dict[str, Any] = {self._name(parameters, self._channels): in_channels}
+        filled[self._name(parameters, self._classes)] = num_classes
+        if "spatial_dims" in parameters:
+            filled["spatial_dims"] = 3 if size is None else len(size)
+        if "img_size" in parameters and size is not None:
+            filled["img_size"] = tuple(size)
+        if "pretrained" in parameters:
+            filled["pretrained"] = False
+        arguments = filled | chosen
+        own = inspect.signature(kind).parameters  # a base's may be given by the class itself
+        missing = [n for n, p in parameters.items() if n in own and p.default is p.empty and n not in arguments]
+        if missing:
+            raise ValueError(f"monai:{name} needs the options {', '.join(missing)}; its options: {self._listed(name)}")
+        return _build(f"monai:{name}", lambda **given: kind(**(filled | given)), chosen)
+
+    def takes(self, name: str) -> set[str]:
+        _, parameters = self._kind(name)
+        hidden = {self._name(parameters, self._channels), self._name(parameters, self._classes), *_WEIGHTS}
+        sized = {"input_size"} if {"spatial_dims", "img_size"} & set(parameters) else set()
+        return (set(parameters) - hidden) | sized
+
+    def _listed(self, name: str) -> str:
+        return ", ".join(sorted(self.takes(name)))
+
+    def _kind(self, name: str) -> tuple[Any, dict[str, inspect.Parameter]]:
+        """The class, and its parameters; those of its bases too where it hands **kwargs on to them."""
+        nets = library("monai.networks.nets")
+        classes = {v.__name__: v for v in vars(nets).values() if inspect.isclass(v) and issubclass(v, nn.Module)}
+        good = {n: kind for n, kind in classes.items() if self._maps_channels_to_classes(_parameters(kind))}
+        if name not in good:
+            what = "has no model" if name not in classes else "reads no channels and gives no classes by its signature:"
+            raise ValueError(f"monai {what} {name!r}{nearest(name, good)}; monai.networks.nets lists all")
+        return good[name], _parameters(good[name])
+
+    def _maps_channels_to_classes(self, parameters: dict[str, inspect.Parameter]) -> bool:
+        return bool({*self._channels} & set(parameters)) and bool({*self._classes} & set(parameters))
+
+    def _name(self, parameters: dict[str, inspect.Parameter], names: tuple[str, ...]) -> str:
+        return next(name for name in names if name in parameters)
 
 
-def _library(name: str) -> Any:
+SOURCES: dict[str, Source] = {
+    "timm": Timm(),
+    "torchvision": Torchvision(),
+    "smp": Smp(),
+    "monai": Monai(),
+    "file": UserFile(),
+}
+
+
+def library(name: str) -> Any:
+    """A library that not everyone has. Raises ValueError with the command that installs it."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
+        missing = str(error.name)
         raise ValueError(
-            f"{error.name} is not installed here; pip install {error.name}, or use a model of 'hpc models'"
+            f"{missing} is not installed here; pip install {_PACKAGES.get(missing, missing)}, or use a model of 'hpc models'"
         ) from error
+
+
+def _parameters(kind: type) -> dict[str, inspect.Parameter]:
+    """Named parameters of a class's constructor; of its bases' too where it hands **kwargs on."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in kind.__mro__:
+        if "__init__" not in vars(base) or base is nn.Module:
+            continue
+        own = inspect.signature(vars(base)["__init__"]).parameters
+        found = {n: p for n, p in own.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)} | found
+        if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+            break
+    return {n: p for n, p in found.items() if n != "self"}
 
 
 def _class_options(model: nn.Module) -> set[str]:
@@ -120,81 +222,31 @@ def _class_options(model: nn.Module) -> set[str]:
 
 
 def _plain(build: Callable[[], nn.Module]) -> nn.Module:
-    """A network to look at: on the meta device, or for real where its constructor needs values; draws no number."""
-    try:
-        with torch.device("meta"):
-            return build()
-    except (NotImplementedError, RuntimeError):
-        with torch.random.fork_rng():
-            return build()
+    """A network to look at, on the meta device; draws no number."""
+    with torch.device("meta"):
+        return on_device(build)
+
+
+def _refuse_weights(name: str, options: dict[str, Any]) -> None:
+    for option in _WEIGHTS.intersection(options):
+        raise ValueError(
+            f"{name} starts from fresh weights here; leave out the option {option!r}: in an experiment, "
+            f"'model.pretrained: true' or 'model.weights: FILE' loads weights"
+        )
 
 
 def _build(name: str, build: Callable[..., nn.Module], options: dict[str, Any]) -> nn.Module:
-    """build(**options); a TypeError becomes a sentence with the options that the plain network's class has."""
-    for option in _WEIGHTS.intersection(options):
-        raise ValueError(f"{name} starts from fresh weights here; leave out the option {option!r}")
+    """build(**options); what a library refuses becomes a sentence, with the options of the plain network's class."""
+    _refuse_weights(name, options)
     try:
-        return build(**options)
+        return on_device(lambda: build(**options))
     except TypeError as error:
-        check_names(name, options, _class_options(_plain(build)))
-        raise ValueError(f"{name} refuses {options}: {error}") from error
+        if not name.startswith(("monai:", "smp:")):  # whose options are known, and were looked at
+            check_names(name, options, _class_options(_plain(build)))
+        raise ValueError(f"{name} refuses {options}: {_line(error)}") from error
+    except (AssertionError, AttributeError, ValueError, LookupError) as error:
+        raise ValueError(f"{name} refuses {options}: {_line(error)}") from error
 
 
-def _split(name: str) -> tuple[Path, str]:
-    path, _, attribute = name.rpartition(":")
-    if not path or not attribute.isidentifier():
-        raise ValueError(f"model 'file:{name}' names no class; write file:PATH.py:NAME")
-    if not Path(path).is_file():
-        raise ValueError(f"model file {path} does not exist (looked for from {Path.cwd()}); write file:PATH.py:NAME")
-    return Path(path).resolve(), attribute
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """The file's neighbours can be imported inside, and its folder is gone from sys.path afterwards."""
-    before = list(sys.path)
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path[:] = before
-
-
-def _attribute(path: Path, attribute: str) -> Callable[..., Any]:
-    module = _load(path)
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        callables = [
-            n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__
-        ]
-        raise ValueError(f"{path} has no class or function {attribute!r}; it has {', '.join(callables) or 'none'}")
-    function: Callable[..., Any] = found
-    return function
-
-
-def _check_call(name: str, factory: Callable[..., Any], arguments: dict[str, Any]) -> None:
-    signature = inspect.signature(factory)
-    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
-        check_names(name, set(arguments) - {"in_channels", "num_classes"}, option_names(factory))
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        raise ValueError(f"{name} cannot be called with {', '.join(arguments)}: {error}") from error
-
-
-def _load(path: Path) -> ModuleType:
-    """The file as a module, under a name of its own in sys.modules (dataclasses and pickle look there)."""
-    name = f"_model_file_{path.stem}_{hashlib.sha1(path.read_bytes() + str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is not a Python file; write file:PATH.py:NAME")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    return module
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,5 +1,6 @@
-"""Layers that the families share: deterministic pooling, drop path, and checkpointing that counts a batch once."""
+"""Layers that the families share: deterministic pooling, norms, drop path, and checkpointing that counts a batch once."""
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -9,20 +10,24 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["DropPath", "adaptive_avg_pool", "max_pool_2", "recompute"]
+__all__ = ["NORMS", "DropPath", "adaptive_avg_pool", "max_pool", "norm_layer", "recompute"]
 
 
-def max_pool_2(x: torch.Tensor) -> torch.Tensor:
-    """`F.max_pool3d(x, 2, stride=1, padding=1)` with a backward that is deterministic on CUDA too.
+def max_pool(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
+    """`F.max_pool3d(x, kernel, stride, padding)` with a backward that is deterministic on CUDA too.
 
-    (B, C, D, H, W) -> (B, C, D + 1, H + 1, W + 1). Among equal values the first in memory order takes the gradient
+    (B, C, D, H, W) -> (B, C, D', H', W'). Among equal values the first in memory order takes the gradient
     and a NaN wins, both as in the library; torch.maximum would share the gradient among equals.
     """
-    x = F.pad(x, (1,) * 6, value=-torch.inf)
+    x = F.pad(x, (padding,) * 6, value=-torch.inf)
     for axis in (-1, -2, -3):
-        length = x.shape[axis] - 1
-        first, second = x.narrow(axis, 0, length), x.narrow(axis, 1, length)
-        x = torch.where((second > first) | second.isnan(), second, first)
+        length = x.shape[axis] - kernel + 1
+        first, *others = (
+            x.narrow(axis, shift, length).transpose(axis, 0)[::stride].transpose(axis, 0) for shift in range(kernel)
+        )
+        for other in others:
+            first = torch.where((other > first) | other.isnan(), other, first)
+        x = first
     return x
 
 
@@ -76,8 +81,41 @@ class DropPath(nn.Module):
         return f"rate={self.rate}"
 
 
-def recompute(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """`module(x)`, its activations computed anew in the backward pass instead of kept.
+class _OneVoxelLeft:
+    """What torch says of one voxel per channel, in words that help."""
+
+    def _check_input_dim(self, x: torch.Tensor) -> None:
+        super()._check_input_dim(x)  # type: ignore[misc]
+        if math.prod(x.shape[2:]) == 1:
+            raise ValueError(
+                "norm: instance has one voxel left of a sample, which has no spread: give larger inputs, fewer strides, "
+                "or norm: batch or group"
+            )
+
+
+class InstanceNorm2d(_OneVoxelLeft, nn.InstanceNorm2d):
+    """torch's, with an error that helps."""
+
+
+class InstanceNorm3d(_OneVoxelLeft, nn.InstanceNorm3d):
+    """torch's, with an error that helps."""
+
+
+NORMS = ("batch", "instance", "group")
+_CHANNELS_PER_GROUP = 16  # Wu & He 2018 (arXiv 1803.08494), table 3: as good as 32 groups
+
+
+def norm_layer(kind: str, width: int, axes: int = 3) -> nn.Module:
+    """One of NORMS over (B, width, *spatial); group: of 16 channels, or the largest share of 16 that divides width."""
+    if kind == "batch":
+        return nn.BatchNorm3d(width) if axes == 3 else nn.BatchNorm2d(width)
+    if kind == "instance":
+        return InstanceNorm3d(width, affine=True) if axes == 3 else InstanceNorm2d(width, affine=True)
+    return nn.GroupNorm(width // math.gcd(width, _CHANNELS_PER_GROUP), width)
+
+
+def recompute(module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """`module(*inputs)`, its activations computed anew in the backward pass instead of kept.
 
     BatchNorm would count the batch a second time in the recomputation and leave other running statistics than a run
     without checkpointing; here they are put back.
@@ -86,7 +124,7 @@ def recompute(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _statistics_kept(module)
 
-    result: torch.Tensor = checkpoint(module, x, use_reentrant=False, context_fn=contexts)
+    result: torch.Tensor = checkpoint(module, *inputs, use_reentrant=False, context_fn=contexts)
     return result
 
 

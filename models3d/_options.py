@@ -6,10 +6,25 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
+from torch import nn
 
-__all__ = ["Triple", "check_input", "check_names", "fraction", "nearest", "option_names", "per_axis", "whole", "wholes"]
+__all__ = [
+    "Triple",
+    "along_axes",
+    "check_input",
+    "check_names",
+    "fraction",
+    "nearest",
+    "on_device",
+    "one_of",
+    "option_names",
+    "per_axis",
+    "whole",
+    "wholes",
+]
 
 Triple = int | Sequence[int]
+_ORDER = {2: "H, W", 3: "D, H, W"}
 
 
 def whole(name: str, value: object, least: int = 1) -> int:
@@ -30,12 +45,26 @@ def wholes(name: str, value: object) -> tuple[int, ...]:
 
 def per_axis(name: str, value: object) -> tuple[int, int, int]:
     """`value` as three whole numbers, one per axis (D, H, W); one number serves all three."""
+    d, h, w = along_axes(name, value, 3)
+    return d, h, w
+
+
+def along_axes(name: str, value: object, axes: int) -> tuple[int, ...]:
+    """`value` as a whole number for each of 2 or 3 axes; one number serves all."""
     numbers = wholes(name, value)
     if isinstance(value, int):
-        numbers *= 3
-    if len(numbers) != 3:
-        raise ValueError(f"{name} is {value!r}; give one whole number or three, in the order D, H, W")
-    return numbers[0], numbers[1], numbers[2]
+        numbers *= axes
+    if len(numbers) != axes:
+        count = {2: "two", 3: "three"}[axes]
+        raise ValueError(f"{name} is {value!r}; give one whole number or {count}, in the order {_ORDER[axes]}")
+    return numbers
+
+
+def one_of(name: str, value: str, good: Sequence[str]) -> str:
+    """`value`, which must be one of `good`."""
+    if value not in good:
+        raise ValueError(f"{name} is {value!r}; give {' or '.join(good)}")
+    return value
 
 
 def fraction(name: str, value: object) -> float:
@@ -45,13 +74,25 @@ def fraction(name: str, value: object) -> float:
     return float(value)
 
 
-def check_input(model: str, x: torch.Tensor, channels: int) -> None:
-    """Raise ValueError unless `x` is (B, channels, D, H, W)."""
-    if x.ndim != 5 or x.shape[1] != channels:
+def check_input(model: str, x: torch.Tensor, channels: int, axes: int = 3) -> None:
+    """Raise ValueError unless `x` is (B, channels, D, H, W), or (B, channels, H, W) with two axes."""
+    if x.ndim != axes + 2 or x.shape[1] != channels:
+        what = {2: "images", 3: "volumes"}[axes]
         raise ValueError(
-            f"{model} takes volumes of shape (batch, {channels}, D, H, W), got {tuple(x.shape)}; "
+            f"{model} takes {what} of shape (batch, {channels}, {_ORDER[axes]}), got {tuple(x.shape)}; "
             f"the number of channels is set by in_channels"
         )
+
+
+def on_device(build: Callable[[], nn.Module]) -> nn.Module:
+    """build() on torch's default device; where that is meta and a constructor needs values, for real and then there."""
+    if torch.get_default_device().type != "meta":
+        return build()
+    try:
+        return build()
+    except (NotImplementedError, RuntimeError):
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            return build().to("meta")
 
 
 def option_names(function: Callable[..., Any]) -> set[str]:

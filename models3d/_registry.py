@@ -1,4 +1,4 @@
-"""Names to networks: the registered ones, `timm:NAME`, `torchvision:NAME` and `file:PATH.py:NAME`.
+"""Names to networks: the registered ones, and with a prefix timm, torchvision, smp, MONAI and `file:PATH.py:NAME`.
 
 A registered network is tested on the day it is registered: tests/test_models3d.py runs over list_models().
 """
@@ -16,12 +16,14 @@ __all__ = ["create_model", "list_models", "register_model", "takes"]
 Factory = Callable[..., nn.Module]
 _factories: dict[str, Factory] = {}
 _signatures: dict[str, Callable[..., Any]] = {}
+_examples: dict[str, tuple[int, ...]] = {}
 
 
-def register_model(options: Callable[..., Any]) -> Callable[[Factory], Factory]:
+def register_model(options: Callable[..., Any], example: tuple[int, ...]) -> Callable[[Factory], Factory]:
     """Decorator: `create_model(f.__name__)` shall call `f(in_channels=, num_classes=, **options)`.
 
     options: the class or function whose signature names the valid options, as f only passes them on.
+    example: a usual input, (C, *spatial), for `hpc models`.
     Raises ValueError when the name is taken by another module.
     """
 
@@ -30,22 +32,27 @@ def register_model(options: Callable[..., Any]) -> Callable[[Factory], Factory]:
         owner = _factories[name].__module__ if name in _factories else factory.__module__
         if owner != factory.__module__:
             raise ValueError(f"model {name!r} is already registered by {owner}; choose another name")
-        _factories[name], _signatures[name] = factory, options
+        _factories[name], _signatures[name], _examples[name] = factory, options, example
         return factory
 
     return register
 
 
 def list_models() -> list[str]:
-    """Names of the registered models, sorted; the prefixes timm:, torchvision: and file: come on top of them."""
+    """Names of the registered models, sorted; the prefixes timm:, torchvision:, smp:, monai: and file: come on top of them."""
     return sorted(_factories)
+
+
+def example_input(name: str) -> tuple[int, ...] | None:
+    """A usual input of a model, (C, *spatial); None for those with a prefix."""
+    return _examples.get(name)
 
 
 def create_model(name: str, in_channels: int = 1, num_classes: int = 2, **options: Any) -> nn.Module:
     """Build a network with fresh weights, from torch's current generator and on torch's current default device.
 
-    name: one of list_models(), or timm:NAME, torchvision:NAME, file:PATH.py:NAME.
-    in_channels: channels of the input, (B, in_channels, *spatial). num_classes: width of the logits, (B, num_classes).
+    name: one of list_models(), or timm:NAME, torchvision:NAME, smp:NAME, monai:NAME, file:PATH.py:NAME.
+    in_channels: channels of the input, (B, in_channels, *spatial). num_classes: width of the logits, (B, num_classes), for segmentation (B, num_classes, *spatial).
     options: what `takes(name)` lists.
 
     Raises ValueError for an unknown name, an unknown option, or a value that the model refuses.
@@ -76,6 +83,6 @@ def _source(name: str) -> tuple[Source | None, str]:
     if name not in _factories:
         raise ValueError(
             f"model {name!r} is not known{nearest(name, _factories)}; 'hpc models' lists all, "
-            f"and timm:NAME, torchvision:NAME and file:PATH.py:NAME reach others"
+            f"and timm:NAME, torchvision:NAME, smp:NAME, monai:NAME and file:PATH.py:NAME reach others"
         )
     return None, name

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models3d._layers import DropPath, adaptive_avg_pool, max_pool_2, recompute
+from models3d._layers import DropPath, adaptive_avg_pool, max_pool, recompute
 from models3d._options import Triple, check_input, fraction, per_axis, whole, wholes
 from models3d._registry import register_model
 
@@ -44,7 +44,7 @@ class Stem(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x)
-        x = max_pool_2(x) if self.deterministic_pooling else F.max_pool3d(x, 2, stride=1, padding=1)
+        x = max_pool(x, 2, stride=1, padding=1) if self.deterministic_pooling else F.max_pool3d(x, 2, stride=1, padding=1)
         return F.relu(self.bn(x))
 
 
@@ -176,7 +176,7 @@ def _initialise(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-@register_model(options=ResNet3d)
+@register_model(options=ResNet3d, example=(1, 190, 190, 190))
 def resnet3d(**options: Any) -> ResNet3d:
     """The seed's network: 15,335,267 parameters with one channel and three classes."""
     return ResNet3d(**options)
@@ -185,7 +185,7 @@ def resnet3d(**options: Any) -> ResNet3d:
 _TINY: dict[str, Any] = {"width": 8, "layers": 3, "pool_size": 2, "hidden": (16,)}
 
 
-@register_model(options=ResNet3d)
+@register_model(options=ResNet3d, example=(1, 24, 24, 24))
 def resnet3d_tiny(**options: Any) -> ResNet3d:
     """The same with 8 filters, three layers and a small classifier, for tests."""
     return ResNet3d(**(_TINY | options))

@@ -30,8 +30,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models3d._layers import recompute
-from models3d._options import Triple, check_input, fraction, per_axis, whole, wholes
+from models3d._layers import DropPath, recompute
+from models3d._options import Triple, check_input, fraction, one_of, per_axis, whole, wholes
 from models3d._registry import register_model
 
 __all__ = ["Layer", "PatchConv", "Transformer3d", "transformer3d", "transformer3d_tiny"]
@@ -78,8 +78,11 @@ class Attention(nn.Module):
 class Layer(nn.Module):
     """One pre-norm transformer layer, (B, T, dim) -> (B, T, dim)."""
 
-    def __init__(self, dim: int, heads: int, head_dim: int, mlp_dim: int, dropout: float) -> None:
+    def __init__(
+        self, dim: int, heads: int, head_dim: int, mlp_dim: int, dropout: float, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
+        self.drop_path = DropPath(drop_path)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attention = Attention(dim, heads, head_dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
@@ -89,8 +92,8 @@ class Layer(nn.Module):
         )  # fmt: skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention(self.norm1(x))
-        result: torch.Tensor = x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attention(self.norm1(x)))
+        result: torch.Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
         return result
 
 
@@ -102,6 +105,7 @@ class Transformer3d(nn.Module):
     projection_dim: features of a token, P above. depth, heads, head_dim: of the transformer layers.
     mlp_dim: the hidden dense layer of each MLP; its second is projection_dim, for the sum.
     dropout: after each dense layer of the MLPs.
+    drop_path: chance to skip each of the last layer's two branches, rising linearly from 0 at the first layer.
     taps: layers whose outputs are read, from 1; None: every third and the last. The last layer must be among them.
     hidden: width of the decoder's dense layer.
     pooling: "mean" over tokens, or "flatten". stem: "pointwise" or "literal", see the top of this file.
@@ -123,6 +127,7 @@ class Transformer3d(nn.Module):
         head_dim: int = 256,
         mlp_dim: int = 512,
         dropout: float = 0.15,
+        drop_path: float = 0.0,
         taps: Sequence[int] | None = None,
         hidden: int = 128,
         pooling: str = "mean",
@@ -132,7 +137,7 @@ class Transformer3d(nn.Module):
         super().__init__()
         self.in_channels, self.checkpoint = in_channels, checkpoint
         self.input_size = per_axis("input_size", input_size)
-        self.pooling = _one_of("pooling", pooling, ("mean", "flatten"))
+        self.pooling = one_of("pooling", pooling, ("mean", "flatten"))
         self.taps = _taps(whole("depth", depth), taps)
         dim = whole("projection_dim", projection_dim)
         sizes = [whole(n, v) for n, v in (("heads", heads), ("head_dim", head_dim), ("mlp_dim", mlp_dim))]
@@ -140,8 +145,9 @@ class Transformer3d(nn.Module):
         self.grid = _grid(self.stem, self.input_size)
         self.num_tokens = self.grid[0] * self.grid[1] * self.grid[2]
         self.positions = nn.Parameter(torch.empty(self.num_tokens, dim))
-        rate = fraction("dropout", dropout)
-        self.layers = nn.ModuleList(Layer(dim, sizes[0], sizes[1], sizes[2], rate) for _ in range(depth))
+        rate, skipped = fraction("dropout", dropout), fraction("drop_path", drop_path)
+        rises = [skipped * number / max(depth - 1, 1) for number in range(depth)]
+        self.layers = nn.ModuleList(Layer(dim, sizes[0], sizes[1], sizes[2], rate, rise) for rise in rises)
         self.norm = nn.BatchNorm1d(dim * len(self.taps))
         features = self.norm.num_features * (self.num_tokens if pooling == "flatten" else 1)
         width = whole("hidden", hidden)
@@ -180,12 +186,6 @@ class Transformer3d(nn.Module):
             )
 
 
-def _one_of(name: str, value: str, good: tuple[str, ...]) -> str:
-    if value not in good:
-        raise ValueError(f"{name} is {value!r}; give {' or '.join(good)}")
-    return value
-
-
 def _taps(depth: int, taps: Sequence[int] | None) -> tuple[int, ...]:
     numbers = {*range(3, depth + 1, 3), depth} if taps is None else set(wholes("taps", taps))
     if not numbers or max(numbers) != depth:
@@ -196,7 +196,7 @@ def _taps(depth: int, taps: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _stem(in_channels: int, dim: int, patch: tuple[int, int, int], kind: str) -> nn.Sequential:
-    literal = _one_of("stem", kind, ("pointwise", "literal")) == "literal"
+    literal = one_of("stem", kind, ("pointwise", "literal")) == "literal"
     widths = [in_channels, 8 * dim, 4 * dim, 2 * dim, dim]
     stem = nn.Sequential()
     for i in range(4):
@@ -226,7 +226,7 @@ def _initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
-@register_model(options=Transformer3d)
+@register_model(options=Transformer3d, example=(1, 190, 190, 10))
 def transformer3d(**options: Any) -> Transformer3d:
     """The seed's network: 361 tokens and 28,782,083 parameters with one channel and three classes."""
     return Transformer3d(**options)
@@ -238,7 +238,7 @@ _TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-@register_model(options=Transformer3d)
+@register_model(options=Transformer3d, example=(1, 16, 16, 8))
 def transformer3d_tiny(**options: Any) -> Transformer3d:
     """The same with four layers of 16 features on volumes of 16 x 16 x 8, for tests."""
     return Transformer3d(**(_TINY | options))

@@ -8,12 +8,22 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models3d import create_model, list_models, takes
-from models3d._layers import DropPath, adaptive_avg_pool, max_pool_2
+from models3d import create_model, example_input, list_models, takes
+from models3d._layers import DropPath, adaptive_avg_pool, max_pool
 from models3d.transformer3d import PatchConv
 
 TINY = [name for name in list_models() if name.endswith("_tiny")]
 ODD = (17, 13, 9)
+SEGMENTING = ("unet",)
+
+
+def odd(name: str) -> tuple[int, ...]:
+    """A size of as many axes as the network reads."""
+    return ODD[: len(example_input(name)) - 1]
+
+
+def batch_of(name: str, batch: int = 3, channels: int = 2) -> torch.Tensor:
+    return volumes(batch, channels, odd(name))
 
 
 def make(name: str, seed: int = 0, classes: int = 3, channels: int = 2, **options: object) -> nn.Module:
@@ -30,8 +40,15 @@ def step(model: nn.Module, x: torch.Tensor, seed: int = 2) -> torch.Tensor:
     """One training forward and backward; the logits."""
     torch.manual_seed(seed)
     y = model.train()(x)
-    F.cross_entropy(y.float(), torch.arange(len(x)) % y.shape[1]).backward()
+    F.cross_entropy(y.float(), target_of(x, y)).backward()
     return y.detach()
+
+
+def target_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A class for each sample, or for each voxel where the network scores them."""
+    if y.ndim == 2:
+        return torch.arange(len(x)) % y.shape[1]
+    return (x[:, 0] > 0).long()
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -50,14 +67,16 @@ def size_of(model: nn.Module) -> int:
 
 
 def test_every_family_registers_a_tiny_network() -> None:
-    assert TINY and {f"{n}_tiny" for n in list_models() if not n.endswith("_tiny")} == set(TINY)
+    with torch.device("meta"):
+        kinds = {name: type(create_model(name)) for name in list_models()}
+    assert TINY and set(kinds.values()) == {kinds[name] for name in TINY}
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_gradient_reaches_every_parameter(name: str) -> None:
     model = make(name)
-    y = step(model, volumes())
-    assert y.shape == (3, 3) and y.isfinite().all()
+    y = step(model, batch_of(name))
+    assert y.shape == (3, 3, *(odd(name) if name.startswith(SEGMENTING) else ())) and y.isfinite().all()
     missing = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
     zero = [n for n, g in gradients(model).items() if not g.any()]
     assert not missing and not zero
@@ -68,18 +87,18 @@ def test_seed_fixes_weights_and_step(name: str) -> None:
     one, two, other = make(name), make(name), make(name, seed=5)
     assert same(one.state_dict(), two.state_dict())
     assert not same(one.state_dict(), other.state_dict())
-    assert torch.equal(step(one, volumes()), step(two, volumes()))
+    assert torch.equal(step(one, batch_of(name)), step(two, batch_of(name)))
     assert same(gradients(one), gradients(two))
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_evaluation_repeats_and_treats_samples_alone(name: str) -> None:
     model = make(name)
-    step(model, volumes())
+    step(model, batch_of(name))
     model.eval()
     with torch.no_grad():
-        together, again = model(volumes()), model(volumes())
-        alone = torch.cat([model(x[None]) for x in volumes()])
+        together, again = model(batch_of(name)), model(batch_of(name))
+        alone = torch.cat([model(x[None]) for x in batch_of(name)])
     assert torch.equal(together, again)
     torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
 
@@ -87,11 +106,11 @@ def test_evaluation_repeats_and_treats_samples_alone(name: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_state_dict_round_trip(name: str, tmp_path: Path) -> None:
     model, other = make(name), make(name, seed=9)
-    step(model, volumes())
+    step(model, batch_of(name))
     torch.save(model.state_dict(), tmp_path / "weights.pt")
     other.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
     with torch.no_grad():
-        assert torch.equal(model.eval()(volumes()), other.eval()(volumes()))
+        assert torch.equal(model.eval()(batch_of(name)), other.eval()(batch_of(name)))
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -99,7 +118,7 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(name: str) -> No
     """With dropout and drop path on, so that the random numbers of the recomputation must be those of the forward."""
     noise = {k: 0.3 for k in ("dropout", "drop_path") if k in takes(name)}
     plain, saving = make(name, **noise), make(name, checkpoint=True, **noise)
-    assert torch.equal(step(plain, volumes()), step(saving, volumes()))
+    assert torch.equal(step(plain, batch_of(name)), step(saving, batch_of(name)))
     assert same(gradients(plain), gradients(saving))
     assert same(plain.state_dict(), saving.state_dict())
 
@@ -115,7 +134,7 @@ def test_checkpointing_keeps_fewer_activations(name: str) -> None:
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            model(volumes())
+            model(batch_of(name))
         return total - size_of(model)
 
     assert kept(make(name, checkpoint=True)) < 0.5 * kept(make(name))
@@ -126,19 +145,21 @@ def test_checkpointing_keeps_fewer_activations(name: str) -> None:
 def test_bf16_autocast(name: str, checkpoint: bool) -> None:
     model = make(name, checkpoint=checkpoint)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = model(volumes())
+        y = model(batch_of(name))
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16 and all(g.isfinite().all() for g in gradients(model).values())
-    torch.testing.assert_close(y.float(), make(name)(volumes()), rtol=0.1, atol=0.15)
+    torch.testing.assert_close(y.float(), make(name)(batch_of(name)), rtol=0.1, atol=0.15)
 
 
 @pytest.mark.parametrize("name", TINY)
 def test_a_few_steps_of_adam_separate_two_classes(name: str) -> None:
     model = make(name, classes=2, channels=1, dropout=0.0)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    x = volumes(batch=8, channels=1)
-    target = torch.arange(8) % 2
-    x[target == 1] += torch.linspace(-1, 1, ODD[0])[:, None, None]
+    x = batch_of(name, batch=8, channels=1)
+    slope = torch.linspace(-1, 1, ODD[0]).reshape(-1, *[1] * (x.ndim - 3))
+    x[1::2] += slope
+    with torch.no_grad():
+        target = target_of(x, model(x))
     losses = []
     for _ in range(15):
         optimizer.zero_grad()
@@ -152,10 +173,12 @@ def test_a_few_steps_of_adam_separate_two_classes(name: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_wrong_input_is_named(name: str) -> None:
     model = make(name)
-    with pytest.raises(ValueError, match=r"takes volumes of shape \(batch, 2, D, H, W\), got \(1, 5, 17, 13, 9\)"):
-        model(torch.randn(1, 5, *ODD))
-    with pytest.raises(ValueError, match=r"got \(1, 17, 13, 9\)"):
-        model(torch.randn(1, *ODD))
+    size = odd(name)
+    axes = ", ".join("DHW"[-len(size) :])
+    with pytest.raises(ValueError, match=rf"takes \w+ of shape \(batch, 2, {axes}\), got \(1, 5, {size[0]}, "):
+        model(torch.randn(1, 5, *size))
+    with pytest.raises(ValueError, match=rf"got \(1, {size[0]}, "):
+        model(torch.randn(1, *size))
 
 
 # --- the seed's ResNet ---
@@ -228,17 +251,19 @@ def assert_same_pooling(ours: torch.Tensor, theirs: torch.Tensor, x: torch.Tenso
     torch.testing.assert_close(mine, library)
 
 
+@pytest.mark.parametrize("window", [(2, 1, 1), (3, 2, 1)])
 @pytest.mark.parametrize("values", [7, 2, 1])
-def test_max_pool_equals_the_librarys(values: int) -> None:
+def test_max_pool_equals_the_librarys(values: int, window: tuple[int, int, int]) -> None:
     """Few distinct values make ties, which decide where the gradient goes."""
     x = torch.randint(values, (2, 3, 5, 6, 7)).double().requires_grad_()
-    assert_same_pooling(max_pool_2(x), F.max_pool3d(x, 2, stride=1, padding=1), x, exact=True)
+    assert_same_pooling(max_pool(x, *window), F.max_pool3d(x, *window), x, exact=True)
 
 
-def test_max_pool_passes_nan_and_infinity_on() -> None:
+@pytest.mark.parametrize("window", [(2, 1, 1), (3, 2, 1)])
+def test_max_pool_passes_nan_and_infinity_on(window: tuple[int, int, int]) -> None:
     x = torch.randn(1, 1, 6, 6, 6)
     x[0, 0, 1, 2, 3], x[0, 0, 4, 4, 4], x[0, 0, 5, 0, 0] = math.nan, -math.inf, math.inf
-    torch.testing.assert_close(max_pool_2(x), F.max_pool3d(x, 2, stride=1, padding=1), equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(max_pool(x, *window), F.max_pool3d(x, *window), equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(24, 24, 24), (25, 25, 25), (4, 13, 30), (1, 12, 11)])
@@ -256,8 +281,11 @@ def test_adaptive_pool_sums_in_float32_under_autocast() -> None:
     torch.testing.assert_close(y.float(), F.adaptive_avg_pool3d(x.float(), 12), rtol=1.01 * 2**-8, atol=1e-6)
 
 
-def test_deterministic_pooling_is_the_same_network() -> None:
-    usual, other = make("resnet3d_tiny"), make("resnet3d_tiny", deterministic_pooling=True)
+@pytest.mark.parametrize(
+    ("name", "options"), [("resnet3d_tiny", {}), ("resnet3d_18_tiny", {"stem_pool": True})], ids=lambda v: str(v)
+)
+def test_deterministic_pooling_is_the_same_network(name: str, options: dict[str, object]) -> None:
+    usual, other = make(name, **options), make(name, deterministic_pooling=True, **options)
     x = volumes()
     torch.testing.assert_close(step(usual, x), step(other, x))
     for name, gradient in gradients(usual).items():
@@ -315,6 +343,8 @@ def test_transformer3d_options_take_effect() -> None:
     assert model.layers[0].mlp[0].out_features == 7
     assert step(model, volumes()).shape == (3, 3)
     assert make("transformer3d_tiny", depth=7).taps == (3, 6, 7)
+    rates = [layer.drop_path.rate for layer in make("transformer3d_tiny", depth=3, drop_path=0.4).layers]
+    assert rates == pytest.approx([0, 0.2, 0.4])
 
 
 def test_transformer3d_takes_other_sizes_of_the_same_grid_only() -> None:

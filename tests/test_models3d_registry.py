@@ -36,11 +36,31 @@ BAD = [
     ("transformer3d", {"depth": 0}, r"depth is 0"),
     ("transformer3d", {"pooling": "max"}, r"pooling is 'max'; give mean or flatten"),
     ("transformer3d", {"stem": "conv"}, r"stem is 'conv'; give pointwise or literal"),
+    ("resnet3d_18", {"norm": "layer"}, r"norm is 'layer'; give batch or instance or group"),
+    ("resnet3d_18", {"stem_kernel": [7, 6, 7]}, r"stem_kernel is \[7, 6, 7\]; give odd numbers"),
+    ("resnet3d_18", {"blocks": [2, 0]}, r"blocks is 0"),
+    ("unet3d", {"strides": [1, 2]}, r"strides is \[1, 2\]; give a list of 6, one for each resolution of depth: 6"),
+    ("unet3d", {"depth": 2, "strides": [2, 2]}, r"strides begin with \(2, 2, 2\); the first must be 1"),
+    ("unet2d", {"depth": 2, "strides": [1, [2, 2, 1]]}, r"give one whole number or two, in the order H, W"),
+    ("unet3d", {"kernels": 4}, r"kernels is 4; give odd numbers"),
+    ("unet3d", {"axes": 2}, r"no option 'axes'"),
     ("timm:resnt18", {}, r"timm has no model 'resnt18'; nearest: resnet18"),
     ("timm:resnet18", {"drop_rat": 0.1}, r"no option 'drop_rat'; nearest: drop_rate"),
-    ("timm:resnet18", {"pretrained": True}, r"starts from fresh weights here; leave out the option 'pretrained'"),
+    ("timm:resnet18", {"pretrained": True}, r"starts from fresh weights here; leave out the option 'pretrained': .*pretrained: true"),
     ("torchvision:resnet18", {}, r"takes 3 input channels, not 1"),
     ("torchvision:fcn_resnet50", {"in_channels": 3}, r"no classification model 'fcn_resnet50'"),
+    ("smp:Unett", {}, r"smp has no model 'Unett'; nearest: Unet.*its models: DPT, .*Unet, UnetPlusPlus"),
+    ("smp:Unet", {"encoder_nam": "resnet34"}, r"no option 'encoder_nam'; nearest: encoder_name"),
+    ("smp:Unet", {"encoder_name": "resnt34"}, r"no encoder 'resnt34'; nearest: resnet34"),
+    ("smp:Unet", {"encoder_weights": "imagenet"}, r"leave out the option 'encoder_weights': .*pretrained: true"),
+    ("smp:Unet", {"activation": "sigmoid"}, r"no option 'activation'"),
+    ("smp:Unet", {"decoder_channels": [8, 8]}, r"smp:Unet refuses .*decoder"),
+    ("monai:SwinUNETER", {}, r"monai has no model 'SwinUNETER'; nearest: SwinUNETR"),
+    ("monai:Discriminator", {}, r"gives no classes by its signature: 'Discriminator'"),
+    ("monai:UNet", {}, r"monai:UNet needs the options channels, strides; its options: .*kernel_size"),
+    ("monai:SwinUNETR", {"feature_sise": 12}, r"no option 'feature_sise'; nearest: feature_size"),
+    ("monai:SwinUNETR", {"feature_size": 13}, r"monai:SwinUNETR refuses .*feature.size"),
+    ("monai:EfficientNetBN", {"model_name": "b9"}, r"monai:EfficientNetBN refuses .*b9"),
     ("torchvision:r3d_18", {"in_channels": 3, "zero_init": True}, r"no option 'zero_init'; .*zero_init_residual"),
 ]
 
@@ -57,12 +77,13 @@ def test_a_name_is_registered_by_one_module() -> None:
         return nn.Identity()
 
     with pytest.raises(ValueError, match=r"already registered by models3d\.resnet3d"):
-        register_model(options=resnet3d)(resnet3d)
+        register_model(options=resnet3d, example=(1, 8, 8, 8))(resnet3d)
 
 
-def test_native_networks_import_neither_timm_nor_torchvision() -> None:
+def test_native_networks_import_no_library() -> None:
     code = (
-        "import sys, models3d; models3d.create_model('resnet3d_tiny'); print({'timm', 'torchvision'} & {*sys.modules})"
+        "import sys, models3d; models3d.create_model('resnet3d_tiny'); "
+        "print({'timm', 'torchvision', 'segmentation_models_pytorch', 'monai'} & {*sys.modules})"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(cli.__file__).parents[1]
@@ -82,6 +103,34 @@ def test_timm_and_torchvision() -> None:
     state = torch.get_rng_state()
     assert "zero_init_residual" in takes("torchvision:r3d_18") and "stem_width" in takes("torchvision:regnet_y_400mf")
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_smp() -> None:
+    model = create_model("smp:Unet", 2, 7, encoder_name="resnet18", decoder_channels=[16, 8, 8, 4, 4])
+    assert model(torch.randn(2, 2, 64, 32)).shape == (2, 7, 64, 32)
+    assert {"encoder_name", "encoder_depth", "decoder_channels"} <= takes("smp:Unet")
+    assert not {"classes", "in_channels", "encoder_weights", "activation", "input_size"} & takes("smp:FPN")
+
+
+MONAI = [
+    ("SwinUNETR", (32, 32, 32), {"feature_size": 12}, True),
+    ("UNETR", (32, 32, 16), {"hidden_size": 24, "mlp_dim": 32, "num_heads": 2}, True),
+    ("UNet", (16, 16), {"channels": [4, 8], "strides": [2]}, True),
+    ("SegResNet", (16, 16, 16), {"init_filters": 8}, True),
+    ("ResNet", (24, 24, 24), {"block": "basic", "layers": [1, 1, 1, 1], "block_inplanes": [4, 8, 8, 8]}, False),
+    ("DenseNet121", (32, 32), {}, False),
+    ("EfficientNetBN", (32, 32, 32), {"model_name": "efficientnet-b0"}, False),
+    ("SEResNet50", (32, 32, 32), {}, False),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "options", "segments"), MONAI, ids=[row[0] for row in MONAI])
+def test_monai(name: str, size: tuple[int, ...], options: dict[str, object], segments: bool) -> None:
+    """Channels, classes, axes and sizes arrive under the names that each class has for them."""
+    assert "input_size" in takes(f"monai:{name}")
+    with torch.device("meta"):
+        model = create_model(f"monai:{name}", 2, 3, input_size=size, **options)
+        assert model(torch.empty(2, 2, *size)).shape == (2, 3, *(size if segments else ()))
 
 
 # --- a user's own file ---
