@@ -192,6 +192,10 @@ def test_another_file_is_scored_whole(tmp_path, capsys):
     odd = pack_grouped(tmp_path / "odd", "--split", "100/0/0", "--size", "3")
     assert "has --size 3, not None as the data that run was trained on" in mistake(capsys, known.path, "--data", odd)
     assert "it has train" in mistake(capsys, known.path, "--data", new, "--split", "test")
+    (tmp_path / "data.h5").unlink()
+    told = answer(capsys, known.path, "--data", new, "--bootstrap", 0)
+    assert "the training data cannot be read" in told["notes"][0] and told["samples"] == 9
+    assert "data.h5" in mistake(capsys, known.path)
 
 
 def test_several_runs_leave_nothing_without_a_folder(folds, tmp_path, capsys):

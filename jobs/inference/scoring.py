@@ -118,7 +118,10 @@ def _score_team(team: Sequence[Member], split: str, manner: Manner, data: str | 
         raise UserError(f"--split {split}: {volumes.name} has no such samples; it has {', '.join(full)}")
     windowed = in_windows(team, volumes, manner)
     device = torch.device("cpu") if windowed else team[0].device
-    task = make_task(team[0].experiment, _training_data(team[0], volumes), device)
+    trained_on = _training_data(team[0])
+    if trained_on is None:
+        notes.append("the training data cannot be read: where the loss has balanced weights, they are of this file")
+    task = make_task(team[0].experiment, volumes if trained_on is None else trained_on, device)
     counts, kept = Counts(task.cells, device), Kept(task)
     answers = _window_answers if windowed else _batch_answers
     with torch.inference_mode():
@@ -150,12 +153,12 @@ def _open(team: Sequence[Member], data: str | None) -> tuple[VolumeFile, list[st
     return open_data(team[0].experiment), []
 
 
-def _training_data(member: Member, volumes: VolumeFile) -> VolumeFile:
-    """Where the weights of the loss come from: the run's own file while it is there."""
+def _training_data(member: Member) -> VolumeFile | None:
+    """Where the weights of the loss come from, while it is there."""
     try:
         return open_data(member.experiment)
     except (OSError, ValueError, UserError):
-        return volumes
+        return None
 
 
 def in_windows(team: Sequence[Member], volumes: VolumeFile, manner: Manner) -> bool:
