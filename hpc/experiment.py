@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
-from hpc import yamlfile
+from hpc import recipes, yamlfile
 from hpc.errors import UserError, nearest
 from hpc.metrics import DEFAULT_MONITOR, DIRECTIONS
 from hpc.settings import Data, Duration, Launch, Model, Section
@@ -127,10 +127,17 @@ def _section(loc: tuple[Any, ...]) -> type[BaseModel]:
 class Source:
     """An experiment's file and its base, read once; any number of variants are resolved from it."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises UserError."""
-        self._path = path
-        self._values, base = _read_layers(path, ())
+    def __init__(self, path: Path, tiny: bool = False) -> None:
+        """`path`: a file, or the name of a recipe; `tiny`: its tiny form. Raises UserError."""
+        self._path = path = recipes.find(path)
+        self._values, base, files = _read_layers(path, ())
+        if tiny:
+            base = self._values
+            for form in recipes.tiny_form(files):
+                change = yamlfile.read(form)
+                _resolve_paths(change, Path.cwd())
+                self._values = _merge(self._values, change)
+            self._values["name"] = f"{base.get('name')}-tiny"
         reference = base if base is not None else self._values
         self._before = flatten(validate(reference, str(path)).as_dict()) if _complete(reference) else {}
 
@@ -152,9 +159,9 @@ class Source:
         return experiment, {key: after.get(key) for key in keys if after.get(key) != before.get(key)}
 
 
-def load(path: Path, overrides: Sequence[str] | None = None) -> tuple[Experiment, dict[str, Any]]:
-    """The resolved experiment of a YAML file, and its delta. Raises UserError."""
-    return Source(path).resolve(overrides or ())
+def load(path: Path, overrides: Sequence[str] | None = None, tiny: bool = False) -> tuple[Experiment, dict[str, Any]]:
+    """The resolved experiment of a YAML file or recipe, and its delta. Raises UserError."""
+    return Source(path, tiny).resolve(overrides or ())
 
 
 def _complete(values: dict[str, Any]) -> bool:
@@ -162,19 +169,24 @@ def _complete(values: dict[str, Any]) -> bool:
     return all(key in values for key in ("name", "model", "data"))
 
 
-def _read_layers(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+_Layers = tuple[dict[str, Any], dict[str, Any] | None, list[Path]]
+"""All values of a file, those of its base, and the files: itself, its base, the base of that ..."""
+
+
+def _read_layers(path: Path, above: tuple[Path, ...]) -> _Layers:
     path = path.resolve()
     if path in above:
         raise UserError(f"{path}: base: goes in a circle: {' -> '.join(p.name for p in (*above, path))}")
     values = yamlfile.read(path)
     base_name = values.pop("base", None)
-    _resolve_paths(values, path.parent)
+    _resolve_paths(values, Path.cwd() if recipes.ours(path) else path.parent)
     if base_name is None:
-        return _merge(values, {}), None
+        return _merge(values, {}), None, [path]
     if not isinstance(base_name, str):
-        raise UserError(f"{path}: base: must be the path of another experiment (got {base_name!r})")
-    base, _ = _read_layers(Path(_absolute(path.parent, base_name)), (*above, path))
-    return _merge(base, values), base
+        raise UserError(f"{path}: base: must be a recipe or the path of another experiment (got {base_name!r})")
+    below = _absolute(path.parent, str(recipes.find(Path(base_name), path.parent)))
+    base, _, files = _read_layers(Path(below), (*above, path))
+    return _merge(base, values), base, [path, *files]
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
