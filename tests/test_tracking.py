@@ -103,7 +103,7 @@ def log_on_a_full_disk(folder: str, limit: int) -> None:
     for step in range(1, 400):
         tracker.scalars(step, {"a": 1.0, "b": 2.0})
         if step % 100 == 0:
-            tracker.picture(step, "figure", np.zeros((90, 90, 3), np.uint8))
+            tracker.picture(step, "picture", np.zeros((480, 640, 3), np.uint8))
             tracker.evaluation({"step": step, "split": "validation", "metrics": {}})
             tracker.flush()
     tracker.close()
