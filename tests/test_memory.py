@@ -168,6 +168,13 @@ def _on(device: str, layer: object) -> dict[int, object]:
     return {id(t): torch.empty(t.shape, dtype=t.dtype, device=device) for t in tensors}
 
 
+@pytest.mark.parametrize("name", ["resnet3d_tiny", "unet3d_tiny", "transformer3d_tiny"])
+def test_checkpointing_under_the_casts_of_cuda(name: str) -> None:
+    shape = (4, 1, 24, 24, 24)
+    ways = [estimated(name, shape, Step(precision="bf16", device="cuda"), checkpoint=on) for on in (True, False)]
+    assert ways[0].activations < ways[1].activations
+
+
 def test_frozen_weights_have_no_gradient_and_no_state() -> None:
     with torch.device("meta"):
         model = create_model("resnet3d_tiny")
