@@ -34,9 +34,10 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _check_task(self) -> Experiment:
         self.train.loss.of_task(self.task)
-        if self.monitor not in DIRECTIONS[self.task]:
-            names = nearest(self.monitor, DIRECTIONS[self.task])
-            raise ValueError(f"train.monitor {self.monitor} is no metric of task {self.task}; {names}")
+        for key, metric in {"train.monitor": self.monitor, **self.train.metrics()}.items():
+            if metric not in DIRECTIONS[self.task]:
+                names = nearest(metric, DIRECTIONS[self.task])
+                raise ValueError(f"{key} {metric} is no metric of task {self.task}; {names}")
         return self
 
     @property
@@ -113,9 +114,13 @@ def _sentence(fault: Any) -> str:
 
 
 def _section(loc: tuple[Any, ...]) -> type[BaseModel]:
+    """The section at this place: of a list (train.stages.0) that of its items."""
     section: type[BaseModel] = Experiment
     for key in loc:
-        section = section.model_fields[key].annotation  # type: ignore[assignment]
+        if isinstance(key, str):
+            kind = section.model_fields[key].annotation
+            found = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, BaseModel)]
+            section = found[0]
     return section
 
 

@@ -21,7 +21,7 @@ from hpc.allocation import scratch_folders
 from hpc.errors import UserError
 from hpc.experiment import Experiment
 from hpc.settings import Data
-from jobs import foreign_weights
+from jobs import foreign_weights, learner
 from jobs.check import open_data
 from jobs.tasks import check_loss, check_outputs
 from models3d import create_model, takes
@@ -177,11 +177,12 @@ def check(experiment: Experiment) -> list[str]:
     patch = "" if experiment.data.patch is None else f", in patches of {' x '.join(map(str, experiment.data.patch))}"
     model = _check_model(experiment, parts)
     count = sum(p.numel() for p in model.parameters())
-    weights = load_weights(experiment, model)
+    weights, stages = load_weights(experiment, model), learner.check(experiment, model)
     return [
         f"data: {sum(sizes.values())} samples of {shape} {volumes.dtype}{patch}, "
         + ", ".join(f"{number} {split}" for split, number in sizes.items())
         + f", {parts.num_classes} classes",
         f"model: {experiment.model.name}, {count:,} parameters",
         *(f"weights: {line}" for line in weights),
+        *stages,
     ]
