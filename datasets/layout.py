@@ -236,6 +236,12 @@ class VolumeFile:
         """(C, *spatial) of one sample."""
         return tuple(self._tables[SHAPES][sample].tolist()) if self.ragged else self.shape
 
+    def extents(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(n, spatial axes) voxels of these samples along each axis."""
+        if self.ragged:
+            return self._tables[SHAPES][samples, 1:]
+        return np.broadcast_to(np.array(self.shape[1:]), (len(samples), self.spatial_axes))
+
     @property
     def source(self) -> list[dict[str, Any]]:
         """Manifest of the packed files: name, size in bytes, sha256."""

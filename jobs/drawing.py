@@ -137,7 +137,7 @@ class Drawer:
     # What is drawn.
 
     def _title(self, words: str, metrics: Mapping[str, float], baseline: Mapping[str, float]) -> str:
-        names = dict.fromkeys([STEP_METRIC[self._task], self._monitor])
+        names = [self._monitor, *([STEP_METRIC[self._task]] if self._monitor == "loss" else [])]
         told = ", ".join(f"{name} {metrics[name]:.3f}" for name in names if name in metrics)
         alone = next((f" (commonest class alone {baseline[name]:.3f})" for name in names if name in baseline), "")
         return f"{words}: {told}{alone}"

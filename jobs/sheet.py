@@ -136,7 +136,8 @@ class Sheet:
 
 
 def _num_notes(row: Row) -> int:
-    return max((1 + picture.note.count("\n") for picture in row.pictures), default=1)
+    """Lines under the titles."""
+    return max((len(picture.note.splitlines()) for picture in row.pictures), default=1)
 
 
 def shorten(text: str, font: Any, width: int) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from hpc.journal import captions
 from hpc.journal.compare import difference, is_number, lower_is_better, number, tone
 from hpc.journal.rundata import RunData, Values, flatten, mapping
 
@@ -23,6 +24,8 @@ _CLASS_COLUMNS = {
     "auc": "ROC AUC",
     "calibration_error": "Calibration error",
 }
+INLINED = 1_350_000
+"""Bytes of figures in one HTML page; base64 makes them 1.8 MB. What is in no run's share is a file beside the page."""
 _MATRIX_FITS = 24  # classes; a wider table of numbers is read by nobody
 
 
@@ -59,6 +62,12 @@ class Figure:
     name: str
     png: bytes
     """Empty where the file is missing or no PNG."""
+    inline: bool = True
+    """Whether it stands in the page itself, see INLINED; else the page refers to the file beside."""
+
+    @property
+    def caption(self) -> str:
+        return captions.caption(self.name)
 
     @property
     def uri(self) -> str:
@@ -98,7 +107,7 @@ class Report:
 def compose(runs: Sequence[RunData], notes: Mapping[str, str]) -> Report:
     """The report of the runs, the first of them being the baseline; `notes` are the hand-written ones by run."""
     first = runs[0]
-    sections = [_section(run, first, notes.get(run.run, "")) for run in runs]
+    sections = _within(INLINED, [_section(run, first, notes.get(run.run, "")) for run in runs])
     present = {run.run for run in runs}
     others = {run: text for run, text in notes.items() if run not in present and text.strip()}
     return Report(_overview(runs), tuple(sections), others)
@@ -127,10 +136,27 @@ def _overview(runs: Sequence[RunData]) -> Table:
 
 
 def _section(run: RunData, first: RunData, notes: str) -> Section:
-    figures = tuple(Figure(name, _read_png(run, name)) for name in sorted(run.figures))
+    figures = tuple(Figure(name, _read_png(run, name)) for name in sorted(run.figures, key=captions.place))
     drawn = any("confusion" in figure.name and figure.png for figure in figures)
     tables = [_facts(run), _metrics(run, first), _per_class(run, first), None if drawn else _confusion(run)]
     return Section(run.run, tuple(table for table in tables if table), figures, notes)
+
+
+def _within(most: int, sections: Sequence[Section]) -> list[Section]:
+    """All runs have the same figures in the page: the foremost ones for which there is room in all."""
+    sizes: dict[str, int] = {}
+    for section in sections:
+        for figure in section.figures:
+            sizes[figure.name] = sizes.get(figure.name, 0) + len(figure.png)
+    chosen, used = set(), 0
+    for name in sorted(sizes, key=captions.place):
+        if used + sizes[name] <= most:
+            chosen.add(name)
+            used += sizes[name]
+    return [
+        replace(section, figures=tuple(replace(figure, inline=figure.name in chosen) for figure in section.figures))
+        for section in sections
+    ]
 
 
 def _read_png(run: RunData, name: str) -> bytes:

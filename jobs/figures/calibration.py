@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from jobs import palette
-from jobs.figures import canvas, ranking, text
+from jobs.figures import canvas, ranking
 
 
 def calibration(targets: NDArray[Any], scores: NDArray[Any], title: str) -> Figure:
@@ -55,5 +55,5 @@ def _diagram(bins: ranking.Reliability, title: str, words: tuple[str, str]) -> F
     for axes in (top, below):
         axes.tick_params(labelsize=canvas.SMALL)
         axes.grid(alpha=0.25)
-    figure.suptitle(text.literal(title), fontsize=canvas.TITLE)
+    canvas.write_title(figure, title)
     return figure

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import io
-from typing import Literal
+import textwrap
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from jobs.figures import text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 DPI = 110
 MOST_INCHES = 13.0
 """of either side: 1430 pixels"""
 COLOURS, FEW_COLOURS = 256, 4096
-"""in a PNG: a third of the bytes of full colours, and no difference that one sees; of plots, which have few, exactly"""
+"""in a PNG: a third of the bytes of full colours; those of plots, which have few, are exact"""
+SMALL_FILE = 120_000
+"""bytes up to which pictures in many colours keep all"""
 INK, FAINT, PALE = "#1a1a1a", "#6e6e6e", "#e6e6e6"
 TITLE, LABEL, SMALL = 11, 9, 8
 """font sizes in points; SMALL also of names, down to TINY where there are many"""
 TINY = 6
+_LETTERS_AN_INCH = 11.5
+"""of a title, of wide letters"""
 
 
 Layout = Literal["constrained", "compressed"]
@@ -60,15 +70,32 @@ def encoded(pixels: NDArray[np.uint8]) -> bytes:
 
     image = Image.fromarray(pixels)
     photograph = image.getcolors(FEW_COLOURS) is None
+    if photograph and len(whole := _save(image)) <= SMALL_FILE:
+        return whole
     method = Image.Quantize.MEDIANCUT if photograph else Image.Quantize.MAXCOVERAGE
-    image = image.quantize(COLOURS, method, dither=Image.Dither.NONE)
+    return _save(image.quantize(COLOURS, method, dither=Image.Dither.NONE))
+
+
+def _save(image: Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
+def wrapped(title: str, inches: float) -> str:
+    """In lines that fit a figure of this width."""
+    fits = max(int(inches * _LETTERS_AN_INCH), 12)
+    return "\n".join("\n".join(textwrap.wrap(line, fits)) for line in title.split("\n"))
+
+
+def write_title(figure: Figure, title: str) -> None:
+    lines = wrapped(text.printable_lines(title), figure.get_figwidth())
+    figure.suptitle(text.literal(lines), fontsize=TITLE)
+
+
 def say_nothing_to_draw(figure: Figure, title: str, why: str) -> Figure:
     """A figure that says why it shows nothing else."""
-    figure.text(0.5, 0.62, title, ha="center", va="center", fontsize=TITLE, color=INK, parse_math=False)
-    figure.text(0.5, 0.38, why, ha="center", va="center", fontsize=LABEL, color=FAINT, parse_math=False)
+    lines = text.literal(wrapped(text.printable_lines(title), figure.get_figwidth()))
+    figure.text(0.5, 0.66, lines, ha="center", va="center", fontsize=TITLE, color=INK)
+    figure.text(0.5, 0.3, why, ha="center", va="center", fontsize=LABEL, color=FAINT)
     return figure

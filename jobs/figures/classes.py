@@ -47,9 +47,10 @@ def per_class_table(task: str, rows: Rows, title: str) -> Figure:
     if len(order) > MOST_ROWS:
         title += f"\nthe {MOST_ROWS} most difficult of {len(order)} classes"
     beside = 0.075 * max((len(names[number]) for number in shown), default=1) + 0.3
-    lines = 1 + title.count("\n")
     wide, high = beside + 0.75 + 1.0 * len(keys), 0.215 * (max(len(shown), 1) + 1)
-    full = max(wide + 0.2, 0.075 * max(map(len, title.split("\n"))))
+    full = max(wide + 0.2, 5.0)
+    title = canvas.wrapped(text.printable_lines(title), full)
+    lines = 1 + title.count("\n")
     figure = canvas.new(full, high + 0.22 * lines + 0.2, layout=None)
     axes = figure.add_axes(
         (0.1 / full, 0.05 / (high + 0.22 * lines + 0.2), wide / full, high / (high + 0.22 * lines + 0.2))
@@ -130,5 +131,5 @@ def dice_by_sample(rows: NDArray[Any], names: Sequence[str], title: str) -> Figu
     axes.set_xlabel("Dice of each sample; bar: median; in brackets: samples that have the class", fontsize=canvas.SMALL)
     axes.tick_params(labelsize=canvas.SMALL)
     axes.grid(alpha=0.25, axis="x")
-    figure.suptitle(text.literal(title), fontsize=canvas.TITLE)
+    canvas.write_title(figure, title)
     return figure

@@ -36,7 +36,7 @@ def confusion_matrix(matrix: NDArray[Any], names: Sequence[str], title: str, nor
     shown = text.labels(names)
     cell = 0.62 if num <= 8 else 0.42 if num <= NUMBERS_FIT else 0.165
     beside = 0.075 * max(map(len, shown), default=0)
-    wide = max(num * cell + beside + 1.6, 0.085 * min(len(title), 70), 3.6)
+    wide = max(num * cell + beside + 1.6, 5.0)
     figure = canvas.new(wide, num * cell + 0.72 * beside + 1.2, "compressed")
     axes = figure.add_subplot()
     _paint(figure, axes, values, normalised)
@@ -48,7 +48,7 @@ def confusion_matrix(matrix: NDArray[Any], names: Sequence[str], title: str, nor
     axes.set_yticks(range(len(names)), shown, fontsize=size)
     if num <= NUMBERS_FIT:
         _write_numbers(axes, values, normalised)
-    figure.suptitle(text.literal(title), fontsize=canvas.TITLE, wrap=True)
+    canvas.write_title(figure, title)
     return figure
 
 
@@ -68,7 +68,7 @@ def _paint(figure: Figure, axes: Axes, values: NDArray[np.float64], normalised: 
     bar = figure.colorbar(image, ax=axes, fraction=0.046, pad=0.03)
     bar.set_label(word, fontsize=canvas.SMALL)
     parts = (0, 0.01, 0.1, 0.25, 0.5, 1) if normalised else (0, 1 / 16, 1 / 4, 9 / 16, 1)
-    ticks = [most * part for part in parts]
+    ticks = [most * part for part in parts] if normalised else sorted({round(most * part) for part in parts})
     bar.set_ticks(ticks, labels=[f"{tick:g}" if normalised else text.compact(tick) for tick in ticks])
     bar.ax.tick_params(labelsize=canvas.SMALL)
 
@@ -106,7 +106,7 @@ def _large(
     if empty:
         note = f"{empty} classes do not occur" if empty > 1 else "one class does not occur"
         right.text(0, 0.02, note, fontsize=canvas.SMALL, color=canvas.FAINT, transform=right.transAxes)
-    figure.suptitle(text.literal(title), fontsize=canvas.TITLE)
+    canvas.write_title(figure, title)
     return figure
 
 
@@ -147,7 +147,7 @@ def label_matrices(matrices: NDArray[Any], names: Sequence[str], title: str) -> 
         axes.set_axis_off()
     figure.supxlabel("predicted", fontsize=canvas.LABEL)
     figure.supylabel("true", fontsize=canvas.LABEL)
-    figure.suptitle(text.literal(title), fontsize=canvas.TITLE)
+    canvas.write_title(figure, title)
     return figure
 
 

@@ -25,7 +25,7 @@ THRESHOLD = 0.5
 """above which a label is taken as found"""
 _GREYS = 8
 """steps between two greys of a picture: fewer bytes in a PNG, and no difference that one sees"""
-_SIDES = {2: "", 3: "; the patient's left is on the left, the front on top"}
+_SIDES = "the patient's left is on the left, the front on top"
 
 
 def predictions(examples: Sequence[Example], names: Sequence[str], title: str) -> Figure:
@@ -47,20 +47,17 @@ def _sheet(examples: Sequence[Example], names: Sequence[str], title: str, planes
     if np.ndim(examples[0].truth) > 1:
         labels: set[int] = set()
         rows = [_map_row(example, names, labels) for example in examples]
-        words = "slices with most label voxels" if axes == 3 else "images"
-        sheet = Sheet([title, f"{words}{_SIDES[axes]}"], rows, _legend(labels, names), MAP_CELL)
+        words = [f"slices with most label voxels; {_SIDES}"] if axes == 3 else []
+        sheet = Sheet([title, *words], rows, _legend(labels, names), MAP_CELL)
     else:
         triple = planes and axes == 3
         cell, each = (2 * CELL, 3) if triple else (CELL, PER_ROW)
         drawn = [_picture(example, names, cell, triple, told_loss=planes) for example in examples]
         rows = [Row("", drawn[first : first + each]) for first in range(0, len(drawn), each)]
-        words = (
-            ("axial, coronal and sagittal middle slices" if triple else "axial middle slices")
-            if axes == 3
-            else "images"
-        )
+        planes_shown = "axial, coronal and sagittal" if triple else "axial"
+        words = [f"{planes_shown} middle slices; {_SIDES}"] if axes == 3 else []
         legend = [("✓ right", palette.RIGHT), ("✗ wrong", palette.WRONG)]
-        sheet = Sheet([title, f"{words}{_SIDES[axes]}"], rows, legend, cell)
+        sheet = Sheet([title, *words], rows, legend, cell)
     return canvas.of_pixels(np.asarray(sheet.draw()))
 
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from jobs import palette
-from jobs.figures import canvas, text
+from jobs.figures import canvas
 
 MOST_PANELS = 9
 COLUMNS = 3
@@ -61,7 +61,7 @@ def curves(
         handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), fontsize=canvas.SMALL
     )
     if title:
-        figure.suptitle(text.literal(title), fontsize=canvas.TITLE)
+        canvas.write_title(figure, title)
     return figure
 
 
@@ -84,8 +84,9 @@ def _panel(
         axes.axhline(baseline, color=canvas.FAINT, ls=":", lw=1.2, label="baseline")
     _mark(axes, lines, name, best_epoch)
     axes.margins(y=0.12)
-    if len({line["epoch"] for line in lines}) == 1:
-        axes.set_xlim(lines[0]["epoch"] - 1, lines[0]["epoch"] + 1)
+    first, last = lines[0]["epoch"], lines[-1]["epoch"]
+    room = 0.04 * (last - first) or 1
+    axes.set_xlim(first - room, last + room)
     if name not in _UNBOUNDED:
         axes.set_ylim(bottom=lowest - 0.02, top=1.06)
     _style(axes, name)
@@ -97,9 +98,15 @@ def _mark(axes: Axes, lines: Sequence[Mapping[str, Any]], name: str, best_epoch:
     axes.axvline(best_epoch, color=canvas.INK, lw=0.8, label=f"best epoch {best_epoch}")
     value = next((_number(line["metrics"].get(name)) for line in lines if line["epoch"] == best_epoch), np.nan)
     if np.isfinite(value):
+        late = 2 * best_epoch > lines[0]["epoch"] + lines[-1]["epoch"]
         axes.plot([best_epoch], [value], "*", color=canvas.INK, ms=9)
         axes.annotate(
-            f"{value:.3f}", (best_epoch, value), (4, 5), textcoords="offset points", fontsize=canvas.SMALL - 1
+            f"{value:.3f}",
+            (best_epoch, value),
+            (-5 if late else 5, 5),
+            textcoords="offset points",
+            ha="right" if late else "left",
+            fontsize=canvas.SMALL - 1,
         )
 
 
@@ -118,6 +125,7 @@ def _rate(axes: Axes, lines: Sequence[Mapping[str, Any]], steps: Steps, best_epo
     axes.plot(at[chosen] / per_epoch, values[chosen], color=palette.shade(2), lw=1.2)
     if best_epoch is not None:
         axes.axvline(best_epoch, color=canvas.INK, lw=0.8)
+    axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", scilimits=(-2, 3))
     axes.yaxis.get_offset_text().set_fontsize(canvas.SMALL)
     _style(axes, "learning rate")
@@ -155,7 +163,7 @@ def batch_loss(loss: Steps, each: float, title: str = "") -> Figure:
     axes.tick_params(labelsize=canvas.SMALL)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=canvas.SMALL)
-    figure.suptitle(text.literal(title or "batch loss"), fontsize=canvas.TITLE)
+    canvas.write_title(figure, title or "batch loss")
     return figure
 
 

@@ -117,7 +117,7 @@ def _frame(x: str, y: str, title: str, note: str) -> tuple[Figure, Axes]:
     axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.02))
     axes.tick_params(labelsize=canvas.SMALL)
     axes.grid(alpha=0.25)
-    figure.suptitle(text.literal(f"{title}\n{note}" if note else title), fontsize=canvas.TITLE)
+    canvas.write_title(figure, f"{title}\n{note}" if note else title)
     return figure, axes
 
 

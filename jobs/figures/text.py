@@ -48,6 +48,11 @@ def printable(text: str) -> str:
     return "".join(sign if ord(sign) in known else MISSING for sign in signs)
 
 
+def printable_lines(text: str) -> str:
+    """As `printable`, line by line."""
+    return "\n".join(printable(line) for line in text.split("\n"))
+
+
 def literal(text: str) -> str:
     """As matplotlib prints it as it stands: no formula between dollars, no entry that legends leave out."""
     text = text.replace("$", r"\$")

@@ -28,7 +28,7 @@ from tests.bench import memory
 from tests.bench.compare import Comparison
 
 BATCH, THREADS = 4, 2
-VIEWS = 16
+VIEWS = 64
 
 
 @dataclass(frozen=True)
