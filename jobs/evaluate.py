@@ -20,7 +20,7 @@ from hpc.errors import UserError
 from hpc.experiment import load
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, write_bytes, write_json
-from jobs import checkpoint, figures
+from jobs import checkpoint
 from jobs.engine import BadNode, choose_device
 from jobs.inference import bootstrap
 from jobs.inference.bootstrap import Intervals
@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(summary(options.split, members, found, bounds), indent=1))
         return ExitCode.DONE
     _show(_title(members, options, found), found, bounds)
-    print("".join(f"  {path}\n" for path in files) or "  nothing is written of several runs without -o DIR", end="")
+    told = [f"{path}\n" for path in files[:3]] + [f"{len(files) - 3} figures in {path.parent}\n" for path in files[3:4]]
+    print("".join(f"  {line}" for line in told) or "  nothing is written of several runs without -o DIR\n", end="")
     return ExitCode.DONE
 
 
@@ -182,14 +183,23 @@ def _plain(name: str) -> str:
 
 
 def _draw(folder: Path, name: str, members: Sequence[Member], found: Scored) -> list[Path]:
-    matrix, names = found.scores.matrix, list(found.volumes.class_names)
-    if matrix.ndim != 2:
-        return []
-    accuracy, majority = found.scores.metrics()["accuracy"], found.scores.baseline["accuracy"]
-    title = f"{name}, {members[0].checkpoint}: accuracy {accuracy:.3f} (majority {majority:.3f})"
-    path = folder / f"confusion_matrix_{name}.png"
-    write_bytes(path, figures.png(figures.confusion_matrix(matrix, names, title)))
-    return [path]
+    """All figures of the evaluation as FIGURE_NAME.png: what cannot be drawn is left out, and told."""
+    from jobs import figures  # matplotlib: only where something is drawn
+
+    stored, volumes, names = found.stored, found.volumes, list(found.volumes.class_names)
+    maps = found.counting is not None
+
+    def called(sample: int) -> Any:
+        return found.ask(sample).argmax(0).numpy().astype("uint8")
+
+    most = figures.MOST_MAPS if maps else figures.MOST
+    chosen = [figures.spread(stored, len(names), most), figures.worst(stored, most)]
+    shown = figures.Shown(*(figures.read_examples(volumes, stored, some, called if maps else None) for some in chosen))
+    title = f"{name}, {members[0].checkpoint}"
+    made = figures.drawings(volumes.task, found.scores, stored, names, title, shown=shown)
+    for figure, drawn in made.items():
+        write_bytes(folder / f"{figure}_{name}.png", figures.png(drawn))
+    return [folder / f"{figure}_{name}.png" for figure in made]
 
 
 if __name__ == "__main__":

@@ -185,5 +185,6 @@ def check(experiment: Experiment, model: nn.Module) -> list[str]:
         build_optimizer(experiment.train.optimizer, model, layers.rates)
         count, epochs = sum(parameters[name].numel() for name in layers.rates), stages[number].epochs
         speeds = ", ".join(f"{rate:g}" for rate in sorted({*layers.rates.values()}))
-        lines.append(f"stage {number}: {epochs} epochs, {count:,} parameters trained at {speeds}")
+        word = "epoch" if epochs == 1 else "epochs"
+        lines.append(f"stage {number}: {epochs} {word}, {count:,} parameters trained at {speeds}")
     return lines if stages.named else []

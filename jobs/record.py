@@ -229,4 +229,4 @@ def _brief(best: dict[str, Any]) -> dict[str, Any]:
 
 def _shown(metrics: dict[str, float], names: Sequence[str]) -> str:
     """Those that there are, each once."""
-    return ", ".join(f"{name} {metrics[name]:.4g}" for name in dict.fromkeys(names) if name in metrics)
+    return ", ".join(f"{name} {metrics[name]:.4f}" for name in dict.fromkeys(names) if name in metrics)

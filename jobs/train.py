@@ -117,7 +117,7 @@ class Trainer:
         if found is not None:
             self._restore(found)
         else:
-            started_from = load_weights(self.experiment, self.model)
+            started_from = load_weights(self.experiment, self.parts, self.model)
             self.learner.started()
         if self.engine.is_main:
             steps = (self.step, self.total_steps, self.steps_per_epoch)

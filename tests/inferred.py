@@ -28,6 +28,7 @@ def evaluate(run: RunDir, split: str, wanted: str = "best", manner: Manner | Non
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, Any]:
     """What `hpc evaluate ... --json` says."""
+    capsys.readouterr()
     assert command.main([*map(str, arguments), "--json"]) == ExitCode.DONE
     told: dict[str, Any] = json.loads(capsys.readouterr().out)
     return told
@@ -56,7 +57,7 @@ class Bright(Base):
 
     def forward(self, x):
         one = 8 * self.sign * x[:, :1]
-        rest = torch.full_like(one, -99).expand(-1, self.classes - 2, *[-1] * (x.ndim - 2))
+        rest = torch.full_like(one, -9).expand(-1, self.classes - 2, *[-1] * (x.ndim - 2))
         return torch.cat([-one, one, rest], 1)
 
 class Mean(Base):

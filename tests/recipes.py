@@ -30,7 +30,7 @@ class Row:
     metric: str
     margin: float
     new: str
-    """Files to predict, below the folder of the data; none for patches about places of an atlas, which a file has not."""
+    """Files to predict, below the folder of the data; none for patches about places of an atlas."""
     usual: bool = False
     """Played by `make test`: one of each task."""
 

@@ -16,6 +16,7 @@ from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, read_json
 from jobs import checkpoint
 from jobs.evaluate import main
+from jobs.inference.facts import DataFacts, recall
 from jobs.inference.members import find_checkpoint
 from jobs.setup import prepare
 from tests import tiny_run
@@ -59,6 +60,13 @@ def test_the_metrics_are_those_of_the_training(run: RunDir, wanted: str) -> None
         assert name == result["best"]["checkpoint"]
         assert scores.matrix.tolist() == result["confusion_matrix"]
         assert scores.per_class() == result["per_class"]
+
+
+def test_the_training_notes_what_predictions_need_of_the_data(run: RunDir) -> None:
+    told, volumes = read_json(run.data), prepare(load(run.experiment)[0]).volumes
+    assert told["class_names"] == list(CLASSES) and told["shape"] == [1, 8, 8, 8]
+    assert told["fingerprint"] == volumes.fingerprint and told["packing"] == volumes.packing
+    assert recall(run, load(run.experiment)[0]) == DataFacts.of(volumes)
 
 
 @pytest.mark.parametrize("split", SPLITS)

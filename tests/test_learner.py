@@ -1,9 +1,12 @@
 """Stages, averages, plateau and an early end: stopped, killed and resumed anywhere, a run is the undisturbed one."""
 
+import io
+import json
 import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +148,9 @@ def test_what_is_evaluated_is_the_average(data: Path, folder: Path, staged: dict
 def compare_with_evaluate(folder: Path) -> None:
     torch.set_num_threads(1)
     run = RunDir(folder)
-    told = evaluate.evaluate(run, "validation", "last")[1].metrics()
-    last = read_json(run.result)["last"]["metrics"]
+    with redirect_stdout(io.StringIO()) as out:
+        assert evaluate.main([str(folder), "--checkpoint", "last", "--json"]) == ExitCode.DONE
+    told, last = json.loads(out.getvalue())["metrics"], read_json(run.result)["last"]["metrics"]
     assert told["loss"] == pytest.approx(last["loss"], rel=1e-5), (told, last)
 
 
@@ -260,5 +264,5 @@ def test_the_check_refuses_before_the_job_queues(name: str, data: Path, tmp_path
 
 def test_the_check_tells_what_each_stage_trains(data: Path, tmp_path: Path) -> None:
     lines = check(load(tiny_run.make_run(tmp_path / "run", data, *STAGED).experiment)[0])
-    assert "parameters trained at 0.05" in lines[-2] and lines[-2].startswith("stage 0: 1 epochs, ")
+    assert "parameters trained at 0.05" in lines[-2] and lines[-2].startswith("stage 0: 1 epoch, ")
     assert lines[-1].startswith("stage 1: 3 epochs, ") and lines[-1].endswith("trained at 0.01, 0.04")

@@ -71,7 +71,13 @@ def make_run(folder: Path, data: Path, *overrides: str) -> RunDir:
         "name": "tiny",
         "model": model,
         "data": {"file": str(data), "batch_size": BATCH, "augment": {"flip": [0]}, "verify": 0, "threads": 1},
-        "train": {"epochs": EPOCHS, "device": "cpu", "optimizer": {"lr": 0.02}, "scheduler": {"name": "one_cycle"}},
+        "train": {
+            "epochs": EPOCHS,
+            "device": "cpu",
+            "figures": "few",
+            "optimizer": {"lr": 0.02},
+            "scheduler": {"name": "one_cycle"},
+        },
     }
     run.experiment.write_text(yaml.safe_dump(values))
     resolved, _ = load(run.experiment, list(overrides))

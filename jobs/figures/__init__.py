@@ -9,10 +9,12 @@ bytes.
 
 from jobs.figures.canvas import png
 from jobs.figures.drawings import History, Shown, drawings, plans, step_series
-from jobs.figures.examples import Example, read_examples, spread, worst
+from jobs.figures.examples import MOST, MOST_MAPS, Example, read_examples, spread, worst
 from jobs.figures.matrices import confusion_matrix
 
 __all__ = [
+    "MOST",
+    "MOST_MAPS",
     "Example",
     "History",
     "Shown",

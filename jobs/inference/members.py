@@ -160,8 +160,7 @@ def build(experiment: Experiment, facts: DataFacts) -> nn.Module:
     known = takes(name)
     if "input_size" in known and size:
         options.setdefault("input_size", size)
-    if "pretrained" in options:
-        options["pretrained"] = False
+    options.pop("pretrained", None)
     return create_model(name, in_channels=facts.channels, num_classes=len(facts.class_names), **options)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,8 @@ class Scored:
     volumes: VolumeFile
     notes: tuple[str, ...]
     """what a reader must know of how it was done"""
+    ask: Callable[[int], Tensor]
+    """sample number -> probabilities (K,) or (K, *spatial), by those who scored it"""
 
     @property
     def ids(self) -> list[str]:
@@ -72,11 +74,12 @@ def score(members: Sequence[Member], split: str, manner: Manner, data: str | Non
         notes.append(f"each sample by the runs of its fold, which have not seen it ({len(folds)} folds)")
         if len(folds) < (known := parts[0].volumes.num_folds):
             notes.append(f"{known - len(folds)} of {known} folds have no run here: their samples are left out")
-    return _joined(parts, tuple(notes))
+    return _joined(parts, manner, tuple(notes))
 
 
 @dataclass(frozen=True)
 class _Part:
+    team: Sequence[Member]
     task: Task
     cells: np.ndarray
     stored: Stored
@@ -84,7 +87,7 @@ class _Part:
     notes: tuple[str, ...]
 
 
-def _joined(parts: Sequence[_Part], notes: tuple[str, ...]) -> Scored:
+def _joined(parts: Sequence[_Part], manner: Manner, notes: tuple[str, ...]) -> Scored:
     """One evaluation of them all."""
     found = [part.stored for part in parts]
     order = np.argsort(np.concatenate([one.samples for one in found]), kind="stable")
@@ -97,7 +100,14 @@ def _joined(parts: Sequence[_Part], notes: tuple[str, ...]) -> Scored:
     stored = Stored(column("samples"), targets, column("rows"), losses)
     cells = np.sum([part.cells for part in parts], axis=0)
     scores = parts[0].task.scores(cells, float(losses.mean(dtype=np.float64)), len(stored), stored)
-    return Scored(scores, stored, parts[0].volumes, notes)
+    volumes, teams = parts[0].volumes, {int(n): part.team for part in parts for n in part.stored.samples}
+
+    def ask(sample: int) -> Tensor:
+        data, factors = volumes.read(sample)[0], (volumes.scale[sample], volumes.offset[sample])
+        scale, offset = (torch.from_numpy(values.copy()).reshape(-1, *[1] * (data.ndim - 1)) for values in factors)
+        return answer_together(teams[sample], torch.from_numpy(data.astype(np.float32)) * scale + offset, manner)
+
+    return Scored(scores, stored, volumes, notes, ask)
 
 
 def _score_team(team: Sequence[Member], split: str, manner: Manner, data: str | None) -> _Part:
@@ -108,7 +118,10 @@ def _score_team(team: Sequence[Member], split: str, manner: Manner, data: str | 
         raise UserError(f"--split {split}: {volumes.name} has no such samples; it has {', '.join(full)}")
     windowed = in_windows(team, volumes, manner)
     device = torch.device("cpu") if windowed else team[0].device
-    task = make_task(team[0].experiment, _training_data(team[0], volumes), device)
+    trained_on = _training_data(team[0])
+    if trained_on is None:
+        notes.append("the training data cannot be read: where the loss has balanced weights, they are of this file")
+    task = make_task(team[0].experiment, volumes if trained_on is None else trained_on, device)
     counts, kept = Counts(task.cells, device), Kept(task)
     answers = _window_answers if windowed else _batch_answers
     with torch.inference_mode():
@@ -120,7 +133,7 @@ def _score_team(team: Sequence[Member], split: str, manner: Manner, data: str | 
     stored = Stored(order, None if task.name == "segmentation" else targets, rows, own)
     if windowed:
         notes.append(_tell_windows(team, volumes, manner))
-    return _Part(task, counts.cells.cpu().numpy(), stored, volumes, tuple(notes))
+    return _Part(team, task, counts.cells.cpu().numpy(), stored, volumes, tuple(notes))
 
 
 def _open(team: Sequence[Member], data: str | None) -> tuple[VolumeFile, list[str]]:
@@ -140,12 +153,12 @@ def _open(team: Sequence[Member], data: str | None) -> tuple[VolumeFile, list[st
     return open_data(team[0].experiment), []
 
 
-def _training_data(member: Member, volumes: VolumeFile) -> VolumeFile:
-    """Where the weights of the loss come from: the run's own file while it is there."""
+def _training_data(member: Member) -> VolumeFile | None:
+    """Where the weights of the loss come from, while it is there."""
     try:
         return open_data(member.experiment)
     except (OSError, ValueError, UserError):
-        return volumes
+        return None
 
 
 def in_windows(team: Sequence[Member], volumes: VolumeFile, manner: Manner) -> bool:
