@@ -129,7 +129,7 @@ class Source:
 
     def __init__(self, path: Path, tiny: bool = False) -> None:
         """`path`: a file, or the name of a recipe; `tiny`: its tiny form. Raises UserError."""
-        self._path = path = recipes.find(path)
+        self._path = path = recipes.find(str(path), Path()) or path
         self._values, base, files = _read_layers(path, ())
         if tiny:
             base = self._values
@@ -184,8 +184,8 @@ def _read_layers(path: Path, above: tuple[Path, ...]) -> _Layers:
         return _merge(values, {}), None, [path]
     if not isinstance(base_name, str):
         raise UserError(f"{path}: base: must be a recipe or the path of another experiment (got {base_name!r})")
-    below = _absolute(path.parent, str(recipes.find(Path(base_name), path.parent)))
-    base, _, files = _read_layers(Path(below), (*above, path))
+    below = recipes.find(base_name, path.parent) or Path(_absolute(path.parent, base_name))
+    base, _, files = _read_layers(below, (*above, path))
     return _merge(base, values), base, [path, *files]
 
 
