@@ -41,7 +41,7 @@ DATASETS = (INPUTS, TARGETS, IDS, GROUPS, SPLIT, AFFINE, SOURCE_SHAPE, SCALE, OF
 FORMAT_ATTR, TASK_ATTR, CLASSES_ATTR, ORIENTATION_ATTR = "format", "task", "class_names", "orientation"
 SOURCE_ATTR, FINGERPRINT_ATTR, PACKING_ATTR = "source", "fingerprint", "packing"
 TABLES_ATTR = "tables"
-"""CRC-32 of all tables but FOREGROUND, and of the texts that say what they mean."""
+"""CRC-32 of all tables, and of the texts that say what they mean."""
 TEXTS = (TASK_ATTR, CLASSES_ATTR, ORIENTATION_ATTR, PACKING_ATTR)
 ATTRIBUTES = (FORMAT_ATTR, *TEXTS, SOURCE_ATTR, FINGERPRINT_ATTR, TABLES_ATTR)
 TASKS = ("classification", "multilabel", "segmentation")

@@ -115,7 +115,7 @@ class Loader:
         self.shuffle = split == SPLITS[0] if shuffle is None else shuffle
         self.augment = Augment.from_mapping(augment) if isinstance(augment, Mapping) else augment
         self.sampler, self.views, self.foreground, self.on_bad_sample = sampler, views, foreground, on_bad_sample
-        self.patch = None if patch is None else tuple(patch)
+        self.patch = None if patch is None else _sizes(patch)
         self.samples = volumes.indices(split)
         """(n,) numbers of the split's samples in the volume file"""
         self.epoch, self.step = 0, 0
@@ -321,17 +321,21 @@ class Loader:
             self._check_patch()
         if self.on_bad_sample not in ("stop", "skip"):
             raise ValueError(f"on_bad_sample {self.on_bad_sample!r} is unknown; use stop or skip")
-        if self.dtype is not None and not self.dtype.is_floating_point:
-            raise ValueError(f"dtype {self.dtype} is no float; use torch.float32 or torch.bfloat16, or None: as stored")
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise ValueError(
+                f"dtype {self.dtype!r} is no float; use torch.float32 or torch.bfloat16, or None: as stored"
+            )
         if self.augment is not None:
             if self.dtype is None:
                 raise ValueError("augment changes normalised intensities: give dtype, for example torch.float32")
             self.augment.check(self.volumes.spatial_axes, self.volumes.channels)
 
     def _check_numbers(self) -> None:
-        lowest = {"batch_size": 1, "world_size": 1, "views": 1, "threads": 0}
+        lowest = {"batch_size": 1, "world_size": 1, "views": 1, "threads": 0, "rank": 0, "seed": 0}
         for option, low in lowest.items():
-            if getattr(self, option) < low:
+            if not _is_whole(getattr(self, option)):
+                raise ValueError(f"{option} {getattr(self, option)!r} is no whole number; use {low} or more")
+            if option not in ("rank", "seed") and getattr(self, option) < low:
                 raise ValueError(f"{option} {getattr(self, option)} must be {low} or more")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(
@@ -340,8 +344,8 @@ class Loader:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed {self.seed} is out of range; use 0 to 2**64 - 1")
         for option in ("verify", "foreground"):
-            if not 0 <= getattr(self, option) <= 1:
-                raise ValueError(f"{option} {getattr(self, option)} is a share: use 0 (none) to 1 (all)")
+            if not isinstance(getattr(self, option), (int, float)) or not 0 <= getattr(self, option) <= 1:
+                raise ValueError(f"{option} {getattr(self, option)!r} is a share: use 0 (none) to 1 (all)")
 
     def _check_samples(self) -> None:
         size, name = len(self.samples), self.volumes.name
@@ -368,10 +372,20 @@ class Loader:
                     f"{volumes.name} holds volumes of different shapes: give patch, or batch_size {self.world_size}"
                 )
             return
-        if len(self.patch) != axes or min(self.patch) < 1:
+        if len(self.patch) != axes or not all(_is_whole(size) and size >= 1 for size in self.patch):
             raise ValueError(f"patch {list(self.patch)} must be {axes} sizes of 1 or more, one for each spatial axis")
         if self.foreground and any(shard.foreground is None for shard in volumes.shards):
             raise ValueError(
                 f"foreground {self.foreground} needs stored voxels of each class, but {volumes.name} has none: "
                 f"they are kept where label maps are packed"
             )
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+
+
+def _sizes(patch: Any) -> tuple[int, ...]:
+    if not isinstance(patch, Sequence) or isinstance(patch, str):
+        raise ValueError(f"patch {patch!r} is no list of sizes; give one for each spatial axis, as [64, 64, 64]")
+    return tuple(patch)

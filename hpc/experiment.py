@@ -34,9 +34,10 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _check_task(self) -> Experiment:
         self.train.loss.of_task(self.task)
-        if self.monitor not in DIRECTIONS[self.task]:
-            names = nearest(self.monitor, DIRECTIONS[self.task])
-            raise ValueError(f"train.monitor {self.monitor} is no metric of task {self.task}; {names}")
+        for key, metric in {"train.monitor": self.monitor, **self.train.metrics()}.items():
+            if metric not in DIRECTIONS[self.task]:
+                names = nearest(metric, DIRECTIONS[self.task])
+                raise ValueError(f"{key} {metric} is no metric of task {self.task}; {names}")
         return self
 
     @property
@@ -113,9 +114,13 @@ def _sentence(fault: Any) -> str:
 
 
 def _section(loc: tuple[Any, ...]) -> type[BaseModel]:
+    """The section at this place: of a list (train.stages.0) that of its items."""
     section: type[BaseModel] = Experiment
     for key in loc:
-        section = section.model_fields[key].annotation  # type: ignore[assignment]
+        if isinstance(key, str):
+            kind = section.model_fields[key].annotation
+            found = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, BaseModel)]
+            section = found[0]
     return section
 
 
@@ -124,7 +129,7 @@ class Source:
 
     def __init__(self, path: Path, tiny: bool = False) -> None:
         """`path`: a file, or the name of a recipe; `tiny`: its tiny form. Raises UserError."""
-        self._path = path = recipes.find(path)
+        self._path = path = recipes.find(str(path), Path()) or path
         self._values, base, files = _read_layers(path, ())
         if tiny:
             base = self._values
@@ -179,8 +184,8 @@ def _read_layers(path: Path, above: tuple[Path, ...]) -> _Layers:
         return _merge(values, {}), None, [path]
     if not isinstance(base_name, str):
         raise UserError(f"{path}: base: must be a recipe or the path of another experiment (got {base_name!r})")
-    below = _absolute(path.parent, str(recipes.find(Path(base_name), path.parent)))
-    base, _, files = _read_layers(Path(below), (*above, path))
+    below = recipes.find(base_name, path.parent) or Path(_absolute(path.parent, base_name))
+    base, _, files = _read_layers(below, (*above, path))
     return _merge(base, values), base, [path, *files]
 
 

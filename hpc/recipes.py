@@ -47,18 +47,17 @@ def ours(path: Path) -> bool:
         return False
 
 
-def find(path: Path, beside: Path = Path()) -> Path:
-    """The file of an experiment: a bare name without a file of that name `beside` is a recipe's. Raises UserError."""
-    given = beside / path
-    if path.name != str(path) or path.name.endswith(_SUFFIXES) or given.exists():
-        return given
+def find(word: str, beside: Path) -> Path | None:
+    """The recipe of a bare name without a file of that name `beside`; None for a path. Raises UserError."""
+    if Path(word).name != word or word.endswith(_SUFFIXES) or (beside / word).exists():
+        return None
     try:
-        found = folder() / f"{path.name}.yaml"
+        found = folder() / f"{word}.yaml"
     except UserError:
-        return given
+        return None
     if found.is_file():
         return found
-    raise UserError(f"{path.name!r} is no file here and no recipe: {nearest(path.name, _names())}")
+    raise UserError(f"{word!r} is no file here and no recipe: {nearest(word, _names())}")
 
 
 def tiny_form(files: Sequence[Path]) -> tuple[Path, Path]:

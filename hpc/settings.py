@@ -45,17 +45,38 @@ class Section(BaseModel):
                 raise ValueError(f"{option} has no effect with {choice}; it belongs to {', '.join(sorted(choices))}")
 
 
+_WITH_WEIGHTS = ("timm:", "torchvision:", "smp:")
+
+
 class Model(BaseModel):
-    """`name`, `num_classes` and `weights`; every other key goes to the model as an option."""
+    """`name`, `num_classes`, `pretrained` and `weights`; every other key goes to the model as an option."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str
-    """A name of `hpc models`, timm:NAME, torchvision:NAME, or file:PATH.py:CLASS."""
+    """A name of `hpc models`, timm:NAME, torchvision:NAME, smp:NAME, monai:CLASS, or file:PATH.py:CLASS."""
     num_classes: Annotated[int, Field(ge=1)] | None = None
     """None: as many as the data file has."""
     weights: str | None = None
     """A file to start from: .safetensors, or a .pt that holds tensors alone."""
+    weights_match: Literal["name", "order"] = "name"
+    """order: entries of the file under other names are taken one after the other, where all shapes fit."""
+    pretrained: bool | str = False
+    """Start from the library's weights, which must be in its cache (`hpc models NAME --fetch`); or from those of a tag.
+    Of smp:NAME they are the encoder's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Model:
+        if self.pretrained and not self.name.startswith(_WITH_WEIGHTS):
+            raise ValueError(
+                f"pretrained has no effect with {self.name}: {', '.join(f'{p}NAME' for p in _WITH_WEIGHTS)} have such "
+                f"weights; model.weights takes a file"
+            )
+        if self.pretrained and self.weights:
+            raise ValueError("pretrained and weights are both given; the run can start from one of them only")
+        if self.weights_match != "name" and not self.weights:
+            raise ValueError("weights_match has no effect without weights")
+        return self
 
     @property
     def source(self) -> tuple[Path, str] | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +18,79 @@ import torch
 from torch import Tensor, nn
 
 from hpc.errors import UserError, nearest
+from models3d import Pretrained
 
 _TENSORS, _PICKLED = (".safetensors",), (".pt", ".pth", ".bin")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")
 """Of DistributedDataParallel and of torch.compile."""
+_COUNTER = "num_batches_tracked"
 _SAFE_TORCH = "2.10"
 _SHOWN = 3
 _DAMAGE = (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError)
 
 
-def load(path: Path, model: nn.Module) -> list[str]:
+def load(path: Path, model: nn.Module, match: str = "name") -> list[str]:
     """Fill the model with a file's weights; lines that tell what was loaded and what was left as it was.
 
-    The last layer may have another number of classes: it keeps its own values. All else must fit by name and shape.
+    The last layer may have another number of classes: it keeps its own values. All else must fit by name and shape;
+    with match "order" by place, shape and the last word of the name (weight, bias, running_mean, ...).
     Raises UserError with one line; then the model is as it was.
     """
     weights, lines = _unwrapped(path, _read(path))
+    if match == "order":
+        weights = _in_order(path, model.state_dict(), weights)
+        lines.append("matched by order, not by name")
+    return _fill(path, model, weights, lines, _other_head(model, model.state_dict(), weights))
+
+
+def load_pretrained(found: Pretrained, model: nn.Module) -> list[str]:
+    """As `load`, of weights that a library has read: its heads may differ, and a decoder keeps its own values."""
+    own, weights = model.state_dict(), dict(found.weights)
+    heads = [name for name in own if name.rpartition(".")[0] in found.heads and name in weights]
+    other = any(own[name].shape != weights[name].shape for name in heads)
+    if not found.partial:
+        return _fill(found.file, model, weights, [], heads if other else [])
+    rest = [name for name in own if name not in weights]
+    lines = [f"{len(rest)} entries that the file has not keep their own values ({_some(rest)})"]
+    return _fill(found.file, model, weights | {name: own[name] for name in rest}, lines, rest)
+
+
+def _in_order(path: Path, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights under the model's names, one after the other. Raises UserError where places do not fit."""
+    if path.suffix in _TENSORS:
+        raise UserError(
+            f"{path}: safetensors sorts its entries: model.weights_match: order needs a .pt that keeps theirs"
+        )
+    there = list(weights)
+    counted = any(name.endswith(_COUNTER) for name in there)
+    names = [name for name in own if counted or not name.endswith(_COUNTER)]
+    if len(names) != len(there):
+        raise UserError(f"{path} has {len(there)} entries, the model {len(names)}: they cannot be matched by order")
+    for name, other in zip(names, there, strict=True):
+        same_word = name.rpartition(".")[2] == other.rpartition(".")[2]
+        if not same_word or own[name].dim() != weights[other].dim():
+            raise UserError(
+                f"{path}: {other} ({_shape(weights[other])}) stands where the model has {name} ({_shape(own[name])}): "
+                f"they cannot be matched by order"
+            )
+    return {name: weights[other] for name, other in zip(names, there, strict=True)}
+
+
+def _fill(
+    path: Path, model: nn.Module, weights: Mapping[str, Tensor], lines: list[str], left: Sequence[str]
+) -> list[str]:
+    """All entries but `left`, if they fit. Raises UserError."""
     own = model.state_dict()
-    left = _other_head(model, own, weights)
-    counters = [name for name in own if name.endswith("num_batches_tracked") and name not in weights]
+    counters = [name for name in own if name.endswith(_COUNTER) and name not in weights]
     _compare(path, own, weights, {*left, *counters})
     fitting = {name: value for name, value in weights.items() if name not in left}
     cast = {f"{value.dtype} to {own[name].dtype}" for name, value in fitting.items() if value.dtype != own[name].dtype}
     model.load_state_dict(fitting, strict=False)
     lines = [f"{path.name}: {len(fitting)} of {len(own)} entries loaded", *lines]
     lines += [f"cast: {', '.join(sorted(cast)).replace('torch.', '')}"] if cast else []
-    lines += [f"{name} is {_shape(weights[name])} there and {_shape(own[name])} here: left as it was" for name in left]
+    other = [name for name in left if own[name].shape != weights[name].shape]
+    lines += [f"{name} is {_shape(weights[name])} there and {_shape(own[name])} here: left as it was" for name in other]
     return lines + ([f"{len(counters)} counters of batches are not in the file: left as they were"] if counters else [])
 
 

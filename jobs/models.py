@@ -1,150 +1,83 @@
-"""What `hpc models` shows: parameters, output shape and forward FLOPs of networks, from shapes alone.
+"""What `hpc models` shows: parameters, output shape, forward FLOPs and training memory of networks, from shapes alone.
 
-    python -m jobs.models [NAME] [--input C,D,H,W] [--batch N] [--classes K] [--option k=v]... [--json]
-
-Networks are built on the meta device, so the largest takes no memory and no time. A multiply-add counts as two FLOPs.
+python -m jobs.models [NAME] [--input C,D,H,W] [--batch N] [--classes K] [--option k=v]... [--layers] [--png FOLDER]
+                      [--optimizer O] [--precision P] [--checkpoint] [--memory 40GB] [--device D] [--fetch [TAG]]
 """
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, get_args
 
-import torch
 import yaml
-from rich.console import Console
-from rich.table import Table
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from models3d import create_model, list_models, takes
+from hpc import tables
+from hpc.errors import UserError
+from hpc.optimisation import OPTIMIZERS, Optimizer
+from hpc.training import Train
+from hpc.units import gigabytes
+from jobs.memory import Estimate, Step
+from jobs.model_card import Card, batch_within, card
+from jobs.optimize import build_optimizer
+from models3d import example_input, fetch, list_models
 
-__all__ = ["Card", "Group", "card", "main"]
+__all__ = ["main"]
 
-
-@dataclass(frozen=True)
-class Group:
-    """A part of a network: number of parameters, and forward FLOPs for the whole batch (None without an input)."""
-
-    name: str
-    parameters: int
-    flops: int | None
+_NOT_COUNTED = "not counted: workspace of the kernels, CUDA's context, a second copy of the gradients under DDP"
 
 
-@dataclass(frozen=True)
-class Card:
-    """The figures of one network; shapes start with the batch."""
-
-    name: str
-    parameters: int
-    input: list[int] | None
-    output: list[int] | None
-    flops: int | None
-    groups: list[Group]
-
-
-def card(name: str, shape: Sequence[int] | None, classes: int, options: dict[str, Any]) -> Card:
-    """The figures of one model. shape: (N, C, *spatial) or None.
-
-    Raises ValueError for an unknown model or option, and for an input that the model does not take.
-    """
-    model = _build(name, shape, classes, options)
-    output, counts = (None, None) if shape is None else _forward(name, model, shape)
-    total = None if counts is None else sum(counts["Global"].values())
-    return Card(
-        name=name,
-        parameters=sum(p.numel() for p in model.parameters()),
-        input=None if shape is None else list(shape),
-        output=output,
-        flops=total,
-        groups=_groups(model, counts),
-    )
-
-
-def _build(name: str, shape: Sequence[int] | None, classes: int, options: dict[str, Any]) -> nn.Module:
-    if shape is not None and len(shape) == 5 and "input_size" in takes(name):
-        options = {"input_size": tuple(shape[2:])} | options
-    image = name.startswith(("timm:", "torchvision:"))
-    channels = shape[1] if shape is not None else 3 if image else 1
-    try:
-        with torch.device("meta"):
-            return create_model(name, channels, classes, **options).eval()
-    except (NotImplementedError, RuntimeError):  # its constructor computes with values
-        return create_model(name, channels, classes, **options).to("meta").eval()
-
-
-def _forward(name: str, model: nn.Module, shape: Sequence[int]) -> tuple[list[int], dict[str, Any]]:
-    """Output shape, and FLOPs per module and operator."""
-    counter = FlopCounterMode(display=False)
-    try:
-        with counter, torch.no_grad():
-            output = model(torch.empty(*shape, device="meta"))
-    except (AssertionError, NotImplementedError, RuntimeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{name} does not take an input of {tuple(shape)}: {reason[0]}") from error
-    if not isinstance(output, torch.Tensor):
-        raise ValueError(f"{name} gives a {type(output).__name__}; a model must give one tensor of logits")
-    return list(output.shape), counter.get_flop_counts()
-
-
-def _groups(model: nn.Module, counts: dict[str, Any] | None) -> list[Group]:
-    """Parameters that the model itself holds, then its children, with lists of layers opened once; no part twice."""
-    parts: list[tuple[str, nn.Module | nn.Parameter]] = list(model.named_parameters(recurse=False))
-    for name, child in model.named_children():
-        listed = isinstance(child, nn.Sequential | nn.ModuleList)
-        parts += [(f"{name}.{n}", c) for n, c in child.named_children()] if listed else [(name, child)]
-    groups, seen = [], set()
-    for name, part in parts:
-        tensors = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
-        new = {id(t): t.numel() for t in tensors if id(t) not in seen}
-        seen |= set(new)
-        flops = None if counts is None else _flops(counts, f"{type(model).__name__}.{name}", part)
-        if new or flops:
-            groups.append(Group(name, sum(new.values()), flops))
-    return groups
-
-
-def _flops(counts: dict[str, Any], path: str, part: nn.Module | nn.Parameter) -> int:
-    """FLOPs of a part; of its children where only they were called."""
-    if path in counts or not isinstance(part, nn.Module):
-        return sum(counts.get(path, {}).values())
-    return sum(_flops(counts, f"{path}.{name}", child) for name, child in part.named_children())
-
-
-def _table(cards: list[Card]) -> Table:
-    table = Table("model", box=None, header_style="bold")
-    table.add_column("parameters", justify="right")
-    shaped = cards[0].input is not None
-    if shaped:
-        for column in ("input", "output", "forward GFLOP"):
-            table.add_column(column, justify="right")
+def _rows(cards: list[Card], fits: dict[str, int], memory: float | None) -> list[dict[str, str]]:
+    shaped = any(c.input for c in cards)
+    rows = []
     for c in cards:
-        row = [c.name, f"{c.parameters:,}"]
-        if c.input is not None and c.output is not None and c.flops is not None:
-            row += [_shape(c.input), _shape(c.output), _giga(c.flops)]
-        table.add_row(*row)
-    return table
+        row = {"model": c.name, "parameters": f"{c.parameters:,}"}
+        if shaped and c.input and c.output and c.flops is not None and c.memory:
+            row |= {"input": _shape(c.input), "output": _shape(c.output), "forward GFLOP": _giga(c.flops)}
+            row |= {"activations": _bytes(c.memory.activations), "peak": _bytes(c.memory.peak)}
+        if memory is not None:
+            row[f"batch in {memory:g} GB"] = f"{fits[c.name]:,}"
+        rows.append(row)
+    return rows
 
 
-def _group_table(c: Card) -> Table:
-    table = Table("part", box=None, header_style="bold")
-    table.add_column("parameters", justify="right")
-    if c.flops is not None:
-        table.add_column("forward GFLOP", justify="right")
+def _group_rows(c: Card) -> list[dict[str, str]]:
+    rows = []
     for group in c.groups:
-        flops = [] if group.flops is None else [_giga(group.flops)]
-        table.add_row(group.name, f"{group.parameters:,}", *flops)
-    return table
+        row = {"part": group.name, "parameters": f"{group.parameters:,}"}
+        if group.flops is not None:
+            row |= {"forward GFLOP": _giga(group.flops), "activations": _bytes(group.activations or 0)}
+        rows.append(row)
+    return rows
+
+
+def _memory_line(memory: Estimate) -> str:
+    parts = {
+        "weights": memory.parameters + memory.buffers,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "batch": memory.inputs,
+        "activations": memory.activations,
+    }
+    return f"peak {_bytes(memory.peak)}; " + ", ".join(f"{name} {_bytes(size)}" for name, size in parts.items())
 
 
 def _shape(sizes: Sequence[int]) -> str:
-    return " x ".join(str(n) for n in sizes)
+    return "x".join(str(n) for n in sizes)
 
 
 def _giga(flops: int) -> str:
     return f"{flops / 1e9:,.3f}"
+
+
+def _bytes(size: int) -> str:
+    """Decimal, three digits: 38.5 GB, 812 MB, 4.1 kB."""
+    unit, name = next((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "B")) if size >= 0.9995 * u)
+    return f"{size / unit:.3g} {name}" if unit else f"{size} B"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -152,17 +85,37 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; 'hpc models --help' shows the usage")
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="hpc models", description="Parameters, shapes, FLOPs and training memory of networks.")
+    add = parser.add_argument
+    add("name", nargs="?", help="one model; without it all registered ones")
+    add("--input", type=_sizes, metavar="C,D,H,W", help="channels and size of a sample (a usual one of the model)")
+    add("--batch", type=_positive, default=1, metavar="N", help="samples that one process has at a time (1)")
+    add("--classes", type=_positive, default=2, metavar="K", help="width of the logits (2)")
+    add("--option", type=_option, action="append", default=[], metavar="k=v", help="of the model")
+    add("--layers", action="store_true", help="the parts of the model NAME, too")
+    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="(adamw)")
+    add("--precision", default="fp32", choices=get_args(Train.model_fields["precision"].annotation), help="(fp32)")
+    add("--checkpoint", action="store_true", help="compute activations anew in the backward pass")
+    add("--device", default="cuda", choices=("cuda", "cpu"), help="whose allocator and optimizer are counted (cuda)")
+    add("--memory", type=_memory, metavar="40GB", help="how large a batch fits?")
+    add("--png", type=Path, metavar="FOLDER", help="a figure of each model's parts")
+    add("--fetch", nargs="?", const=True, metavar="TAG", help="download the pretrained weights of NAME into the cache")
+    add("--json", action="store_true", help="a list of objects instead of tables")
+    return parser
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="hpc models", description="Parameters, output shape and forward FLOPs of networks.")
-    parser.add_argument("name", nargs="?", help="one model; without it all registered ones")
-    parser.add_argument("--input", type=_sizes, metavar="C,D,H,W", help="channels and size of a sample, in voxels")
-    parser.add_argument("--batch", type=_positive, default=1, metavar="N", help="samples (1)")
-    parser.add_argument("--classes", type=_positive, default=2, metavar="K", help="width of the logits (2)")
-    parser.add_argument("--option", type=_option, action="append", default=[], metavar="k=v", help="of the model")
-    parser.add_argument("--json", action="store_true", help="a list of objects instead of tables")
+    parser = _parser()
     arguments = parser.parse_args(argv)
-    if arguments.option and arguments.name is None:
-        parser.error("--option needs the NAME of a model")
+    needing = {"--option": arguments.option, "--layers": arguments.layers, "--fetch": arguments.fetch}
+    for option, given in needing.items():
+        if given and arguments.name is None:
+            parser.error(f"{option} needs the NAME of a model")
+    if arguments.name and not arguments.input and example_input(arguments.name) is None:
+        for option in ("memory", "png"):
+            if getattr(arguments, option):
+                parser.error(f"--{option} needs --input for {arguments.name}, e.g. --input 3,224,224")
     return arguments
 
 
@@ -179,6 +132,13 @@ def _sizes(text: str) -> list[int]:
     return sizes
 
 
+def _memory(text: str) -> float:
+    try:
+        return gigabytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _option(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not key or not equals:
@@ -189,25 +149,84 @@ def _option(text: str) -> tuple[str, Any]:
         raise argparse.ArgumentTypeError(f"the value of {text!r} is not YAML") from None
 
 
+def _samples(arguments: argparse.Namespace) -> dict[str, list[int] | None]:
+    """The models to show, and the sample of each; an input picks those that read as many axes."""
+    if arguments.name is not None:
+        example = example_input(arguments.name)
+        return {arguments.name: arguments.input or (None if example is None else list(example))}
+    examples = {name: list(example_input(name) or ()) for name in list_models()}
+    if arguments.input is None:
+        return dict(examples.items())
+    return {name: arguments.input for name, example in examples.items() if len(example) == len(arguments.input)}
+
+
+def _cards(arguments: argparse.Namespace) -> tuple[list[Card], dict[str, int]]:
+    """The figures of each model, and the largest batch within --memory."""
+    optimizer = Optimizer(name=arguments.optimizer)
+    step = Step(partial(build_optimizer, optimizer), arguments.precision, arguments.device)
+    options = dict(arguments.option) | ({"checkpoint": True} if arguments.checkpoint else {})
+    cards, fits = [], {}
+    for name, sample in _samples(arguments).items():
+        shape = None if sample is None else [arguments.batch, *sample]
+        cards.append(card(name, shape, arguments.classes, options, step))
+        if arguments.memory is not None and sample is not None:
+            limit = int(arguments.memory * 1e9)
+            fits[name] = batch_within(limit, name, sample, arguments.classes, options, step)
+    return cards, fits
+
+
+def _show(arguments: argparse.Namespace, cards: list[Card], fits: dict[str, int]) -> None:
+    columns = shutil.get_terminal_size((200, 24)).columns
+    tables.print_rows(_rows(cards, fits, arguments.memory), columns, ("output", "activations", "input"))
+    way = ", ".join([arguments.optimizer, arguments.precision, *(["checkpointing"] if arguments.checkpoint else [])])
+    if any(c.memory for c in cards):
+        print(f"\nactivations and peak: of a training step with {way}; {_NOT_COUNTED}")
+    if arguments.name is None:
+        return
+    if cards[0].memory:
+        print(_memory_line(cards[0].memory))
+    for name, batch in fits.items():
+        room = f"up to batch {batch}" if batch else "not even with one sample"
+        print(f"{name} fits {arguments.memory:g} GB {room}, with {way}")
+    if arguments.layers:
+        print()
+        tables.print_rows(_group_rows(cards[0]), columns, ())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the figures; 0, or 2 and one line on stderr for a user's mistake."""
     try:
         arguments = _arguments(argv)
-        shape = None if arguments.input is None else [arguments.batch, *arguments.input]
-        names = list_models() if arguments.name is None else [arguments.name]
-        cards = [card(name, shape, arguments.classes, dict(arguments.option)) for name in names]
-    except ValueError as error:
+        if arguments.fetch:
+            print("\n".join(fetch(arguments.name, arguments.fetch, dict(arguments.option))))
+            return 0
+        cards, fits = _cards(arguments)
+        pictures = _draw(arguments.png, cards) if arguments.png else []
+    except (ValueError, UserError) as error:
         print(f"hpc models: {error}", file=sys.stderr)
         return 2
     if arguments.json:
-        print(json.dumps([asdict(c) for c in cards], indent=2))
+        rows = [asdict(c) | ({"largest_batch": fits[c.name]} if c.name in fits else {}) for c in cards]
+        print(json.dumps(rows, indent=2))
         return 0
-    console = Console()
-    console.print(_table(cards))
-    if arguments.name is not None:
-        console.print()
-        console.print(_group_table(cards[0]))
+    _show(arguments, cards, fits)
+    print("".join(f"{path}\n" for path in pictures), end="")
     return 0
+
+
+def _draw(folder: Path, cards: list[Card]) -> list[Path]:
+    """One figure per model, as PNG in the folder."""
+    from jobs.models_figure import parts_figure
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for c in cards:
+            paths.append(folder / f"{c.name.replace(':', '-').replace('/', '-')}.png")
+            parts_figure(c).savefig(paths[-1], dpi=120)
+    except OSError as error:
+        raise ValueError(f"--png {folder} cannot be written: {error}") from error
+    return paths
 
 
 if __name__ == "__main__":

@@ -94,7 +94,12 @@ def _caption(volumes: VolumeFile) -> list[str]:
     lines = [f"{files[0]}{f' and {len(files) - 1} more' * (len(files) > 1)}: {len(volumes)} samples, {volumes.task}"]
     if volumes.spatial_axes == 3:
         where = "with most label voxels" if volumes.task == "segmentation" else "in the middle"
-        lines.append(f"axial slices {where}; the patient's left is on the left, the front on top")
+        if volumes.orientation == "RAS":
+            lines.append(f"axial slices {where}; the patient's left is on the left, the front on top")
+        else:
+            lines.append(
+                f"slices along the last axis {where}; axes are {volumes.orientation}: first to the right, second up"
+            )
     channels = volumes.channels
     if _is_colour(volumes):
         lines.append("channels 0, 1 and 2 as red, green and blue")

@@ -173,17 +173,27 @@ class Recorder:
         write_json(self._run.stop, {"generation": self._generation, "step": step, "cause": cause})
         _LOG.info("stopped by %s: saved at step %d", cause, step)
 
-    def result(self, step: int, best: dict[str, Any], last: dict[str, Any]) -> None:
-        """Figures, then result.json: its presence means that the run is finished."""
+    def result(
+        self, step: int, best: dict[str, Any], last: dict[str, Any], stopped_early: dict[str, Any] | None = None
+    ) -> None:
+        """Figures, then result.json: its presence means that the run is finished.
+
+        stopped_early: why, where not all epochs were trained.
+        """
         lines = self._run.read_metrics()
         self._drawer.finish(step, best, lines)
         self._tracker.close()
+        self._total = step
         self.state("ending", step, best, force=True)
         self.sample_usage()
         used = usage.summary(self._run, finished=True)
-        write_json(self._run.result, {**self._summary(step, best, last, lines), "usage": used})
+        write_json(
+            self._run.result, {**self._summary(step, best, last, lines), "stopped_early": stopped_early, "usage": used}
+        )
         for line in usage.lines(used):
             _LOG.info(line)
+        if stopped_early:
+            _LOG.info("stopped early: %s got no better for %d epochs", *list(stopped_early.values())[:2])
         _LOG.info("finished: best %s %.4f at epoch %d", self._monitor, best["metrics"][self._monitor], best["epoch"])
 
     def _summary(
@@ -198,7 +208,7 @@ class Recorder:
             "task": self._task,
             "class_names": self._names,
             "steps": step,
-            "epochs": self._epochs,
+            "epochs": step // self._per_epoch,
             "monitor": self._monitor,
             "direction": DIRECTIONS[self._task][self._monitor],
             **({"majority": best["baseline"]["accuracy"]} if self._task == "classification" else {}),
@@ -219,4 +229,4 @@ def _brief(best: dict[str, Any]) -> dict[str, Any]:
 
 def _shown(metrics: dict[str, float], names: Sequence[str]) -> str:
     """Those that there are, each once."""
-    return ", ".join(f"{name} {metrics[name]:.4g}" for name in dict.fromkeys(names) if name in metrics)
+    return ", ".join(f"{name} {metrics[name]:.4f}" for name in dict.fromkeys(names) if name in metrics)

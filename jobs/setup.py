@@ -21,11 +21,13 @@ from hpc.allocation import scratch_folders
 from hpc.errors import UserError
 from hpc.experiment import Experiment
 from hpc.settings import Data
-from jobs import foreign_weights
+from jobs import foreign_weights, learner
 from jobs.check import open_data
 from jobs.tasks import check_loss, check_outputs
-from models3d import create_model, takes
+from models3d import create_model, pretrained, takes
 
+_MOST_OVER = 2
+"""A patch may be so many times as long as the longest training volume."""
 _VERIFIED_BYTES = 1 / 64
 """Share of the bytes read for training whose checksum is compared, where data.verify does not say."""
 
@@ -88,6 +90,13 @@ def _sample_shape(data: Data, volumes: VolumeFile) -> tuple[int, ...]:
         return volumes.shape
     if len(data.patch) != volumes.spatial_axes:
         raise UserError(f"data.patch {data.patch} must have {volumes.spatial_axes} sizes, as the volumes have axes")
+    extents = volumes.extents(volumes.indices("train")).max(axis=0).tolist()
+    if any(size > _MOST_OVER * most for size, most in zip(data.patch, extents, strict=True)):
+        longest = " x ".join(map(str, extents))
+        raise UserError(
+            f"data.patch {data.patch} is over {_MOST_OVER} times the largest training volume ({longest}): most of it "
+            f"would be repeated edge; use sizes up to {longest}"
+        )
     return (volumes.channels, *data.patch)
 
 
@@ -146,12 +155,19 @@ def _verified_share(data: Data, volumes: VolumeFile) -> float:
     return _VERIFIED_BYTES * min(1.0, math.prod(data.patch) / voxels)
 
 
-def load_weights(experiment: Experiment, model: nn.Module) -> list[str]:
-    """Start from the file of model.weights, where there is one; a line each for what it gave. Raises UserError."""
-    if experiment.model.weights is None:
-        return []
+def load_weights(experiment: Experiment, parts: Parts, model: nn.Module) -> list[str]:
+    """Start from model.weights or model.pretrained, where given; a line each for what it gave.
+
+    Raises UserError or ValueError with one line.
+    """
+    section = experiment.model
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # a check loads into no memory
-        return foreign_weights.load(Path(experiment.model.weights), model)
+        if section.weights is not None:
+            return foreign_weights.load(Path(section.weights), model, section.weights_match)
+        if section.pretrained:
+            found = pretrained(section.name, parts.shape[0], parts.model_options, section.pretrained)
+            return foreign_weights.load_pretrained(found, model)
+    return []
 
 
 def _check_model(experiment: Experiment, parts: Parts) -> nn.Module:
@@ -177,11 +193,12 @@ def check(experiment: Experiment) -> list[str]:
     patch = "" if experiment.data.patch is None else f", in patches of {' x '.join(map(str, experiment.data.patch))}"
     model = _check_model(experiment, parts)
     count = sum(p.numel() for p in model.parameters())
-    weights = load_weights(experiment, model)
+    weights, stages = load_weights(experiment, parts, model), learner.check(experiment, model)
     return [
         f"data: {sum(sizes.values())} samples of {shape} {volumes.dtype}{patch}, "
         + ", ".join(f"{number} {split}" for split, number in sizes.items())
         + f", {parts.num_classes} classes",
         f"model: {experiment.model.name}, {count:,} parameters",
         *(f"weights: {line}" for line in weights),
+        *stages,
     ]

@@ -24,7 +24,7 @@ def face(plane: NDArray[Any]) -> NDArray[Any]:
 
 def fit(sides: Sequence[int], spacing: Sequence[float], cell: int) -> tuple[int, int]:
     """(height, width) in pixels of true proportions, the longer one the cell's."""
-    true = np.array(sides) * np.where(np.asarray(spacing) > 0, spacing, 1.0)
+    true = np.array(sides) * np.where(np.isfinite(spacing) & (np.asarray(spacing) > 0), spacing, 1.0)
     height, width = np.maximum((true * (cell / true.max())).round(), 1).astype(int).tolist()
     return height, width
 

@@ -87,9 +87,9 @@ class Torchvision:
 
 
 class Smp:
-    """`smp:NAME`: segmentation_models_pytorch, (B, in_channels, H, W) -> (B, num_classes, H, W); encoder_name is an option.
+    """`smp:NAME`: segmentation_models_pytorch, (B, in_channels, H, W) -> (B, num_classes, H, W).
 
-    Its encoders want sizes that divide by 32 as a rule.
+    encoder_name is an option. Its encoders want sizes that divide by 32 as a rule.
     """
 
     # Not options here: what the registry fills in, a second head, and scores that are no longer logits.
@@ -128,8 +128,9 @@ class Smp:
 class Monai:
     """`monai:CLASS`: a class of monai.networks.nets, (B, in_channels, *spatial) -> what that class gives.
 
-    Its arguments for channels, classes and number of axes are filled in under the names that it has for them. The option
-    input_size, (D, H, W) or (H, W), gives spatial_dims and img_size where it has these; without it there are 3 axes.
+    Its arguments for channels, classes and number of axes are filled in under the names that it has for them. The
+    option input_size, (D, H, W) or (H, W), gives spatial_dims and img_size where it has these; without it there are 3
+    axes.
     """
 
     _channels = ("in_channels", "n_input_channels")
@@ -198,7 +199,8 @@ def library(name: str) -> Any:
     except ModuleNotFoundError as error:
         missing = str(error.name)
         raise ValueError(
-            f"{missing} is not installed here; pip install {_PACKAGES.get(missing, missing)}, or use a model of 'hpc models'"
+            f"{missing} is not installed here; pip install {_PACKAGES.get(missing, missing)}, "
+            f"or use a model of 'hpc models'"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Layers that the families share: deterministic pooling, norms, drop path, and checkpointing that counts a batch once."""
+"""Layers that the families share: deterministic pooling, norms, drop path, checkpointing that counts a batch once."""
 
 import math
 from collections.abc import Iterator
@@ -88,8 +88,8 @@ class _OneVoxelLeft:
         super()._check_input_dim(x)  # type: ignore[misc]
         if math.prod(x.shape[2:]) == 1:
             raise ValueError(
-                "norm: instance has one voxel left of a sample, which has no spread: give larger inputs, fewer strides, "
-                "or norm: batch or group"
+                "norm: instance has one voxel left of a sample, which has no spread: give larger inputs, fewer "
+                "strides, or norm: batch or group"
             )
 
 

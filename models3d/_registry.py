@@ -39,7 +39,7 @@ def register_model(options: Callable[..., Any], example: tuple[int, ...]) -> Cal
 
 
 def list_models() -> list[str]:
-    """Names of the registered models, sorted; the prefixes timm:, torchvision:, smp:, monai: and file: come on top of them."""
+    """Names of the registered models, sorted; timm:, torchvision:, smp:, monai: and file: come on top of them."""
     return sorted(_factories)
 
 
@@ -52,7 +52,8 @@ def create_model(name: str, in_channels: int = 1, num_classes: int = 2, **option
     """Build a network with fresh weights, from torch's current generator and on torch's current default device.
 
     name: one of list_models(), or timm:NAME, torchvision:NAME, smp:NAME, monai:NAME, file:PATH.py:NAME.
-    in_channels: channels of the input, (B, in_channels, *spatial). num_classes: width of the logits, (B, num_classes), for segmentation (B, num_classes, *spatial).
+    in_channels: channels of the input, (B, in_channels, *spatial).
+    num_classes: width of the logits, (B, num_classes), for segmentation (B, num_classes, *spatial).
     options: what `takes(name)` lists.
 
     Raises ValueError for an unknown name, an unknown option, or a value that the model refuses.

@@ -44,7 +44,11 @@ class Stem(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv(x)
-        x = max_pool(x, 2, stride=1, padding=1) if self.deterministic_pooling else F.max_pool3d(x, 2, stride=1, padding=1)
+        x = (
+            max_pool(x, 2, stride=1, padding=1)
+            if self.deterministic_pooling
+            else F.max_pool3d(x, 2, stride=1, padding=1)
+        )
         return F.relu(self.bn(x))
 
 

@@ -9,8 +9,9 @@ Sources: He et al. 2015 (arXiv 1512.03385); in 3D: Hara et al. 2018 (arXiv 1711.
                where shape or stride change, the shortcut is a conv 1x1x1 and a norm (He's option B)
     head       mean over the volume, dropout, linear
 
-What differs: volumes have no axis of time, so the stem strides all three axes alike; Hara's has (1, 2, 2), torchvision's
-has a kernel of (3, 7, 7) too, and no max-pool: `stem_kernel`, `stem_stride`, `stem_pool`. Convs have no bias.
+What differs: volumes have no axis of time, so the stem strides all three axes alike; Hara's has (1, 2, 2),
+torchvision's has a kernel of (3, 7, 7) too, and no max-pool: `stem_kernel`, `stem_stride`, `stem_pool`.
+Convs have no bias.
 """
 
 from collections.abc import Sequence
@@ -41,14 +42,14 @@ class Stem(nn.Module):
         self,
         in_channels: int,
         width: int,
-        kernel: tuple[int, ...],
-        stride: tuple[int, ...],
+        kernel: tuple[int, int, int],
+        stride: tuple[int, int, int],
         norm: str,
         pool: bool,
         deterministic_pooling: bool,
     ) -> None:
         super().__init__()
-        padding = tuple(k // 2 for k in kernel)
+        padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
         self.conv = nn.Conv3d(in_channels, width, kernel, stride, padding, bias=False)
         self.norm = norm_layer(norm, width)
         self.pool, self.deterministic_pooling = pool, deterministic_pooling
@@ -93,7 +94,8 @@ class HeResNet3d(nn.Module):
     stem_kernel, stem_stride: of the first conv, one number or three; the kernel is odd.
     stem_pool: a max-pool of stride 2 after it.
     norm: "batch"; "instance"; "group", of 16 channels: for batches of few samples.
-    dropout: before the last layer. drop_path: chance to skip the last block's branch, rising linearly from the first's 0.
+    dropout: before the last layer.
+    drop_path: chance to skip the last block's branch, rising linearly from 0 at the first block.
     checkpoint: keep only the inputs of stem and blocks, and compute the rest again in the backward pass.
     deterministic_pooling: give the max-pool a deterministic backward on CUDA, where the library's has none.
 
@@ -166,6 +168,8 @@ def _initialise(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
+_DEEP: dict[str, Any] = {"blocks": (3, 4, 6, 3)}
+_TINY: dict[str, Any] = {"blocks": (1, 1, 1), "width": 8, "stem_kernel": 3, "stem_pool": False}
 _SAMPLE, _TINY_SAMPLE = (1, 128, 128, 128), (1, 24, 24, 24)
 
 
@@ -178,22 +182,22 @@ def resnet3d_18(**options: Any) -> HeResNet3d:
 @register_model(options=HeResNet3d, example=_SAMPLE)
 def resnet3d_34(**options: Any) -> HeResNet3d:
     """63.5 M parameters with one channel and three classes."""
-    return HeResNet3d(**({"blocks": (3, 4, 6, 3)} | options))
+    return HeResNet3d(**(_DEEP | options))
 
 
 @register_model(options=HeResNet3d, example=_SAMPLE)
 def resnet3d_50(**options: Any) -> HeResNet3d:
     """46.2 M parameters with one channel and three classes."""
-    return HeResNet3d(**({"blocks": (3, 4, 6, 3), "bottleneck": True} | options))
+    return HeResNet3d(**(_DEEP | {"bottleneck": True} | options))
 
 
 @register_model(options=HeResNet3d, example=_TINY_SAMPLE)
 def resnet3d_18_tiny(**options: Any) -> HeResNet3d:
     """Three stages of one block from 8 filters on, a stem of 3x3x3 without a max-pool, for tests and patches."""
-    return HeResNet3d(**({"blocks": (1, 1, 1), "width": 8, "stem_kernel": 3, "stem_pool": False} | options))
+    return HeResNet3d(**(_TINY | options))
 
 
 @register_model(options=HeResNet3d, example=_TINY_SAMPLE)
 def resnet3d_50_tiny(**options: Any) -> HeResNet3d:
     """The same with blocks of three convs."""
-    return resnet3d_18_tiny(**({"bottleneck": True} | options))
+    return HeResNet3d(**(_TINY | {"bottleneck": True} | options))

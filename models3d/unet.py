@@ -8,11 +8,11 @@ Sources: Ronneberger et al. 2015 (arXiv 1505.04597), in 3D Cicek et al. 2016 (ar
     decoder    per resolution a transposed conv with kernel = stride, the encoder's output beside it, two convs as above
     head       conv of 1: a score for every class and voxel
 
-What differs from nnU-Net's: convs that a norm follows have no bias, which the norm would take away; one tensor of scores
-comes out, at full resolution: no deep supervision, as a loss and a metric here read one tensor.
-Any size goes in and comes out: a stride of s makes n voxels ceil(n / s), the transposed conv makes s times that, and what
-is too much at the end of an axis is cut off. So nothing is padded that a norm would count, and sizes that divide by the
-strides are as in nnU-Net.
+What differs from nnU-Net's: convs that a norm follows have no bias, which the norm would take away; one tensor of
+scores comes out, at full resolution: no deep supervision, as a loss and a metric here read one tensor.
+Any size goes in and comes out: a stride of s makes n voxels ceil(n / s), the transposed conv makes s times that, and
+what is too much at the end of an axis is cut off. So nothing is padded that a norm would count, and sizes that
+divide by the strides are as in nnU-Net.
 """
 
 from collections.abc import Sequence

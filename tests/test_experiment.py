@@ -201,7 +201,7 @@ def test_a_base_may_be_a_fragment(tmp_path: Path) -> None:
         ("base: exp.yaml", "base: goes in a circle: exp.yaml -> exp.yaml"),
         ("base: other.yaml", "goes in a circle: exp.yaml -> other.yaml -> exp.yaml"),
         ("base: away.yaml", "away.yaml: no such file"),
-        ("base: 3", "base: must be the path of another experiment (got 3)"),
+        ("base: 3", "base: must be a recipe or the path of another experiment (got 3)"),
         ("base: ~nobody-here/x.yaml", "is not a path"),
     ],
 )

@@ -90,21 +90,22 @@ def test_a_recipe_opens_with_what_a_reader_needs(name: str) -> None:
         assert any(word in line for line in head), f"{name}: {word}"
 
 
+@pytest.mark.parametrize("tiny", [False, True], ids=["full", "tiny"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_fits_its_instance_and_its_model_builds(name: str) -> None:
-    experiment, _ = load(Path(name))
-    assert experiment.name == name
+def test_a_recipe_fits_its_instance_and_its_model_builds(name: str, tiny: bool) -> None:
+    experiment, _ = load(Path(name), tiny=tiny)
+    assert experiment.name == name + "-tiny" * tiny
     instance = instances.find(experiment.launch.instance)
     assert instance.check(instance.request(experiment.launch)) == []
     assert experiment.batch_fault(tasks=1) is None
-    channels, classes = (1, 3) if name in PARAMETERS or name in THREE_AXES else (3, 7)
+    channels, classes = (1, 3) if "3d" in name else (3, 7)
     with torch.device("meta"):
         model = create_model(experiment.model.name, channels, classes, **_options(experiment.model.options))
     count = sum(parameter.numel() for parameter in model.parameters())
-    assert count == PARAMETERS.get(name, count) and count > 10_000
-
-
-THREE_AXES = {"segmentation3d", "t1-resnet3d", "t1-transformer3d"}
+    if tiny:
+        assert 10_000 < count < 15e6
+    else:
+        assert count == PARAMETERS.get(name, count) and count > 100_000
 
 
 def _options(options: dict[str, object]) -> dict[str, object]:

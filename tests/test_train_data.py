@@ -84,6 +84,11 @@ def test_the_model_gets_patches(tmp_path: Path) -> None:
 FAULTS = {
     ("data.patch=[4, 4]",): "data.patch [4, 4] must have 3 sizes",
     ("data.weights={latte: 2}", "data.sampler=weighted"): "no class 'latte'; classes are early, late, none",
+    ("data.patch=[4, 40, 4]",): "data.patch [4, 40, 4] is over 2 times the largest training volume (8 x 8 x 8)",
+    (
+        "data.views=9000000",
+        "data.batch_size=2",
+    ): "data.views 9000000 makes an epoch of 153,000,000 samples: use 5,88",
     ("data.patch=[4, 4, 4]", "data.foreground=0.5"): "needs stored voxels of each class",
 }
 

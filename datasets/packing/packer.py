@@ -80,6 +80,7 @@ def _pack(options: PackOptions, progress: Progress | None, wide: bool) -> PackSu
     if plan.key != make_plan(options, found, headers, unread, labelling, True).key == key_of(options.output):
         raise TooWide  # an earlier start has found that out
     rehearse(options, labelling, list(plan.shapes))
+    anew = not wide and key_of(options.output) not in ("", plan.key)
     with Workshop(options.output, plan.key) as shop:
         reasons = dict(plan.bad) | _make_samples(options, plan, labelling, shop, progress)
         bad = [(found[id].path, reasons[id]) for id in found if id in reasons]
@@ -90,6 +91,8 @@ def _pack(options: PackOptions, progress: Progress | None, wide: bool) -> PackSu
             raise ValueError(f"nothing can be packed; the first, {bad[0][0]}: {bad[0][1]}")
         packed = divide(options, labelling, done, {id: source.path for id, source in found.items()}, bad)
         packed.notes.extend(_passed_over(options, plan, labelling))
+        if anew:
+            packed.notes.append("an earlier start had other options for the voxels: all sources were read anew")
         shop.sync()
         paths = publish(options, plan, labelling, packed, shop.folder)
         shop.remove()
@@ -145,6 +148,7 @@ def _make_samples(
         form=None if plan.shape is None else plan.form(labelling.task, [plan.shape]),
         atlas=labelling.atlas,
         classes=labelling.classes,
+        channels=next(iter(plan.shapes.values()))[0],
     )
     bad = {}
     with _named_deaths(shop):

@@ -6,7 +6,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,8 @@ class Bench:
     atlas: Any = None
     classes: Classes | None = None
     """of the label maps"""
+    channels: int | None = None
+    """of all samples; None: those of the source"""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ def make_samples(bench: Bench, writer: "Appender", task: Task) -> Finished:
 def _prepare(bench: Bench, task: Task) -> _Prepared:
     recipe = bench.recipe
     volume = sources.read(task.source)
+    if bench.channels == 3 and len(volume.data) == 1 and task.source.kind == "image":
+        volume = replace(volume, data=np.repeat(volume.data, 3, axis=0))  # grey among colour
     maps = _map(bench, task, volume)
     told = fingerprint(volume.data)
     if maps is not None:

@@ -98,7 +98,11 @@ def read_examples(
 
     predict: needed for label maps. A sample that cannot be read is an Example that says so.
     """
-    voxels, most = spacings(volumes), affordable(volumes, len(positions) or 1)
+    most = affordable(volumes, len(positions) or 1)
+    try:
+        voxels = spacings(volumes)
+    except (OSError, ValueError):  # nor will the samples be read
+        voxels = np.ones((len(volumes), volumes.spatial_axes))
     return [_read(volumes, stored, position, predict, voxels) for position in positions[:most]]
 
 

@@ -67,7 +67,7 @@ def _map_row(example: Example, names: Sequence[str], labels: set[int]) -> Row:
         return Row(heading, [Picture(example.damaged or "no prediction", "", None)])
     truth, found = np.asarray(example.truth), np.asarray(example.prediction)
     heading += f", Dice {_mean_dice(truth, found, len(names)):.2f}"
-    shown, spacing = _shown(example.image), example.spacing
+    shown, spacing = _shown(example.image), example.spacing[:2]
     if truth.ndim == 3:
         known = np.where(truth == IGNORE, 0, truth)
         at = level(known if known.any() else found, truth.shape[2])
@@ -136,7 +136,7 @@ def _picture(example: Example, names: Sequence[str], cell: int, triple: bool, to
         return Picture(title, "\n".join([*lines[:-1], example.damaged]), None)
     shown, room = _shown(example.image), cell - 2 * BORDER
     if shown.ndim == 3:
-        pixels = resize(to_bytes(shown), fit(shown.shape[1:], example.spacing, room))
+        pixels = resize(to_bytes(shown), fit(shown.shape[1:], example.spacing[:2], room))
     elif triple:
         pixels = _three_planes(shown, example.spacing, room)
     else:

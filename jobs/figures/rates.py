@@ -91,8 +91,7 @@ def _roc_curve(number: int, truth: NDArray[Any], scores: NDArray[Any]) -> Curve 
     if truth.all() or not truth.any():
         return None
     x, y, _ = ranking.roc_points(truth, scores)
-    last = np.r_[np.flatnonzero(np.diff(x)), len(x) - 1]  # of points above each other the highest
-    return Curve(number, *_thinned(x, y), ranking.area(x, y), np.interp(_GRID, x[last], y[last]))
+    return Curve(number, *_thinned(x, y), ranking.area(x, y), np.interp(_GRID, x, y))
 
 
 def _precision_recall_curve(number: int, truth: NDArray[Any], scores: NDArray[Any]) -> Curve | None:

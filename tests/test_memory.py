@@ -1,0 +1,219 @@
+"""The estimate of a step's memory beside what torch's profiler sees a real step allocate."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from hpc.training import Optimizer
+from jobs.memory import Estimate, Step, _CudaCasts, estimate, largest_batch
+from jobs.optimize import build_optimizer
+from models3d import create_model, takes
+
+ADAMW = partial(build_optimizer, Optimizer(name="adamw"))
+SGD = partial(build_optimizer, Optimizer(name="sgd"))
+
+
+def made(name: str, shape: tuple[int, ...], **options: object) -> nn.Module:
+    size = {"input_size": shape[2:]} if "input_size" in takes(name) else {}
+    return create_model(name, shape[1], 3, **size, **options).train()
+
+
+def estimated(name: str, shape: tuple[int, ...], step: Step, **options: object) -> Estimate:
+    with torch.device("meta"):
+        model = made(name, shape, **options)
+    return estimate(model, shape, step)
+
+
+def measured(name: str, shape: tuple[int, ...], step: Step, **options: object) -> int:
+    """Bytes at the peak of the second step, by the profiler's events of the CPU allocator."""
+    torch.manual_seed(0)
+    model = made(name, shape, **options)
+    optimizer = step.optimizer(model) if step.optimizer else None
+
+    def run() -> None:
+        x = torch.randn(*shape)
+        with torch.autocast("cpu", torch.bfloat16, enabled=step.precision == "bf16"):
+            y = model(x)
+        F.cross_entropy(y.float(), torch.zeros(len(y), *y.shape[2:], dtype=torch.long)).backward()
+        if optimizer:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
+
+    run()
+    states = optimizer.state.values() if optimizer else ()
+    held = [*model.parameters(), *model.buffers(), *(v for state in states for v in state.values() if v is not None)]
+    base = sum(tensor.untyped_storage().nbytes() for tensor in held)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return base + peak
+
+
+SEEDS = [("resnet3d", (2, 1, n, n, n)) for n in (16, 24, 32)]
+SEEDS += [("transformer3d", (2, 1, n, n, 10)) for n in (30, 60, 90)]
+
+
+@pytest.mark.parametrize(("name", "shape"), SEEDS, ids=str)
+def test_the_seeds_networks_at_three_sizes(name: str, shape: tuple[int, ...]) -> None:
+    step = Step(optimizer=ADAMW)
+    assert estimated(name, shape, step).peak == pytest.approx(measured(name, shape, step), rel=0.05)
+
+
+WAYS: list[tuple[str, tuple[int, ...], dict[str, Any], Step]] = [
+    ("resnet3d", (2, 1, 24, 24, 24), {"hidden": [8]}, Step(optimizer=SGD, precision="bf16")),
+    ("resnet3d", (2, 1, 24, 24, 24), {"hidden": [8], "checkpoint": True}, Step(optimizer=ADAMW)),
+    ("transformer3d", (8, 1, 60, 60, 10), {"depth": 6, "checkpoint": True}, Step(optimizer=ADAMW, precision="bf16")),
+    ("transformer3d", (8, 1, 60, 60, 10), {"depth": 6, "drop_path": 0.1}, Step(precision="bf16")),
+    ("resnet3d_18", (2, 1, 48, 48, 48), {"width": 16}, Step(optimizer=ADAMW)),
+    ("unet3d", (2, 1, 48, 48, 40), {"depth": 4, "width": 8}, Step(optimizer=SGD)),
+    ("unet3d", (2, 1, 48, 48, 40), {"depth": 4, "width": 8, "checkpoint": True}, Step(optimizer=SGD)),
+    ("unet2d", (2, 3, 96, 96), {"depth": 4, "width": 16}, Step(optimizer=ADAMW)),
+    ("timm:test_vit", (4, 3, 160, 160), {}, Step(optimizer=ADAMW)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "options", "step"), WAYS, ids=[way[0] + str(number) for number, way in enumerate(WAYS)]
+)
+def test_other_networks_and_ways(name: str, shape: tuple[int, ...], options: dict[str, Any], step: Step) -> None:
+    found = estimated(name, shape, step, **options).peak
+    assert found == pytest.approx(measured(name, shape, step, **options), rel=0.1)
+
+
+def test_the_parts_are_what_they_are_by_hand() -> None:
+    """A linear layer: input and output are kept, nothing else."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(1000, 2000), nn.ReLU(), nn.Linear(2000, 10))
+    weights = 4 * (1000 * 2000 + 2000 + 2000 * 10 + 10)
+    found = estimate(model, (64, 1000), Step(optimizer=ADAMW), groups=["0", "2"])
+    assert (found.parameters, found.gradients, found.buffers) == (weights, weights, 0)
+    assert found.optimizer == 2 * weights + 4 * 4
+    assert found.inputs == 4 * 64 * 1000
+    # of ReLU its output is kept, which the last layer keeps too; its input is freed
+    assert found.activations == 4 * 64 * (2000 + 10)
+    assert found.groups == {"2": 4 * 64 * 10}
+    # AdamW's denominator and the root that it is made of, for the largest weight, beside batch and outputs
+    assert found.peak == found.fixed + 4 * 64 * (1000 + 10) + 2 * 4 * 1000 * 2000
+
+
+def test_what_changes_memory_changes_the_estimate() -> None:
+    shape = (2, 1, 32, 32, 32)
+    plain = estimated("unet3d_tiny", shape, Step(optimizer=ADAMW))
+    assert estimated("unet3d_tiny", shape, Step()).optimizer == 0
+    half = estimated("unet3d_tiny", shape, Step(optimizer=SGD)).optimizer
+    assert half == pytest.approx(plain.optimizer / 2, rel=0.01)
+    assert estimated("unet3d_tiny", shape, Step(precision="bf16")).activations < 0.7 * plain.activations
+    assert estimated("unet3d_tiny", shape, Step(), checkpoint=True).peak < 0.8 * plain.peak
+    small = (1, 1, 8, 8, 8)
+    cuda = estimated("resnet3d_tiny", small, Step(optimizer=ADAMW, device="cuda"))
+    assert cuda.parameters % 512 == 0 and cuda.peak > estimated("resnet3d_tiny", small, Step(optimizer=ADAMW)).peak
+
+
+LAYERS: list[tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...]]] = [
+    (nn.Conv3d(4, 4, 2), (2, 4, 8, 8, 8)),
+    (nn.ConvTranspose2d(4, 4, 2), (2, 4, 8, 8)),
+    (nn.Linear(8, 8), (2, 8)),
+    (lambda x: F.scaled_dot_product_attention(x, x, x), (2, 4, 8, 8)),
+    (nn.BatchNorm3d(4), (2, 4, 8, 8, 8)),
+    (nn.InstanceNorm3d(4), (2, 4, 8, 8, 8)),
+    (nn.GroupNorm(2, 4), (2, 4, 8, 8, 8)),
+    (nn.LayerNorm(8), (2, 4, 8)),
+    (nn.MaxPool3d(2), (2, 4, 8, 8, 8)),
+    (nn.AvgPool3d(2), (2, 4, 8, 8, 8)),
+    (nn.AdaptiveAvgPool3d(2), (2, 4, 8, 8, 8)),
+    (nn.AdaptiveAvgPool2d(1), (2, 4, 8, 8)),
+    (lambda x: x.softmax(-1), (2, 4, 8)),
+    (lambda x: x.sum(-1), (2, 4, 8)),
+    (lambda x: x.mean((2, 3)), (2, 4, 8, 8)),
+    (lambda x: F.interpolate(x, scale_factor=2), (2, 4, 8, 8, 8)),
+    (nn.GELU(), (2, 4, 8)),
+    (nn.LeakyReLU(), (2, 4, 8)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=[str(number) for number in range(len(LAYERS))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_casts_are_those_of_autocast_on_cuda(
+    layer: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Beside torch's own dispatch for tensors that only say that they are on CUDA."""
+    with FakeTensorMode(), torch.no_grad():
+        there, here = (copy.deepcopy(layer, _on(device, layer)) for device in ("cuda", "cpu"))
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            wanted = there(torch.empty(shape, dtype=dtype, device="cuda")).dtype
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.clear_autocast_cache()
+        with torch.autocast("cpu", torch.bfloat16), _CudaCasts():
+            assert here(torch.empty(shape, dtype=dtype)).dtype == wanted
+
+
+def _on(device: str, layer: object) -> dict[int, object]:
+    """Fake tensors on a device for those of a layer, for deepcopy."""
+    tensors = [*layer.parameters(), *layer.buffers()] if isinstance(layer, nn.Module) else []
+    return {id(t): torch.empty(t.shape, dtype=t.dtype, device=device) for t in tensors}
+
+
+@pytest.mark.parametrize("name", ["resnet3d_tiny", "unet3d_tiny", "transformer3d_tiny"])
+def test_checkpointing_under_the_casts_of_cuda(name: str) -> None:
+    shape = (4, 1, 24, 24, 24)
+    ways = [estimated(name, shape, Step(precision="bf16", device="cuda"), checkpoint=on) for on in (True, False)]
+    assert ways[0].activations < ways[1].activations
+
+
+def test_frozen_weights_have_no_gradient_and_no_state() -> None:
+    with torch.device("meta"):
+        model = create_model("resnet3d_tiny")
+    for parameter in model.layers.parameters():
+        parameter.requires_grad = False
+    found = estimate(model, (2, 1, 24, 24, 24), Step(optimizer=ADAMW))
+    trained = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
+    assert found.gradients == trained and found.optimizer == pytest.approx(2 * trained, abs=400)
+    assert all(p.is_meta and p.grad is None for p in model.parameters())
+
+
+def test_groups_make_up_the_activations() -> None:
+    with torch.device("meta"):
+        model = create_model("resnet3d_tiny")
+    names = ["stem", *[f"layers.{name}" for name, _ in model.layers.named_children()], "head"]
+    found = estimate(model, (2, 1, 24, 24, 24), groups=names)
+    assert list(found.groups) == names and 0.98 * found.activations < sum(found.groups.values()) <= found.activations
+
+
+@pytest.mark.parametrize(
+    "peak",
+    [lambda n: 100 + 7 * n, lambda n: max(500 + n, 9 * n), lambda n: 100 + 7 * n + 3 * (n % 2), lambda n: 990 + n],
+)
+@pytest.mark.parametrize("memory", [50, 107, 113, 114, 999, 1000, 12345])
+def test_the_largest_batch_is_the_last_that_fits(peak: Callable[[int], int], memory: int) -> None:
+    asked = []
+
+    def counted(batch: int) -> int:
+        asked.append(batch)
+        return peak(batch)
+
+    found = largest_batch(counted, memory)
+    assert (found == 0 or peak(found) <= memory) and peak(found + 1) > memory
+    assert len(asked) == len(set(asked)) <= 12
+
+
+def test_a_step_that_cannot_be_done_is_one_line() -> None:
+    with torch.device("meta"):
+        model = create_model("timm:test_vit", 3, 2)
+    with pytest.raises(ValueError, match=r"no step with an input of \(1, 3, 33, 33\): ") as caught:
+        estimate(model, (1, 3, 33, 33))
+    assert "\n" not in str(caught.value)
