@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,9 @@ def _evaluate(options: argparse.Namespace) -> tuple[list[Member], Scored, Interv
     found = score(members, options.split, manner, options.data)
     if not options.bootstrap:
         return members, found, None
+    if len(set(found.groups)) < 2:  # every resample would be the same: an interval of no width
+        alone = "no intervals: there is one group of samples, and one tells nothing of others"
+        return members, replace(found, notes=(*found.notes, alone)), None
     confidence = _CONFIDENCE if options.confidence is None else options.confidence
     draws = (options.bootstrap, options.seed or 0, confidence)
     return members, found, bootstrap.intervals(found.scores.task, found.stored, found.groups, found.counting, *draws)

@@ -125,6 +125,13 @@ def test_patients_are_drawn_as_wholes(tmp_path, capsys):
     assert "intervals" not in answer(capsys, known.path, "--bootstrap", 0)
 
 
+def test_one_patient_gives_no_interval(tmp_path, capsys):
+    """It would have no width, as if the metric were known exactly."""
+    known = make_run(tmp_path / "run", pack_grouped(tmp_path, "--split", "50/50/0", samples=4), "Mean")
+    told = answer(capsys, known.path)
+    assert "intervals" not in told and "no intervals: there is one group of samples" in told["notes"][0]
+
+
 @pytest.fixture
 def folds(tmp_path):
     """Three runs, one for each fold."""
