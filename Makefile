@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 WORKERS := 2
 READY := $(VENV)/.ready
 
-.PHONY: setup demo test soak check clean
+.PHONY: setup demo test soak recipes check clean
 
 setup: $(READY)
 
@@ -29,6 +29,10 @@ soak: $(READY)
 	bash tests/slurm/install.sh
 	HPC_SOAK=1 $(BIN)/python -m pytest tests/test_faults.py tests/test_scenarios.py tests/test_drill.py
 
+# The tiny form of every recipe on real data; `make test` plays one of each task.
+recipes: $(READY)
+	HPC_RECIPES=all $(BIN)/python -m pytest tests/test_recipes.py
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,5 +47,5 @@ bench-%: $(READY)
 	$(BIN)/python -m tests.bench.$*
 
 clean:
-	rm -rf $(VENV) demo .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) demo recipes-data .cache .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

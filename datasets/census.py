@@ -54,9 +54,10 @@ def take_census(volumes: VolumeFile) -> dict[str, Any]:
 
 
 def spacings(volumes: VolumeFile) -> NDArray[np.float64]:
-    """(N, spatial axes) voxel sizes in mm, to four decimals."""
+    """(N, spatial axes) voxel sizes in mm, to four decimals; not finite where the affine is not, or huge."""
     columns = volumes.affine[:, :3, : volumes.spatial_axes]
-    sizes: NDArray[np.float64] = np.sqrt((columns**2).sum(axis=1)).round(4)
+    with np.errstate(all="ignore"):  # an affine may hold anything: what is no size is infinite or NaN
+        sizes: NDArray[np.float64] = np.sqrt((columns**2).sum(axis=1)).round(4)
     return sizes
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -113,7 +113,7 @@ def allocate(draft: Path, plan: Plan) -> Places:
 
     So a draft is good for another start, wherever a kill has left it. ValueError when the disk has no room.
     """
-    _require_room(draft, plan)
+    require_room(draft.parent, {draft: plan})
     fresh = draft.with_name(f"{draft.name}.{os.getpid()}")
     try:
         places = _create(fresh, plan)
@@ -179,7 +179,7 @@ def complete(
             *(tables.get(name) for name in (layout.TARGETS, layout.SPLIT, layout.CHECKSUMS, layout.FOLDS)),
         ),
     }
-    sums = {name: zlib.crc32(table.data) for name, table in tables.items() if name != layout.FOREGROUND}
+    sums = {name: zlib.crc32(table.data) for name, table in tables.items()}
     attributes[layout.TABLES_ATTR] = layout.tables_checksum({name: attributes[name] for name in layout.TEXTS}, sums)
     attributes[layout.FORMAT_ATTR] = layout.FORMAT  # the last to be written
     with _open(draft, "r+") as file:
@@ -263,16 +263,20 @@ def _copy_structure(fresh: Path, draft: Path, plan: Plan, places: Places) -> Non
         target.truncate(size)
 
 
-def _require_room(draft: Path, plan: Plan) -> None:
-    """What a contiguous or ragged plan needs is known; of a chunked one HDF5 finds out."""
-    if plan.box is not None:
-        return
-    elements = int(plan.offsets[-1])
-    needed = elements * np.dtype(plan.dtype).itemsize + (elements // plan.channels if plan.maps else 0)
-    needed -= draft.stat().st_blocks * 512 if draft.exists() else 0
-    free = shutil.disk_usage(draft.parent).free
+def require_room(folder: Path, drafts: Mapping[Path, Plan]) -> None:
+    """ValueError where the disk has no room for all of these, of which it may hold a part.
+
+    What a contiguous or ragged plan needs is known; of a chunked one HDF5 finds out.
+    """
+    needed = 0
+    for draft, plan in drafts.items():
+        elements = 0 if plan.box is not None else int(plan.offsets[-1])
+        needed += elements * np.dtype(plan.dtype).itemsize + (elements // plan.channels if plan.maps else 0)
+        needed -= draft.stat().st_blocks * 512 if draft.exists() and elements else 0
+    free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ValueError(f"{draft.parent} has {free / 1e6:,.0f} MB free, the file needs {needed / 1e6:,.0f} more")
+        what = "the file needs" if len(drafts) == 1 else f"{len(drafts)} files need"
+        raise ValueError(f"{folder} has {free / 1e6:,.0f} MB free, {what} {needed / 1e6:,.0f} more")
 
 
 def _pwrite(descriptor: int, data: NDArray[Any], offset: int) -> None:

@@ -41,7 +41,7 @@ DATASETS = (INPUTS, TARGETS, IDS, GROUPS, SPLIT, AFFINE, SOURCE_SHAPE, SCALE, OF
 FORMAT_ATTR, TASK_ATTR, CLASSES_ATTR, ORIENTATION_ATTR = "format", "task", "class_names", "orientation"
 SOURCE_ATTR, FINGERPRINT_ATTR, PACKING_ATTR = "source", "fingerprint", "packing"
 TABLES_ATTR = "tables"
-"""CRC-32 of all tables but FOREGROUND, and of the texts that say what they mean."""
+"""CRC-32 of all tables, and of the texts that say what they mean."""
 TEXTS = (TASK_ATTR, CLASSES_ATTR, ORIENTATION_ATTR, PACKING_ATTR)
 ATTRIBUTES = (FORMAT_ATTR, *TEXTS, SOURCE_ATTR, FINGERPRINT_ATTR, TABLES_ATTR)
 TASKS = ("classification", "multilabel", "segmentation")
@@ -235,6 +235,12 @@ class VolumeFile:
     def sample_shape(self, sample: int) -> tuple[int, ...]:
         """(C, *spatial) of one sample."""
         return tuple(self._tables[SHAPES][sample].tolist()) if self.ragged else self.shape
+
+    def extents(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(n, spatial axes) voxels of these samples along each axis."""
+        if self.ragged:
+            return self._tables[SHAPES][samples, 1:]
+        return np.broadcast_to(np.array(self.shape[1:]), (len(samples), self.spatial_axes))
 
     @property
     def source(self) -> list[dict[str, Any]]:

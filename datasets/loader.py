@@ -25,6 +25,7 @@ from datasets.order import num_steps
 from datasets.partition import SPLITS
 from datasets.patches import Patches
 from datasets.prefetch import Prefetch, Reading, Work
+from datasets.reading import Reader
 from datasets.ring import Ring
 from datasets.sampling import Numbers, Sampler, Uniform, Weighted, draw_epoch, make_sampler
 
@@ -83,6 +84,7 @@ class Loader:
     damaged. Kept by tests/test_loader.py, test_sampling.py and test_patches.py.
     """
 
+    _reader: Reader | None = None
     _sought = False
     """the next iteration begins where `seek` has said"""
 
@@ -113,7 +115,7 @@ class Loader:
         self.shuffle = split == SPLITS[0] if shuffle is None else shuffle
         self.augment = Augment.from_mapping(augment) if isinstance(augment, Mapping) else augment
         self.sampler, self.views, self.foreground, self.on_bad_sample = sampler, views, foreground, on_bad_sample
-        self.patch = None if patch is None else tuple(patch)
+        self.patch = None if patch is None else _sizes(patch)
         self.samples = volumes.indices(split)
         """(n,) numbers of the split's samples in the volume file"""
         self.epoch, self.step = 0, 0
@@ -135,11 +137,11 @@ class Loader:
         """Make batch (epoch, step) the next one; step may be len(self), the end of that epoch. Ends any iteration."""
         if epoch < 0 or not 0 <= step <= len(self):
             raise ValueError(f"position (epoch {epoch}, step {step}) is outside: an epoch has steps 0 to {len(self)}")
-        self.close()
+        self._stop()
         self.epoch, self.step, self._sought = epoch, step, True
 
     def __iter__(self) -> Generator[Batch, None, None]:
-        self.close()
+        self._stop()
         if not (self.shuffle or self._sought):
             self.step = 0  # what a loop left by break has seen is to be scored again
         self._sought = False
@@ -148,7 +150,16 @@ class Loader:
         return batches
 
     def close(self) -> None:
-        """End a running iteration and join its threads. The loader can be used again."""
+        """End a running iteration, join its threads and close the files. The loader can be used again."""
+        self._stop()
+        self._close_files()
+
+    def _close_files(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
+
+    def _stop(self) -> None:
         running = self._running() if self._running is not None else None
         if running is not None:
             running.close()
@@ -192,7 +203,7 @@ class Loader:
         order = draw_epoch(self._sampler, self.samples, epoch)
         steps = range(self.step, len(self))
         shares = (order.share(step, self.batch_size, self.rank, self.world_size) for step in steps)
-        with Prefetch(self._reading(epoch), self._ring, shares, self.threads, self.rows) as prefetch:
+        with Prefetch(self._reading(epoch), self._files(), self._ring, shares, self.threads, self.rows) as prefetch:
             for stored in self._on_device(prefetch):
                 self._account(prefetch)
                 batch = self._finish(stored, epoch)
@@ -201,6 +212,17 @@ class Loader:
                 yield batch
                 del batch
         self.epoch, self.step = epoch + 1, 0
+
+    def _files(self) -> Reader:
+        """Open from the first iteration on: to map a file anew costs as much as to read a hundred patches."""
+        if self._reader is None:
+            self._reader = Reader(self.volumes)
+        try:
+            self._reader.check()
+        except OSError:
+            self._close_files()
+            raise
+        return self._reader
 
     def _reading(self, epoch: int) -> Reading:
         patches = None if self.patch is None else Patches(self.volumes, self.patch, self.seed, self.shuffle)
@@ -234,9 +256,8 @@ class Loader:
         shape = volumes.sample_shape(int(work.samples[0])) if volumes.ragged and self.patch is None and count else None
         maps = volumes.task == "segmentation"
         targets = slot.maps(count, shape and shape[1:]) if maps else volumes.targets[work.samples]
-        arrays = (slot.inputs(count, shape), targets, work.samples.copy())
-        host = [torch.from_numpy(array) for array in arrays]
-        keys = work.samples + work.share.views * len(volumes)
+        host = [torch.from_numpy(array) for array in (slot.inputs(count, shape), targets, work.samples.copy())]
+        keys = work.samples if self.augment is None else work.samples + work.share.views * len(volumes)
         stored = _Stored(host[0], host[1], host[2], work.samples, keys)
         if self.device.type != "cpu":
             stored = self._copy_over(stored)
@@ -300,17 +321,21 @@ class Loader:
             self._check_patch()
         if self.on_bad_sample not in ("stop", "skip"):
             raise ValueError(f"on_bad_sample {self.on_bad_sample!r} is unknown; use stop or skip")
-        if self.dtype is not None and not self.dtype.is_floating_point:
-            raise ValueError(f"dtype {self.dtype} is no float; use torch.float32 or torch.bfloat16, or None: as stored")
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise ValueError(
+                f"dtype {self.dtype!r} is no float; use torch.float32 or torch.bfloat16, or None: as stored"
+            )
         if self.augment is not None:
             if self.dtype is None:
                 raise ValueError("augment changes normalised intensities: give dtype, for example torch.float32")
             self.augment.check(self.volumes.spatial_axes, self.volumes.channels)
 
     def _check_numbers(self) -> None:
-        lowest = {"batch_size": 1, "world_size": 1, "views": 1, "threads": 0}
+        lowest = {"batch_size": 1, "world_size": 1, "views": 1, "threads": 0, "rank": 0, "seed": 0}
         for option, low in lowest.items():
-            if getattr(self, option) < low:
+            if not _is_whole(getattr(self, option)):
+                raise ValueError(f"{option} {getattr(self, option)!r} is no whole number; use {low} or more")
+            if option not in ("rank", "seed") and getattr(self, option) < low:
                 raise ValueError(f"{option} {getattr(self, option)} must be {low} or more")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(
@@ -319,8 +344,8 @@ class Loader:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed {self.seed} is out of range; use 0 to 2**64 - 1")
         for option in ("verify", "foreground"):
-            if not 0 <= getattr(self, option) <= 1:
-                raise ValueError(f"{option} {getattr(self, option)} is a share: use 0 (none) to 1 (all)")
+            if not isinstance(getattr(self, option), (int, float)) or not 0 <= getattr(self, option) <= 1:
+                raise ValueError(f"{option} {getattr(self, option)!r} is a share: use 0 (none) to 1 (all)")
 
     def _check_samples(self) -> None:
         size, name = len(self.samples), self.volumes.name
@@ -347,10 +372,20 @@ class Loader:
                     f"{volumes.name} holds volumes of different shapes: give patch, or batch_size {self.world_size}"
                 )
             return
-        if len(self.patch) != axes or min(self.patch) < 1:
+        if len(self.patch) != axes or not all(_is_whole(size) and size >= 1 for size in self.patch):
             raise ValueError(f"patch {list(self.patch)} must be {axes} sizes of 1 or more, one for each spatial axis")
         if self.foreground and any(shard.foreground is None for shard in volumes.shards):
             raise ValueError(
                 f"foreground {self.foreground} needs stored voxels of each class, but {volumes.name} has none: "
                 f"they are kept where label maps are packed"
             )
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+
+
+def _sizes(patch: Any) -> tuple[int, ...]:
+    if not isinstance(patch, Sequence) or isinstance(patch, str):
+        raise ValueError(f"patch {patch!r} is no list of sizes; give one for each spatial axis, as [64, 64, 64]")
+    return tuple(patch)

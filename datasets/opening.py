@@ -84,6 +84,8 @@ def _check_sums(path: Path, file: h5py.File, shard: Shard) -> None:
     sums = {name: zlib.crc32(table.data) for name, table in tables.items()}
     for name, offset in shard.on_demand.items():
         sums[name] = file_checksum(path, offset, dataset_bytes(file[name]))
+    if shard.foreground is not None:
+        sums[FOREGROUND] = file_checksum(path, shard.foreground[0], dataset_bytes(file[FOREGROUND]))
     texts = {name: read_attribute(path, file, name) for name in TEXTS}
     if read_attribute(path, file, TABLES_ATTR) != tables_checksum(texts, sums):
         raise VolumeFileError(f"{path}: its tables are not those it was packed with; copy or pack it again")

@@ -3,10 +3,9 @@
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self
@@ -16,13 +15,14 @@ from numpy.typing import NDArray
 
 from datasets.layout import VolumeFile
 from datasets.order import Stream, random_bits, uniforms
-from datasets.patches import Patches
+from datasets.patches import Patches, Places
 from datasets.reading import BadSample, Reader, check_sample, check_whole
 from datasets.ring import Ring, Slot
 from datasets.sampling import Share
+from datasets.threads import Job, Threads
 
 _LOG = logging.getLogger(__name__)
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 21
 """a batch is cut into parts of at least this size, which threads read at the same time"""
 REPLACEMENTS = 16
 """Samples that are tried in place of a bad one before it ends the iteration after all."""
@@ -53,7 +53,10 @@ class Work:
     share: Share
     samples: NDArray[np.int64]
     """(B,) sample numbers; those of replacements, where a sample was bad"""
-    futures: list[Future[None]] = field(default_factory=list)
+    places: Places | None
+    """of the patches of `share`"""
+    jobs: Sequence[Job] = ()
+    """that fill it"""
     skipped: list[tuple[int, int, str]] = field(default_factory=list)
     """(row, sample, reason)"""
 
@@ -61,14 +64,18 @@ class Work:
 class Prefetch:
     """A context manager that joins its threads; with `threads` 0 the calling thread reads."""
 
-    def __init__(self, reading: Reading, ring: Ring, shares: Iterator[Share], threads: int, rows: int) -> None:
-        self._reading, self._ring, self._coming = reading, ring, shares
+    def __init__(
+        self, reading: Reading, reader: Reader, ring: Ring, shares: Iterator[Share], threads: int, rows: int
+    ) -> None:
+        self._reading, self._reader, self._ring = reading, reader, ring
+        self._coming: Iterator[tuple[Share, Places | None]] = ((share, None) for share in shares)
+        if reading.patches is not None:
+            self._coming = reading.patches.planned(reading.epoch, shares)
         self._pending: deque[Work] = deque()
         self._checked = _chosen_for_check(reading)
-        self._reader = Reader(reading.volumes)
         self._pieces = max(1, min(threads, rows, rows * ring.sample_bytes // PIECE_BYTES))
         self._depth = 2 + -(-threads // self._pieces)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="loader") if threads else None
+        self._threads = Threads(threads, "loader") if threads else None
         self.waited = 0.0
         """seconds spent waiting in `next`"""
         self.skipped: list[tuple[int, str]] = []
@@ -80,28 +87,27 @@ class Prefetch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pool:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-        self._reader.close()
+        if self._threads:
+            self._threads.join()
         for work in self._pending:
             work.slot.busy = False
 
     @property
     def ready(self) -> bool:
         """Whether `next` would return at once."""
-        return bool(self._pending) and all(future.done() for future in self._pending[0].futures)
+        return bool(self._pending) and all(job.done for job in self._pending[0].jobs)
 
     def next(self) -> Work | None:
         """The next slot, filled; None after the last."""
         started = time.monotonic()
-        while len(self._pending) < self._depth and (share := next(self._coming, None)) is not None:
-            self._pending.append(self._start(share))
+        while len(self._pending) < self._depth and (coming := next(self._coming, None)) is not None:
+            self._pending.append(self._start(*coming))
         if not self._pending:
             return None
         work = self._pending[0]
         try:
-            for future in work.futures:
-                future.result()
+            for job in work.jobs:
+                job.wait()
         finally:
             self.waited += time.monotonic() - started
         self._pending.popleft()
@@ -117,9 +123,9 @@ class Prefetch:
         step, row = divmod(place, reading.batch_size)
         return bool(foreground_rows(reading.seed, reading.epoch, step, reading.batch_size, reading.foreground)[row])
 
-    def _start(self, share: Share) -> Work:
-        work = Work(self._ring.acquire(spare=self._depth), share, share.samples.copy())
-        if self._pool is None:
+    def _start(self, share: Share, places: Places | None) -> Work:
+        work = Work(self._ring.acquire(spare=self._depth), share, share.samples.copy(), places)
+        if self._threads is None:
             try:
                 self._read(work, 0, len(share.samples))
             except BaseException:
@@ -127,9 +133,8 @@ class Prefetch:
                 raise
             return work
         edges = [len(share.samples) * piece // self._pieces for piece in range(self._pieces + 1)]
-        work.futures = [
-            self._pool.submit(self._read, work, first, last) for first, last in pairwise(edges) if last > first
-        ]
+        pieces = (partial(self._read, work, *edge) for edge in pairwise(edges) if edge[1] > edge[0])
+        work.jobs = [self._threads.submit(piece) for piece in pieces]
         return work
 
     def _read(self, work: Work, first: int, last: int) -> None:
@@ -165,10 +170,17 @@ class Prefetch:
         view = int(work.share.views[row])
         if self._checked[sample] and view == 0:
             check_whole(volumes, self._reader, sample)
+        self._reader.read_patch(sample, self._start_of(patches, work, row, sample), patches.size, inputs, target)
+
+    def _start_of(self, patches: Patches, work: Work, row: int, sample: int) -> Sequence[int]:
+        assert work.places is not None
         foreground = self._is_foreground(int(work.share.places[row]))
-        key = sample + view * len(volumes)
-        start = patches.start(self._reader, self._reading.epoch, sample, key, foreground)
-        self._reader.read_patch(sample, start, patches.size, inputs, target)
+        if sample != work.share.samples[row]:
+            key = sample + int(work.share.views[row]) * len(self._reading.volumes)
+            return patches.start(self._reader, self._reading.epoch, sample, key, foreground)
+        if foreground:
+            return patches.about_foreground(self._reader, sample, work.places.draws[row])
+        return work.places.starts[row]
 
 
 def _own_part(

@@ -5,7 +5,7 @@ OSError that names the file and the sample; `BadSample` when only this one canno
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from datasets.chunks import Stored
 from datasets.layout import OFFSETS, SHAPES, Shard, VolumeFile, sample_checksum
-from datasets.stored import Array, Box, Chunked, CutShort, OpenFile, Plain, Scratch, bytes_of
+from datasets.stored import Array, Chunked, CutShort, OpenFile, Plain, Scratch, bytes_of
 
 
 class BadSample(OSError):
@@ -60,28 +60,25 @@ class Reader:
             raise ValueError(f"{self._volumes.paths[number]} holds no label maps")
         self._named(sample, lambda: maps.read(row, target))
 
+    def check(self) -> None:
+        """Raises OSError where a file is gone, or was exchanged since it was opened."""
+        for file in self._files:
+            file.check()
+
     def read_patch(
-        self, sample: int, start: tuple[int, ...], size: tuple[int, ...], inputs: memoryview, target: memoryview | None
+        self, sample: int, start: Sequence[int], size: tuple[int, ...], inputs: memoryview, target: memoryview | None
     ) -> None:
         """Fill `inputs` (C, *size) and `target` (*size) with the box of all channels whose first voxel is `start`.
 
         Voxels outside of the volume repeat the nearest edge voxel, in inputs and label maps alike.
         """
-        volumes = self._volumes
-        number, row = volumes.locate(sample)
-        channels, *extent = volumes.sample_shape(sample)
-        box = Box(start, size, tuple(extent))
+        number, row = self._volumes.locate(sample)
 
         def fill() -> None:
             images, maps = self._arrays[number]
-            parts: list[tuple[Array, NDArray[Any]]] = [
-                (images, np.frombuffer(inputs, volumes.dtype).reshape(channels, *size))
-            ]
+            images.read_box(row, start, size, inputs)
             if target is not None and maps is not None:
-                parts.append((maps, np.frombuffer(target, np.uint8).reshape(1, *size)))
-            for array, out in parts:
-                array.read_box(row, box, out)
-                box.repeat_edges(out)
+                maps.read_box(row, start, size, target)
 
         self._named(sample, fill)
 

@@ -175,6 +175,12 @@ def class_weights(volumes: VolumeFile, weights: dict[str, float]) -> NDArray[np.
         raise ValueError(f"weights: there is no class {unknown[0]!r}; classes are {', '.join(volumes.class_names)}")
     by_class = np.array([weights.get(name, 1.0) for name in volumes.class_names])
     targets = volumes.targets
+    own = targets[volumes.indices("train")]
+    counts = own.sum(axis=0) if own.ndim > 1 else np.bincount(own, minlength=len(by_class))
+    absent = [name for name, count in zip(volumes.class_names, counts.tolist(), strict=True) if not count]
+    if idle := [name for name in weights if name in absent]:
+        there = ", ".join(name for name in volumes.class_names if name not in absent)
+        raise ValueError(f"weights: no training sample is of {', '.join(idle)}; classes with samples are {there}")
     if targets.ndim > 1:
         return np.where(targets.any(axis=1), np.where(targets != 0, by_class, 0.0).max(axis=1), 1.0)
     chosen: NDArray[np.float64] = by_class[targets]

@@ -82,6 +82,8 @@ def stage(
             if not _is_whole(folder, volumes) and _alone(lock) and _is_current(lock, folder):
                 _copy(volumes, folder, stopped)
                 fcntl.flock(lock, fcntl.LOCK_SH)
+            elif _is_whole(folder, volumes):
+                _compare(volumes, folder)
             if _is_current(lock, folder) and _is_whole(folder, volumes):
                 return Staged(_copies(volumes, folder), folder, lock)
         except BaseException:
@@ -127,7 +129,10 @@ def _lock_path(folder: Path) -> Path:
 
 
 def _open_lock(folder: Path) -> int:
-    return os.open(_lock_path(folder), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        return os.open(_lock_path(folder), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StagingError(f"data.stage: {_lock_path(folder)} is no lock ({error.strerror}): remove it") from error
 
 
 def _alone(lock: int) -> bool:
@@ -159,7 +164,7 @@ def _remove_stale(base: Path, own: Path) -> None:
     """Copies whose readers were all killed."""
     for path in base.glob("*.lock"):
         if path != _lock_path(own):
-            with suppress(FileNotFoundError):
+            with suppress(OSError):  # gone meanwhile, or no lock of ours
                 _remove_unused(path.with_suffix(""), os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC))
 
 

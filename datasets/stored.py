@@ -8,7 +8,10 @@ import math
 import mmap
 import os
 import threading
+import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
+from functools import lru_cache
 from itertools import product
 from operator import sub
 from typing import Any, Protocol
@@ -19,6 +22,7 @@ from numpy.typing import NDArray
 from datasets import codecs
 from datasets.chunks import Chunks
 from datasets.layout import Shard
+from datasets.trust import file_identity
 
 DECODED_SAMPLES = 2
 """Decoded samples that each thread keeps, where a patch can only be had by decoding the whole sample."""
@@ -31,7 +35,7 @@ class CutShort(OSError):
 class Box:
     """A box of `size` voxels from `start` on; outside of a volume the nearest voxel of its edge is repeated."""
 
-    def __init__(self, start: tuple[int, ...], size: tuple[int, ...], extent: tuple[int, ...]) -> None:
+    def __init__(self, start: Sequence[int], size: tuple[int, ...], extent: Sequence[int]) -> None:
         parts = [_inside(*axis) for axis in zip(start, size, extent, strict=True)]
         self.low, self.high, self._before = (tuple(part[k] for part in parts) for k in range(3))
         """The voxels low..high of the volume are the box's own."""
@@ -67,12 +71,19 @@ class OpenFile:
     def __init__(self, shard: Shard) -> None:
         self.path = shard.path
         self._descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        self._closing = weakref.finalize(self, os.close, self._descriptor)
         self._bytes: NDArray[np.uint8] | None = None
-        status = os.fstat(self._descriptor)
-        if (status.st_ino, status.st_size, status.st_mtime_ns) != shard.identity:
+        self._identity = shard.identity
+        self._compare(os.fstat(self._descriptor))
+
+    def check(self) -> None:
+        """Raises OSError where the path is gone, or is another file by now."""
+        self._compare(self.path.stat())
+
+    def _compare(self, status: os.stat_result) -> None:
+        if file_identity(status) != self._identity:
             self.close()
-            raise OSError(f"{shard.path} was exchanged since it was opened ({status.st_size} bytes now); start again")
-        self._size = status.st_size
+            raise OSError(f"{self.path} was exchanged since it was opened ({status.st_size} bytes now); start again")
 
     def fill(self, buffer: memoryview, offset: int) -> None:
         """Read the bytes from `offset` on. Raises CutShort, OSError."""
@@ -89,16 +100,16 @@ class OpenFile:
         A page that is gone from the file ends the process (SIGBUS), so its size is looked at each time; what is cut
         off between this look and the copy, or cannot be read (EIO), is not caught.
         """
-        if os.fstat(self._descriptor).st_size < self._size:
-            raise CutShort(f"it ends at byte {os.fstat(self._descriptor).st_size}")
+        size = os.fstat(self._descriptor).st_size
+        if size < self._identity[1]:
+            raise CutShort(f"it ends at byte {size}")
         if self._bytes is None:
             self._bytes = np.frombuffer(mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ), np.uint8)
         return self._bytes
 
     def close(self) -> None:
         self._bytes = None
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
+        self._closing()
         self._descriptor = -1
 
 
@@ -122,8 +133,8 @@ class Array(Protocol):
     def read(self, row: int, buffer: memoryview) -> None:
         """All bytes of one sample. Raises CutShort, OSError, ValueError (bytes that do not decode)."""
 
-    def read_box(self, row: int, box: Box, out: NDArray[Any]) -> None:
-        """Fill the inner part of `out` (C, *size)."""
+    def read_box(self, row: int, start: Sequence[int], size: tuple[int, ...], buffer: memoryview) -> None:
+        """All channels of `size` voxels from `start` on, in or out of the sample: (C, *size). Raises as `read`."""
 
 
 class Plain:
@@ -134,14 +145,33 @@ class Plain:
     ) -> None:
         """`starts` (N,): offsets in the file; `shapes` (N, 1 + spatial axes), a broadcast row where all are alike."""
         self._file, self._starts, self._shapes, self._dtype = file, starts, shapes, dtype
+        self._alike = tuple(shapes[0].tolist()) if len(shapes) and not shapes.strides[0] else None
 
     def read(self, row: int, buffer: memoryview) -> None:
         self._file.fill(buffer, int(self._starts[row]))
 
-    def read_box(self, row: int, box: Box, out: NDArray[Any]) -> None:
-        start, shape = int(self._starts[row]), tuple(self._shapes[row].tolist())
-        volume = np.ndarray(shape, self._dtype, self._file.mapped(), start)
+    def read_box(self, row: int, start: Sequence[int], size: tuple[int, ...], buffer: memoryview) -> None:
+        offset, shape = int(self._starts[row]), self._alike or tuple(self._shapes[row].tolist())
+        channels, *extent = shape
+        if all(0 <= a <= most - n for a, n, most in zip(start, size, extent, strict=True)):
+            self._copy_lines(offset, extent, start, (channels, *size), buffer)
+            return
+        volume = np.ndarray(shape, self._dtype, self._file.mapped(), offset)
+        box, out = Box(start, size, extent), np.frombuffer(buffer, self._dtype).reshape(channels, *size)
         box.inner(out)[...] = volume[(slice(None), *map(slice, box.low, box.high))]
+        box.repeat_edges(out)
+
+    def _copy_lines(
+        self, offset: int, extent: list[int], start: Sequence[int], size: tuple[int, ...], buffer: memoryview
+    ) -> None:
+        """A box within a volume, by lines along its last axis: for NumPy, one number each."""
+        stride, strides = self._dtype.itemsize, []
+        for first, most in zip(reversed(start), reversed(extent), strict=True):
+            strides.append(stride)
+            offset, stride = offset + first * stride, stride * most
+        line, shape = _line(size[-1] * self._dtype.itemsize), size[:-1]
+        volume = np.ndarray(shape, line, self._file.mapped(), offset, (stride, *strides[:0:-1]))
+        np.copyto(np.ndarray(shape, line, buffer), volume)
 
 
 class Chunked:
@@ -162,14 +192,20 @@ class Chunked:
             self._decode(row, 0, buffer)
             return
         spatial = self._shape[1:]
-        whole = Box((0,) * len(spatial), spatial, spatial)
-        self.read_box(row, whole, np.frombuffer(buffer, self._dtype).reshape(self._shape))
+        self.read_box(row, (0,) * len(spatial), spatial, buffer)
 
-    def read_box(self, row: int, box: Box, out: NDArray[Any]) -> None:
+    def read_box(self, row: int, start: Sequence[int], size: tuple[int, ...], buffer: memoryview) -> None:
+        box = Box(start, size, self._shape[1:])
+        out = np.frombuffer(buffer, self._dtype).reshape(self._shape[0], *size)
         if self._chunk_shape == self._shape:
             box.inner(out)[...] = self._sample(row)[(slice(None), *map(slice, box.low, box.high))]
-            return
-        inner, sizes = box.inner(out), self._chunk_shape[1:]
+        else:
+            self._gather(row, box, box.inner(out))
+        box.repeat_edges(out)
+
+    def _gather(self, row: int, box: Box, inner: NDArray[Any]) -> None:
+        """Fill `inner` from all chunks that the box touches."""
+        sizes = self._chunk_shape[1:]
         touched = [
             range(low // size, -(-high // size)) for low, high, size in zip(box.low, box.high, sizes, strict=True)
         ]
@@ -203,6 +239,11 @@ class Chunked:
         source = bytes_of(self._scratch.buffer("stored", self._stored_bytes)[:size])
         self._file.fill(source, offset)
         codecs.decode(self._chunks.codec, source, target, self._dtype.itemsize)
+
+
+@lru_cache
+def _line(size: int) -> np.dtype[np.void]:
+    return np.dtype((np.void, size))
 
 
 def bytes_of(array: NDArray[Any]) -> memoryview:

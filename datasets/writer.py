@@ -48,6 +48,7 @@ class VolumeWriter:
         codec: str | None = None,
         foreground: ArrayLike | None = None,
     ) -> None:
+        _check_arguments(shape, dtype, num_samples, class_names)
         self.path, self.class_names = Path(path), tuple(class_names)
         layout.check_classes(task, self.class_names)
         self._facts: dict[str, Any] = {"packing": packing, "source": source, "orientation": orientation}
@@ -102,7 +103,7 @@ class VolumeWriter:
         row = {
             layout.IDS: id,
             layout.GROUPS: id if group is None else group,
-            layout.SPLIT: SPLITS.index(split),
+            layout.SPLIT: _split_number(split, id),
             layout.AFFINE: np.eye(4) if affine is None else affine,
             layout.SOURCE_SHAPE: stored.shape[1:] if source_shape is None else source_shape,
             layout.SCALE: np.broadcast_to(scale, len(stored)),
@@ -237,3 +238,24 @@ def require_replaceable(path: Path) -> None:
         raise ValueError(
             f"{path} exists and is not an HDF5 file, so it is not replaced; give another name or remove it"
         )
+
+
+def _split_number(split: str, id: str) -> int:
+    if split not in SPLITS:
+        raise ValueError(f"sample {id!r}: split {split!r} is unknown; use {', '.join(SPLITS)}")
+    return SPLITS.index(split)
+
+
+def _check_arguments(shape: Any, dtype: Any, num_samples: Any, class_names: Any) -> None:
+    """ValueError for what is not of the right kind at all."""
+    sizes = shape if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
+    if shape is not None and not (sizes and all(isinstance(size, (int, np.integer)) for size in sizes)):
+        raise ValueError(f"shape {shape!r} is no list of whole numbers; give (channels, *spatial), or None: ragged")
+    if not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
+        raise ValueError(f"num_samples {num_samples!r} must be a whole number of 1 or more")
+    if not isinstance(class_names, Sequence) or not all(isinstance(name, str) for name in class_names):
+        raise ValueError(f"class_names {class_names!r} is no list of names; give for example ['benign', 'malignant']")
+    try:
+        np.dtype(dtype)
+    except TypeError:
+        raise ValueError(f"dtype {dtype!r} is unknown; use {', '.join(layout.INPUT_DTYPES)}") from None

@@ -5,6 +5,7 @@ runs/drill-<name>-<id>/ is a folder of runs of its own, which `hpc ls` does not 
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import secrets
@@ -42,6 +43,7 @@ from hpc.experiment import load
 from hpc.plan import Plan
 from hpc.preflight import Findings
 from hpc.rundir import RunDir, write_json
+from hpc.training import Train
 
 _WAYS = ("undisturbed", "stopped", "killed")
 _LOOK_S = 1.0
@@ -53,8 +55,9 @@ _SPARE = 3
 _OURS = ("name", "train.epochs", "train.limit_steps", "train.ledger", "launch.budgets.crash")
 _COPIES = 2
 """Checkpoints beside those that are kept: the best, and the one that is being written."""
-_BYTES = {"adam": 12, "adamw": 12, "sgd": 8}
-"""Of a checkpoint for each parameter: the weight and what the optimizer knows of it."""
+_MOMENTS = {"sgd": 4}
+_WEIGHT, _MOST_MOMENTS = 4, 8
+"""Bytes of a checkpoint for each parameter: the weight, and what the optimizer knows of it (Adam's two)."""
 _END_S = 60.0
 
 
@@ -110,7 +113,17 @@ def _length(whole: Plan, findings: Findings, steps: int) -> list[str]:
     batch, samples = whole.experiment.data.batch_size, _number(findings, r"^data: .* ([\d,]+) train")
     limit = max(1, steps // 2)
     epoch = limit if samples is None else min(limit, max(1, samples // batch))
-    return [f"train.epochs={-(-steps // epoch)}", f"train.limit_steps={limit}"]
+    return [*_epochs(whole.experiment.train, -(-steps // epoch)), f"train.limit_steps={limit}"]
+
+
+def _epochs(train: Train, epochs: int) -> list[str]:
+    """The overrides for so many epochs, at least one in each stage; nothing ends them early."""
+    stages = [stage.model_dump(mode="json") for stage in train.stages]
+    for number, stage in enumerate(stages):
+        stage["epochs"] = max(1, (epochs + number) // len(stages))
+    total = sum(stage["epochs"] for stage in stages) if stages else epochs
+    staged = [f"train.stages={json.dumps(stages)}"] if stages else []
+    return [*staged, f"train.epochs={total}", *(["train.early_stopping=null"] if train.early_stopping else [])]
 
 
 def _number(findings: Findings, pattern: str) -> int | None:
@@ -125,7 +138,7 @@ def _check_space(whole: Plan, findings: Findings, runs: Path) -> None:
     if parameters is None:
         return
     train = whole.experiment.train
-    needed = len(_WAYS) * (train.keep + _COPIES) * parameters * _BYTES[train.optimizer.name]
+    needed = len(_WAYS) * (train.keep + _COPIES) * parameters * _bytes(train)
     there = next(path for path in (runs, *runs.parents) if path.is_dir())
     free = shutil.disk_usage(there).free
     if free < needed:
@@ -133,6 +146,12 @@ def _check_space(whole: Plan, findings: Findings, runs: Path) -> None:
             f"{there}: {free / 1e9:.2g} GB are free, and the checkpoints of three runs may take {needed / 1e9:.2g} GB: "
             f"choose another folder with --runs or HPC_RUNS"
         )
+
+
+def _bytes(train: Train) -> int:
+    """Of a checkpoint, for each parameter."""
+    weights = _WEIGHT * (2 if train.ema else 1)
+    return weights + _MOMENTS.get(train.optimizer.name, _MOST_MOMENTS)
 
 
 def _rules(planned: Plan, cluster: str, own_every_s: float) -> Rules:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
-from hpc import yamlfile
+from hpc import recipes, yamlfile
 from hpc.errors import UserError, nearest
 from hpc.metrics import DEFAULT_MONITOR, DIRECTIONS
 from hpc.settings import Data, Duration, Launch, Model, Section
@@ -34,9 +34,10 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _check_task(self) -> Experiment:
         self.train.loss.of_task(self.task)
-        if self.monitor not in DIRECTIONS[self.task]:
-            names = nearest(self.monitor, DIRECTIONS[self.task])
-            raise ValueError(f"train.monitor {self.monitor} is no metric of task {self.task}; {names}")
+        for key, metric in {"train.monitor": self.monitor, **self.train.metrics()}.items():
+            if metric not in DIRECTIONS[self.task]:
+                names = nearest(metric, DIRECTIONS[self.task])
+                raise ValueError(f"{key} {metric} is no metric of task {self.task}; {names}")
         return self
 
     @property
@@ -113,19 +114,30 @@ def _sentence(fault: Any) -> str:
 
 
 def _section(loc: tuple[Any, ...]) -> type[BaseModel]:
+    """The section at this place: of a list (train.stages.0) that of its items."""
     section: type[BaseModel] = Experiment
     for key in loc:
-        section = section.model_fields[key].annotation  # type: ignore[assignment]
+        if isinstance(key, str):
+            kind = section.model_fields[key].annotation
+            found = [one for one in (kind, *get_args(kind)) if isinstance(one, type) and issubclass(one, BaseModel)]
+            section = found[0]
     return section
 
 
 class Source:
     """An experiment's file and its base, read once; any number of variants are resolved from it."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises UserError."""
-        self._path = path
-        self._values, base = _read_layers(path, ())
+    def __init__(self, path: Path, tiny: bool = False) -> None:
+        """`path`: a file, or the name of a recipe; `tiny`: its tiny form. Raises UserError."""
+        self._path = path = recipes.find(str(path), Path()) or path
+        self._values, base, files = _read_layers(path, ())
+        if tiny:
+            base = self._values
+            for form in recipes.tiny_form(files):
+                change = yamlfile.read(form)
+                _resolve_paths(change, Path.cwd())
+                self._values = _merge(self._values, change)
+            self._values["name"] = f"{base.get('name')}-tiny"
         reference = base if base is not None else self._values
         self._before = flatten(validate(reference, str(path)).as_dict()) if _complete(reference) else {}
 
@@ -147,9 +159,9 @@ class Source:
         return experiment, {key: after.get(key) for key in keys if after.get(key) != before.get(key)}
 
 
-def load(path: Path, overrides: Sequence[str] | None = None) -> tuple[Experiment, dict[str, Any]]:
-    """The resolved experiment of a YAML file, and its delta. Raises UserError."""
-    return Source(path).resolve(overrides or ())
+def load(path: Path, overrides: Sequence[str] | None = None, tiny: bool = False) -> tuple[Experiment, dict[str, Any]]:
+    """The resolved experiment of a YAML file or recipe, and its delta. Raises UserError."""
+    return Source(path, tiny).resolve(overrides or ())
 
 
 def _complete(values: dict[str, Any]) -> bool:
@@ -157,19 +169,24 @@ def _complete(values: dict[str, Any]) -> bool:
     return all(key in values for key in ("name", "model", "data"))
 
 
-def _read_layers(path: Path, above: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+_Layers = tuple[dict[str, Any], dict[str, Any] | None, list[Path]]
+"""All values of a file, those of its base, and the files: itself, its base, the base of that ..."""
+
+
+def _read_layers(path: Path, above: tuple[Path, ...]) -> _Layers:
     path = path.resolve()
     if path in above:
         raise UserError(f"{path}: base: goes in a circle: {' -> '.join(p.name for p in (*above, path))}")
     values = yamlfile.read(path)
     base_name = values.pop("base", None)
-    _resolve_paths(values, path.parent)
+    _resolve_paths(values, Path.cwd() if recipes.ours(path) else path.parent)
     if base_name is None:
-        return _merge(values, {}), None
+        return _merge(values, {}), None, [path]
     if not isinstance(base_name, str):
-        raise UserError(f"{path}: base: must be the path of another experiment (got {base_name!r})")
-    base, _ = _read_layers(Path(_absolute(path.parent, base_name)), (*above, path))
-    return _merge(base, values), base
+        raise UserError(f"{path}: base: must be a recipe or the path of another experiment (got {base_name!r})")
+    below = recipes.find(base_name, path.parent) or Path(_absolute(path.parent, base_name))
+    base, _, files = _read_layers(below, (*above, path))
+    return _merge(base, values), base, [path, *files]
 
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from hpc import slurm
 from hpc.attempt import record_submission, same_process
 from hpc.errors import UserError
+from hpc.metrics import lower_is_better
 from hpc.records import Reader, Records
 from hpc.rundir import RunDir, all_runs, find_run, write_json
 from hpc.states import Place, state_of
@@ -296,7 +297,7 @@ def _seen(
         steps=int(told.state.get("steps") or 0),
         monitor=monitor,
         best=float(value) if isinstance(value, int | float) else None,
-        direction=str(told.result.get("direction") or ("min" if "loss" in monitor else "max")),
+        direction=str(told.result.get("direction") or ("min" if lower_is_better(monitor) else "max")),
         age_s=time.time() - float(told.state.get("time") or told.submitted or told.made),
     )
     return Seen(run, told, place.info, accounted, status, place.elsewhere)

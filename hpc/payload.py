@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import distributions
 from pathlib import Path
+from typing import TextIO
 
 import hpc
 import slurm_templates
@@ -40,10 +41,11 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
 
 
-def child(module: str, arguments: Sequence[str], text: str | None = None) -> int:
-    """Run `python -m MODULE ARGUMENTS` from the root, its output ours; the exit code."""
+def child(module: str, arguments: Sequence[str], text: str | None = None, output: TextIO | None = None) -> int:
+    """Run `python -m MODULE ARGUMENTS` from the root, its output ours, or all of it `output`'s; the exit code."""
     command = [sys.executable, "-m", module, *arguments]
-    return subprocess.run(command, env=environment(root()), input=text, text=True, check=False).returncode
+    environ = environment(root())
+    return subprocess.run(command, env=environ, input=text, text=True, stdout=output, check=False).returncode
 
 
 def ask(module: str, arguments: Sequence[str], text: str) -> subprocess.CompletedProcess[str]:

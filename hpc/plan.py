@@ -38,9 +38,9 @@ class Plan:
     script: str
 
 
-def make(file: Path, overrides: list[str], runs: Path) -> Plan:
-    """Resolve the experiment and render its script. Raises UserError."""
-    experiment, delta = load(file, overrides)
+def make(file: Path, overrides: list[str], runs: Path, tiny: bool = False) -> Plan:
+    """Resolve the experiment (`tiny`: a recipe's tiny form) and render its script. Raises UserError."""
+    experiment, delta = load(file, overrides, tiny)
     instance = instances.find(experiment.launch.instance)
     return _place(experiment, delta, instance, runs)
 

@@ -24,6 +24,7 @@ class RunDir:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).resolve()
         self.experiment = self.path / "experiment.yaml"
+        self.data = self.path / "data.json"
         self.delta = self.path / "delta.yaml"
         self.step = self.path / "step.yaml"
         self.script = self.path / "job.sbatch"
@@ -72,8 +73,8 @@ class RunDir:
     def figure(self, name: str) -> Path:
         return self.figures / f"{name}.png"
 
-    def prediction(self, split: str) -> Path:
-        return self.predictions / f"{split}.npz"
+    def prediction(self, split: str, suffix: str = ".npz") -> Path:
+        return self.predictions / f"{split}{suffix}"
 
     def event(self, kind: str, writer: str, generation: int = 0, **fields: Any) -> None:
         """Append one line to this writer's own event file (one writer per file; generation 0 is the login node)."""

@@ -53,12 +53,19 @@ class SweepPlan:
     """Text of each chunk."""
 
 
-def make(file: Path, axes: Sequence[str], runs: Path, zipped: bool = False, parallel: int | None = None) -> SweepPlan:
+def make(
+    file: Path,
+    axes: Sequence[str],
+    runs: Path,
+    zipped: bool = False,
+    parallel: int | None = None,
+    tiny: bool = False,
+) -> SweepPlan:
     """Resolve every row, choose the cluster, and render the chunks' scripts. Raises UserError."""
     values = dict(parse_axis(axis) for axis in axes)
     if len(values) < len(axes):
         raise UserError(f"an axis stands twice in: {' '.join(axes)}")
-    source = Source(file)
+    source = Source(file, tiny)
     variants = [_variant(source, overrides) for overrides in combine(values, zipped)]
     rows, left_out = _place(variants, runs)
     if not rows:

@@ -1,4 +1,4 @@
-"""What an experiment's file says of its training: optimizer, learning rate, loss and the loop, as typed data."""
+"""What an experiment's file says of its training: loss and loop, as typed data; hpc/optimisation.py has the rest."""
 
 from __future__ import annotations
 
@@ -6,44 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from hpc.optimisation import EarlyStopping, Ema, Optimizer, Scheduler, Stage
 from hpc.settings import Duration, Positive, Section
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Optimizer(Section):
-    """torch.optim's Adam, AdamW or SGD (with Nesterov momentum)."""
-
-    name: Literal["adam", "adamw", "sgd"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-
-    @model_validator(mode="after")
-    def _check(self) -> Optimizer:
-        self._refuse_idle(self.name, {"betas": {"adam", "adamw"}, "momentum": {"sgd"}})
-        return self
-
-
-class Scheduler(Section):
-    """The learning rate as a function of the step alone (jobs/optimize.py)."""
-
-    name: Literal["constant", "cosine", "exponential", "one_cycle"] = "constant"
-    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    """Linear rise from 0."""
-    final: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Last rate as a share of the highest."""
-    gamma: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Factor of one epoch."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Scheduler:
-        warm = {"constant", "cosine", "exponential"}
-        idle = {"final": {"cosine", "one_cycle"}, "gamma": {"exponential"}, "warmup_epochs": warm}
-        self._refuse_idle(self.name, idle)
-        return self
-
 
 LOSSES: dict[str, dict[str, set[str]]] = {
     "classification": {"cross_entropy": {"class_weights", "label_smoothing"}, "focal": {"class_weights", "gamma"}},
@@ -112,6 +76,7 @@ class Loss(Section):
 
 class Train(Section):
     epochs: Positive = 10
+    """With stages: the sum of theirs."""
     limit_steps: Positive | None = None
     """At most so many steps of each epoch, and batches of its validation: for a short try."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -122,6 +87,10 @@ class Train(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     optimizer: Optimizer = Optimizer()
     scheduler: Scheduler = Scheduler()
+    stages: tuple[Stage, ...] = ()
+    """One after another, each with an optimizer of its own; empty: the whole run is one."""
+    ema: Ema | None = None
+    early_stopping: EarlyStopping | None = None
     loss: Loss = Loss()
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     accumulate: Positive = 1
@@ -141,10 +110,28 @@ class Train(Section):
     """Epochs: the checkpoint at the end of each such epoch is kept for good; 0 for none."""
     hang_after: Duration = 60
     """A rank silent for longer than this and ten times its slow steps (their 99th percentile) is ended as hung."""
+    figures: Literal["all", "few"] = "all"
+    """few: of the best evaluation its confusion matrix and the curves alone, for sweeps of many short runs."""
     ledger: bool = False
     """Record what each step did (samples, pixels, loss, weights), to compare runs step by step: see hpc drill."""
 
     @model_validator(mode="after")
     def _check(self) -> Train:
         self._refuse_idle(self.deterministic, {"virtual_ranks": {"layout"}})
+        self._sum_epochs()
         return self
+
+    def metrics(self) -> dict[str, str]:
+        """Those that the rate and the end of the run follow, by their keys in the file."""
+        named = {"train.scheduler": self.scheduler.metric}
+        named |= {f"train.stages.{n}.scheduler": s.scheduler.metric for n, s in enumerate(self.stages) if s.scheduler}
+        named["train.early_stopping"] = self.early_stopping.metric if self.early_stopping else None
+        return {f"{key}.metric": metric for key, metric in named.items() if metric is not None}
+
+    def _sum_epochs(self) -> None:
+        if not self.stages:
+            return
+        total = sum(stage.epochs for stage in self.stages)
+        if "epochs" in self.model_fields_set and self.epochs != total:
+            raise ValueError(f"epochs {self.epochs} is not the sum of the stages' ({total}): leave it out")
+        object.__setattr__(self, "epochs", total)

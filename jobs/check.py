@@ -19,6 +19,9 @@ from hpc.experiment import Experiment, load, validate
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir
 
+_MOST_DRAWN = 10**8
+"""Samples of an epoch, views and all: their order is held in memory."""
+
 
 def open_data(experiment: Experiment, files: Sequence[Path] = ()) -> VolumeFile:
     """The data file (`files`: copies of it), compared with the experiment. Raises ValueError or UserError, one line."""
@@ -32,7 +35,8 @@ def open_data(experiment: Experiment, files: Sequence[Path] = ()) -> VolumeFile:
             f"(all of them: 'hpc sweep FILE data.fold=0:{last + 1}')"
         )
     if volumes.task != experiment.task:
-        raise UserError(f"task is {experiment.task}, but {experiment.data.file} was packed for {volumes.task}")
+        there = f"{experiment.data.file} was packed for {volumes.task}"
+        raise UserError(f"task is {experiment.task}, but {there}; write 'task: {volumes.task}', or pack again")
     classes = len(volumes.class_names)
     asked = experiment.model.num_classes
     if asked is not None and asked != classes:
@@ -42,6 +46,12 @@ def open_data(experiment: Experiment, files: Sequence[Path] = ()) -> VolumeFile:
     batch = experiment.data.batch_size
     if len(train) * experiment.data.views < batch:
         raise UserError(f"data.batch_size is {batch}, but the training split has {len(train)} samples")
+    if len(train) * experiment.data.views > _MOST_DRAWN:
+        most = _MOST_DRAWN // len(train)
+        raise UserError(
+            f"data.views {experiment.data.views} makes an epoch of {len(train) * experiment.data.views:,} samples: "
+            f"use {most:,} or less, and more epochs"
+        )
     if not len(validation):
         raise UserError(f"{experiment.data.file} has no validation samples: pack it with --split 70/15/15")
     return volumes

@@ -46,6 +46,8 @@ __all__ = [
 ]
 
 _MODEL, _OPTIMIZER, _STATE, _MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+_TRAINED = "trained.safetensors"
+"""Only where the weights in _MODEL are an average of those that are trained."""
 _FORMAT = 2
 _NAME = re.compile(r"g(\d{3,})-s(\d{8,})")
 _ASIDE, _TRASH = re.compile(r"\.g\d{3,}-s\d{8,}\.\d+"), re.compile(r"\.trash-.+")
@@ -74,8 +76,15 @@ class Checkpoint:
         return int(self.manifest["step"])
 
     def model(self) -> dict[str, Tensor]:
-        """The weights as views of this checkpoint's memory: `load_state_dict` copies them."""
+        """The weights to evaluate, as views of this checkpoint's memory: `load_state_dict` copies them.
+
+        With train.ema they are the average; training goes on from `trained()`.
+        """
         return self._tensors(_MODEL)
+
+    def trained(self) -> dict[str, Tensor]:
+        """The weights that the optimizer has left, as `model` gives its own."""
+        return self._tensors(_TRAINED if _TRAINED in self._contents else _MODEL)
 
     def optimizer(self) -> dict[str, Any]:
         """A state_dict with memory of its own: an optimizer keeps the tensors that it loads."""
@@ -126,16 +135,19 @@ class Snapshot:
         optimizer: Mapping[str, Any],
         state: Mapping[str, Any],
         facts: Mapping[str, Any],
+        trained: Mapping[str, Tensor] | None = None,
     ) -> Snapshot:
         """Copy all of it; the caller may go on changing it. `facts` go into the manifest, `state` beside the weights.
 
-        Raises TypeError for what is neither a tensor nor JSON.
+        `model`: the weights to evaluate; `trained`: those that are trained, where they are others. Raises TypeError for
+        what is neither a tensor nor JSON.
         """
         moments: dict[str, Tensor] = {}
         plain = tensorfile.apart(dict(optimizer), moments)
         self._state = json.dumps({"state": state, "optimizer": plain}).encode()
         self._about = json.loads(json.dumps({"format": _FORMAT, "generation": generation, "step": step, **facts}))
-        self.pages.fill({_MODEL: model, _OPTIMIZER: moments})
+        weights = {_MODEL: model} if trained is None else {_MODEL: model, _TRAINED: trained}
+        self.pages.fill({**weights, _OPTIMIZER: moments})
         self.name, self.step = name_of(generation, step), step
         return self
 
@@ -237,7 +249,8 @@ def _manifest(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
             if manifest.pop("format") != _FORMAT:
                 raise ValueError(f"only format {_FORMAT} is read")
             expected = name_of(int(manifest["generation"]), int(manifest["step"]))
-            files = {name: dict(manifest["files"][name]) for name in (_MODEL, _OPTIMIZER, _STATE)}
+            names = [_MODEL, _OPTIMIZER, _STATE, *([_TRAINED] if _TRAINED in manifest["files"] else [])]
+            files = {name: dict(manifest["files"][name]) for name in names}
             for entry in files.values():
                 blocks = len(range(0, entry["size"], durable.BLOCK))
                 if len(entry["crc32"]) != blocks or not all(isinstance(part, int) for part in entry["crc32"]):

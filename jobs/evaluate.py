@@ -1,116 +1,205 @@
-"""A checkpoint on a split: `python -m jobs.evaluate RUN [--split test] [--checkpoint best|last|NAME]`."""
+"""`hpc evaluate`: trained networks on labelled samples. Alone: `python -m jobs.evaluate RUN... [--split test]`.
+
+One run as it is, several as an ensemble; the folds of a cross-validation score each sample by those that have not seen
+it. Exit code 0: done; 2: bad usage or input; 74: storage.
+"""
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
+import re
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from datasets import Loader
 from datasets.partition import SPLITS
 from hpc.allocation import Allocation
-from hpc.errors import UserError, nearest
+from hpc.errors import UserError
 from hpc.experiment import load
 from hpc.preempt import ExitCode
-from hpc.rundir import RunDir, read_json, write_bytes
-from jobs import checkpoint, figures
+from hpc.rundir import RunDir, write_bytes, write_json
+from jobs import checkpoint
 from jobs.engine import BadNode, choose_device
-from jobs.setup import prepare
-from jobs.tasks import make_task
-from jobs.tasks.contract import Scores, Stored
-from jobs.tasks.counts import Counts, Kept
+from jobs.inference import bootstrap
+from jobs.inference.bootstrap import Intervals
+from jobs.inference.members import Member, load_members
+from jobs.inference.options import add_options, check_options, manner_of
+from jobs.inference.scoring import ALL, Scored, score
+from jobs.inference.tables import scored_arrays, scored_table
+
+_RESAMPLES, _CONFIDENCE = 1000, 0.95
 
 
-def find_checkpoint(run: RunDir, wanted: str) -> checkpoint.Checkpoint:
-    """best, last, or a folder's name; its sums compared. Raises as checkpoint.verify, and UserError."""
-    names = [path.name for path in checkpoint.newest_first(run.checkpoints)]
-    if not names:
-        raise UserError(f"{run.name} has no checkpoint yet; see 'hpc show {run.name}'")
-    known = read_json(run.result) or read_json(run.state)
-    best = known.get("best", {}).get("checkpoint")
-    name = {"best": best or names[0], "last": names[0]}.get(wanted, wanted)
-    if name not in names:
-        raise UserError(f"--checkpoint {wanted!r}: {nearest(name, ['best', 'last', *names])}")
-    return checkpoint.verify(run.checkpoints / name)
-
-
-def evaluate(run: RunDir, split: str, wanted: str) -> tuple[str, Scores, list[str]]:
-    """Scores of one split, each sample once; writes predictions and figure. Returns the checkpoint's name, too."""
-    experiment, _ = load(run.experiment)
-    parts = prepare(experiment)
-    if not len(parts.volumes.indices(split)):
-        full = [name for name in SPLITS if len(parts.volumes.indices(name))]
-        raise UserError(f"--split {split}: {experiment.data.file} has no such samples; it has {', '.join(full)}")
-    found = find_checkpoint(run, wanted)
-    device = choose_device(experiment.train.device, Allocation.current())
-    model = parts.build_model(experiment.model.name).to(device).eval()
-    model.load_state_dict(found.model())
-    data, bf16 = experiment.data, experiment.train.precision == "bf16"
-    options: dict[str, Any] = {"threads": data.threads, "device": device, "dtype": torch.float32, "verify": 1.0}
-    loader = Loader(parts.volumes, split, data.batch_size, patch=data.patch, shuffle=False, **options)
-    task = make_task(experiment, parts.volumes, device)
-    counts, kept = Counts(task.cells, device), Kept(task)
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        for batch in loader:
-            outputs = model(batch.inputs)
-            losses = task.losses(outputs, batch.targets)
-            counts.add(task, outputs, batch.targets, losses.mean())
-            kept.add(batch.samples, outputs, batch.targets, losses)
-    order, targets, rows, own = (column.numpy() for column in kept.columns())
-    labels = None if experiment.task == "segmentation" else targets
-    stored = Stored(order, labels, rows, own)
-    result = task.scores(counts.cells.cpu().numpy(), counts.total_loss() / counts.samples, counts.samples, stored)
-    volumes, names = parts.volumes, list(parts.volumes.class_names)
-    buffer = io.BytesIO()
-    ids = np.array([str(volumes.ids[sample]) for sample in order])
-    np.savez(buffer, ids=ids, targets=targets, scores=rows, class_names=np.array(names))
-    write_bytes(run.prediction(split), buffer.getvalue())
-    if result.matrix.ndim == 2:
-        majority = result.baseline["accuracy"]
-        title = f"{split}, {found.name}: accuracy {result.metrics()['accuracy']:.3f} (majority {majority:.3f})"
-        write_bytes(
-            run.figure(f"confusion_matrix_{split}"), figures.png(figures.confusion_matrix(result.matrix, names, title))
-        )
-    return found.name, result, names
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="hpc evaluate", description="Evaluate a run's checkpoint on a split.")
-    parser.add_argument("run")
-    parser.add_argument("--split", default="validation", choices=SPLITS)
-    parser.add_argument("--checkpoint", default="best", help="best (default), last, or a folder's name")
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    run = RunDir(options.run)
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
     try:
-        name, scores, _ = evaluate(run, options.split, options.checkpoint)
+        members, found, bounds = _evaluate(options)
+        files = _write(options, members, found, bounds)
     except (UserError, ValueError, BadNode) as error:
         print(error, file=sys.stderr)
         return ExitCode.BAD_INPUT
     except (checkpoint.StorageError, OSError) as error:
         print(error, file=sys.stderr)
         return ExitCode.STORAGE
-    metrics, table = scores.metrics(), scores.per_class()
     if options.json:
-        summary = {"checkpoint": name, "split": options.split, "baseline": scores.baseline, "metrics": metrics}
-        print(json.dumps({**summary, "per_class": table, "confusion_matrix": scores.matrix.tolist()}, indent=1))
+        print(json.dumps(summary(options.split, members, found, bounds), indent=1))
         return ExitCode.DONE
-    print(f"{run.name} {name} on {options.split}: {scores.samples} samples")
-    for key, value in metrics.items():
-        alone = scores.baseline.get(key)
-        print(f"  {key:<20}{value:.4f}" + ("" if alone is None else f"   (commonest class alone {alone:.4f})"))
+    _show(_title(members, options, found), found, bounds)
+    told = [f"{path}\n" for path in files[:3]] + [f"{len(files) - 3} figures in {path.parent}\n" for path in files[3:4]]
+    print("".join(f"  {line}" for line in told) or "  nothing is written of several runs without -o DIR\n", end="")
+    return ExitCode.DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hpc evaluate", description=__doc__.partition("Alone")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="folder of a run; several are an ensemble")
+    add("--split", choices=(*SPLITS, ALL), help="default: validation; with --data: all")
+    add("--data", metavar="FILE.h5", help="another volume file than the training's, packed alike")
+    add("-o", "--out", type=Path, metavar="DIR", help="for predictions and figures (default: the run's own folder)")
+    add_options(parser)
+    add("--bootstrap", type=int, default=_RESAMPLES, metavar="N", help=f"resamples (default: {_RESAMPLES}; 0: none)")
+    add("--confidence", type=float, metavar="SHARE", help=f"of the intervals (default: {_CONFIDENCE})")
+    add("--seed", type=int, help="of the resamples (default: 0)")
+    add("--json", action="store_true")
+    return parser
+
+
+def _evaluate(options: argparse.Namespace) -> tuple[list[Member], Scored, Intervals | None]:
+    """Raises UserError, ValueError, OSError."""
+    _check_bootstrap(options)
+    options.split = options.split or (ALL if options.data else "validation")
+    runs, manner = [RunDir(path) for path in options.runs], manner_of(options)
+    wanted = options.device or load(runs[0].experiment)[0].train.device
+    members = load_members(runs, options.checkpoint, choose_device(wanted, Allocation.current()))
+    check_options(members, options, manner)
+    found = score(members, options.split, manner, options.data)
+    if not options.bootstrap:
+        return members, found, None
+    confidence = _CONFIDENCE if options.confidence is None else options.confidence
+    draws = (options.bootstrap, options.seed or 0, confidence)
+    return members, found, bootstrap.intervals(found.scores.task, found.stored, found.groups, found.counting, *draws)
+
+
+def _check_bootstrap(options: argparse.Namespace) -> None:
+    if options.bootstrap < 0:
+        raise UserError(f"--bootstrap {options.bootstrap} counts resamples; 1000 are usual, 0 for none")
+    if options.bootstrap == 0 and (options.confidence, options.seed) != (None, None):
+        raise UserError("--confidence and --seed have no effect with --bootstrap 0")
+    if options.confidence is not None and not 0 < options.confidence < 1:
+        raise UserError(f"--confidence {options.confidence:g} is a share between 0 and 1, such as 0.95")
+    if options.seed is not None and not 0 <= options.seed < 2**63:
+        raise UserError(f"--seed {options.seed} is out of range; use 0 to 2**63 - 1")
+
+
+def summary(split: str, members: Sequence[Member], found: Scored, bounds: Intervals | None) -> dict[str, Any]:
+    """All that was found, as plain data."""
+    told: dict[str, Any] = {
+        "runs": [{"run": member.run.name, "checkpoint": member.checkpoint} for member in members],
+        "checkpoint": members[0].checkpoint,
+        "split": split,
+        "data": found.volumes.name,
+        "samples": len(found.stored),
+        "notes": list(found.notes),
+        "baseline": found.scores.baseline,
+        "metrics": found.scores.metrics(),
+        "per_class": found.scores.per_class(),
+        "confusion_matrix": found.scores.matrix.tolist(),
+    }
+    told["metrics"] |= _extra(found)
+    if bounds is not None:
+        told["intervals"] = {name: list(pair) for name, pair in bounds.bounds.items()}
+        told["bootstrap"] = {
+            "resamples": bounds.resamples,
+            "units": bounds.units,
+            "of": "groups" if bounds.grouped else "samples",
+            "confidence": bounds.confidence,
+            "seed": bounds.seed,
+            "left_out": list(bounds.left_out),
+        }
+    return told
+
+
+def _extra(found: Scored) -> dict[str, float]:
+    """Of a segmentation the Dice that papers report."""
+    if found.counting is None:
+        return {}
+    return {bootstrap.PER_SAMPLE: bootstrap.per_sample_dice(found.stored, found.counting[1])}
+
+
+def _title(members: Sequence[Member], options: argparse.Namespace, found: Scored) -> str:
+    one = members[0]
+    who = f"{one.run.name} {one.checkpoint}" if len(members) == 1 else f"{len(members)} runs, {one.run.name} ..."
+    return f"{who} on {options.split}: {found.scores.samples} samples"
+
+
+def _show(title: str, found: Scored, bounds: Intervals | None) -> None:
+    print(title)
+    for note in found.notes:
+        print(f"  {note}")
+    if bounds is not None:
+        print(f"  in brackets {bounds.confidence:.4g} intervals: {bounds.resamples} resamples of {bounds.drawn}")
+        if bounds.left_out:
+            print(f"  none for {' and '.join(bounds.left_out)}: too many samples for so many resamples")
+    scores, known = found.scores, bounds.bounds if bounds else {}
+    for key, value in {**scores.metrics(), **_extra(found)}.items():
+        alone, bracket = scores.baseline.get(key), ""
+        if key in known:
+            bracket = "  [{:.4f}, {:.4f}]".format(*known[key])
+        told = "" if alone is None else f"   (commonest class alone {alone:.4f})"
+        print(f"  {key:<20}{value:.4f}{bracket}{told}")
+    _show_classes(scores.per_class())
+
+
+def _show_classes(table: list[dict[str, Any]]) -> None:
+    """The hardest class first."""
     last = "dice" if "dice" in table[0] else "f1"
     print(f"  {'class':<20}{'support':>8}{'precision':>11}{'recall':>9}{last:>9}")
     for row in sorted(table, key=lambda row: float(row["recall"])):
-        own = row[last] if row[last] is not None else float("nan")
+        own = float("nan") if row[last] is None else row[last]
         print(f"  {row['name']:<20}{row['support']:>8}{row['precision']:>11.3f}{row['recall']:>9.3f}{own:>9.3f}")
-    print(f"  {run.figure(f'confusion_matrix_{options.split}')}\n  {run.prediction(options.split)}")
-    return ExitCode.DONE
+
+
+def _write(
+    options: argparse.Namespace, members: Sequence[Member], found: Scored, bounds: Intervals | None
+) -> list[Path]:
+    """Predictions and figures, in the run's own folder or in --out; the paths."""
+    if len(members) > 1 and options.out is None:
+        return []
+    name = options.split if options.data is None else f"{_plain(Path(options.data).stem)}-{options.split}"
+    place = RunDir(options.out) if options.out else members[0].run
+    folders = (options.out, options.out) if options.out else (place.predictions, place.figures)
+    table, arrays, facts = (folders[0] / f"{name}{suffix}" for suffix in (".csv", ".npz", ".json"))
+    write_bytes(arrays, scored_arrays(found))
+    write_bytes(table, scored_table(found))
+    write_json(facts, summary(options.split, members, found, bounds))
+    return [facts, table, arrays, *_draw(folders[1], name, members, found)]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^\w.-]", "_", name)
+
+
+def _draw(folder: Path, name: str, members: Sequence[Member], found: Scored) -> list[Path]:
+    """All figures of the evaluation as FIGURE_NAME.png: what cannot be drawn is left out, and told."""
+    from jobs import figures  # matplotlib: only where something is drawn
+
+    stored, volumes, names = found.stored, found.volumes, list(found.volumes.class_names)
+    maps = found.counting is not None
+
+    def called(sample: int) -> Any:
+        return found.ask(sample).argmax(0).numpy().astype("uint8")
+
+    most = figures.MOST_MAPS if maps else figures.MOST
+    chosen = [figures.spread(stored, len(names), most), figures.worst(stored, most)]
+    shown = figures.Shown(*(figures.read_examples(volumes, stored, some, called if maps else None) for some in chosen))
+    title = f"{name}, {members[0].checkpoint}"
+    made = figures.drawings(volumes.task, found.scores, stored, names, title, shown=shown)
+    for figure, drawn in made.items():
+        write_bytes(folder / f"{figure}_{name}.png", figures.png(drawn))
+    return [folder / f"{figure}_{name}.png" for figure in made]
 
 
 if __name__ == "__main__":

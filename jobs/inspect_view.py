@@ -211,5 +211,5 @@ def _number(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.6g}"
 
 
-def _by(sizes: Sequence[float]) -> str:
-    return "x".join(f"{size:g}" for size in sizes)
+def _by(sizes: Sequence[float | None]) -> str:
+    return "x".join("?" if size is None else f"{size:g}" for size in sizes)

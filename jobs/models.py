@@ -18,7 +18,8 @@ import yaml
 
 from hpc import tables
 from hpc.errors import UserError
-from hpc.training import Optimizer, Train
+from hpc.optimisation import OPTIMIZERS, Optimizer
+from hpc.training import Train
 from hpc.units import gigabytes
 from jobs.memory import Estimate, Step
 from jobs.model_card import Card, batch_within, card
@@ -93,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--classes", type=_positive, default=2, metavar="K", help="width of the logits (2)")
     add("--option", type=_option, action="append", default=[], metavar="k=v", help="of the model")
     add("--layers", action="store_true", help="the parts of the model NAME, too")
-    add("--optimizer", default="adamw", choices=get_args(Optimizer.model_fields["name"].annotation), help="(adamw)")
+    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="(adamw)")
     add("--precision", default="fp32", choices=get_args(Train.model_fields["precision"].annotation), help="(fp32)")
     add("--checkpoint", action="store_true", help="compute activations anew in the backward pass")
     add("--device", default="cuda", choices=("cuda", "cpu"), help="whose allocator and optimizer are counted (cuda)")

@@ -2,11 +2,9 @@
 
     draw_montage(open_volumes("scans.h5"), Path("scans.png"))
 
-Volumes lie as in nibabel and nnU-Net's viewers: the patient's left is on the left, the front on top (RAS, slices along
-the last axis). Images are drawn as they are, row 0 on top.
+Which way up things lie is told in jobs/slices.py.
 """
 
-import colorsys
 import io
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -19,7 +17,9 @@ from datasets.census import has_class, mean_bytes, spacings
 from datasets.layout import VolumeFile
 from datasets.partition import SPLITS
 from datasets.repeats import places
+from jobs.palette import class_colour
 from jobs.sheet import Picture, Row, Sheet
+from jobs.slices import Slice, blend, face, fit, is_colour, level, resize, to_bytes
 
 PER_ROW, MOST_ROWS = 6, 48
 """pictures of a class (with label maps two of a sample, without and with them), and classes"""
@@ -30,10 +30,7 @@ LONG_ID = 24
 MOST_BYTES = 1 << 31
 """read for all pictures together; of large volumes each class shows fewer"""
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-NAN_COLOUR, UNNAMED_COLOUR, OPACITY = (255, 0, 255), (255, 255, 255), 0.5
-
-Slice = NDArray[np.uint8]
-"""(height, width, 3), row 0 on top"""
+UNNAMED_COLOUR = (255, 255, 255)
 
 
 def require_png(path: Path) -> None:
@@ -65,7 +62,7 @@ def draw_montage(
             if report:
                 report(done := done + 1, total)
         drawn.append(Row(name, pictures))
-    legend = [(volumes.class_names[value], _colour(value)) for value in sorted(painter.labels)]
+    legend = [(volumes.class_names[value], class_colour(value)) for value in sorted(painter.labels)]
     buffer = io.BytesIO()
     Sheet(_caption(volumes), drawn, legend, painter.cell).draw().save(buffer, "PNG")
     path.write_bytes(buffer.getvalue())
@@ -97,7 +94,12 @@ def _caption(volumes: VolumeFile) -> list[str]:
     lines = [f"{files[0]}{f' and {len(files) - 1} more' * (len(files) > 1)}: {len(volumes)} samples, {volumes.task}"]
     if volumes.spatial_axes == 3:
         where = "with most label voxels" if volumes.task == "segmentation" else "in the middle"
-        lines.append(f"axial slices {where}; the patient's left is on the left, the front on top")
+        if volumes.orientation == "RAS":
+            lines.append(f"axial slices {where}; the patient's left is on the left, the front on top")
+        else:
+            lines.append(
+                f"slices along the last axis {where}; axes are {volumes.orientation}: first to the right, second up"
+            )
     channels = volumes.channels
     if _is_colour(volumes):
         lines.append("channels 0, 1 and 2 as red, green and blue")
@@ -146,12 +148,12 @@ class Painter:
         maps = volumes.task == "segmentation"
         shown, spacing = inputs[:3] if _is_colour(volumes) else inputs[:1], self._spacings[sample]
         if volumes.spatial_axes == 3:
-            level = _level(target if maps else None, inputs.shape[3])
-            shown, target = _face(shown[..., level]), _face(target[..., level]) if maps else target
+            number = level(target if maps else None, inputs.shape[3])
+            shown, target = face(shown[..., number]), face(target[..., number]) if maps else target
             spacing = spacing[1::-1]
         note = f"{place}, constant" if (shown == shown.flat[0]).all() else place
-        size = _fit(shown.shape[1:], spacing, self.cell)
-        plain = _resize(_to_bytes(shown), size)
+        size = fit(shown.shape[1:], spacing, self.cell)
+        plain = resize(to_bytes(shown), size)
         pictures = [Picture(title, note, plain)]
         if maps:
             note = "with labels" if target.any() else "no label voxel"
@@ -160,66 +162,12 @@ class Painter:
 
     def _overlay(self, plain: Slice, labels: NDArray[Any], size: tuple[int, int]) -> Slice:
         out, num = plain.copy(), len(self.volumes.class_names)
-        values = _resize(np.ascontiguousarray(labels), size, nearest=True)
+        values = resize(np.ascontiguousarray(labels), size, nearest=True)
         for value in np.unique(values[values > 0]).tolist():
-            here = values == value
-            colour = np.array(_colour(value) if value < num else UNNAMED_COLOUR)
-            out[here] = (out[here] * (1 - OPACITY) + colour * OPACITY).round().astype(np.uint8)
+            blend(out, values == value, class_colour(value) if value < num else UNNAMED_COLOUR)
             self.labels |= {value} if value < num else set()
         return out
 
 
-def _face(plane: NDArray[Any]) -> NDArray[Any]:
-    """(..., x, y) in RAS to (..., row, column): x to the right, y upwards."""
-    return plane[..., ::-1].swapaxes(-2, -1)
-
-
-def _fit(sides: Sequence[int], spacing: Sequence[float], cell: int) -> tuple[int, int]:
-    """(height, width) in pixels of true proportions, the longer one the cell's."""
-    true = np.array(sides) * np.where(np.asarray(spacing) > 0, spacing, 1.0)
-    height, width = np.maximum((true * (cell / true.max())).round(), 1).astype(int).tolist()
-    return height, width
-
-
-def _resize(pixels: NDArray[np.uint8], size: tuple[int, int], nearest: bool = False) -> NDArray[np.uint8]:
-    """size: (height, width). Larger pixels as squares, smaller ones as means unless `nearest`."""
-    from PIL import Image
-
-    means = not nearest and (size[0] < pixels.shape[0] or size[1] < pixels.shape[1])
-    how = Image.Resampling.BOX if means else Image.Resampling.NEAREST
-    resized: NDArray[np.uint8] = np.asarray(Image.fromarray(pixels).resize(size[::-1], how))
-    return resized
-
-
 def _is_colour(volumes: VolumeFile) -> bool:
-    """Three channels are a colour in images, and where they are bytes."""
-    return volumes.channels == 3 and (volumes.spatial_axes == 2 or volumes.dtype == np.uint8)
-
-
-def _level(labels: NDArray[Any] | None, num: int) -> int:
-    """The slice along the last axis with most label voxels, else the middle one."""
-    if labels is not None and labels.any():
-        return int((labels != 0).sum(axis=(0, 1)).argmax())
-    return num // 2
-
-
-def _to_bytes(shown: NDArray[Any]) -> Slice:
-    """(1 or 3, height, width) of any dtype to colours; one range for all three, bytes of a colour as they are."""
-    missing = np.isnan(shown).any(axis=0)
-    if shown.dtype != np.uint8 or len(shown) == 1:
-        numbers = shown.astype(np.float64)
-        finite = numbers[np.isfinite(numbers)]
-        low, high = np.percentile(finite, (1, 99)) if finite.size else (0.0, 0.0)
-        if low == high and finite.size:  # few voxels differ
-            low, high = float(finite.min()), float(finite.max())
-        share = (numbers - low) / (high - low) if high > low else np.full(shown.shape, 0.5)
-        shown = (np.nan_to_num(share, nan=0.0, posinf=1.0, neginf=0.0).clip(0, 1) * 255).round().astype(np.uint8)
-    colours = np.moveaxis(np.broadcast_to(shown, (3, *shown.shape[1:])), 0, -1).copy()
-    colours[missing] = NAN_COLOUR
-    return colours
-
-
-def _colour(value: int) -> tuple[int, int, int]:
-    """Hues a golden section apart, so that neighbours in number differ."""
-    red, green, blue = colorsys.hsv_to_rgb((value - 1) * 0.618034 % 1, (1.0, 0.6)[value // 8 % 2], 1.0)
-    return round(255 * red), round(255 * green), round(255 * blue)
+    return is_colour(volumes.channels, volumes.spatial_axes, volumes.dtype)

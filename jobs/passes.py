@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -35,15 +36,41 @@ class Passes(Protocol):
         """The step does not count: running statistics are as before it."""
 
 
-def make_passes(settings: Train, engine: Engine, model: nn.Module, task: Task) -> Passes:
-    """Those of `train.deterministic`. Raises UserError for a model that the layout would show in."""
+def make_passes(
+    settings: Train,
+    engine: Engine,
+    model: nn.Module,
+    task: Task,
+    evaluated: nn.Module | None = None,
+    still: Sequence[nn.Module] = (),
+) -> Passes:
+    """Those of `train.deterministic`, over the parameters that are trained now. Raises UserError for a model that the
+    layout would show in.
+
+    evaluated: the model of `forward`, if it is another; still: layers of the trained one that stay in eval mode.
+    """
     kind = VirtualPasses if settings.deterministic == "layout" else RankPasses
-    return kind(settings, engine, model, task)
+    return kind(settings, engine, model, task, evaluated or model, still)
 
 
 class _Common:
-    def __init__(self, settings: Train, engine: Engine, model: nn.Module, task: Task) -> None:
+    def __init__(
+        self,
+        settings: Train,
+        engine: Engine,
+        model: nn.Module,
+        task: Task,
+        evaluated: nn.Module,
+        still: Sequence[nn.Module],
+    ) -> None:
         self._settings, self._engine, self._model, self._task = settings, engine, model, task
+        self._evaluated, self._still = evaluated, still
+
+    def _train(self) -> None:
+        """Training mode, but for the layers that are still."""
+        self._model.train()
+        for module in self._still:
+            module.eval()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self._engine.device.type, torch.bfloat16, enabled=self._settings.precision == "bf16")
@@ -55,17 +82,25 @@ class _Common:
 
     def _evaluate(self, x: Tensor, y: Tensor, samples: Tensor, counts: Counts, kept: Kept, part: int = 0) -> None:
         with self._autocast():
-            outputs = self._model(x)
+            outputs = self._evaluated(x)
         losses = self._task.losses(outputs, y)
         counts.add(self._task, outputs, y, losses.mean(), part)
-        kept.add(samples, outputs, y, losses)
+        kept.add(samples, outputs, y, losses, x)
 
 
 class RankPasses(_Common):
     """Each rank works off its share in `accumulate` parts; gradients are averaged by DDP."""
 
-    def __init__(self, settings: Train, engine: Engine, model: nn.Module, task: Task) -> None:
-        super().__init__(settings, engine, model, task)
+    def __init__(
+        self,
+        settings: Train,
+        engine: Engine,
+        model: nn.Module,
+        task: Task,
+        evaluated: nn.Module,
+        still: Sequence[nn.Module],
+    ) -> None:
+        super().__init__(settings, engine, model, task, evaluated, still)
         self._parallel = engine.wrap(model)
         self._buffers = list(model.buffers())
         self._before = [buffer.clone() for buffer in self._buffers]
@@ -74,7 +109,7 @@ class RankPasses(_Common):
         return Counts(self._task.cells, self._engine.device)
 
     def backward(self, batch: Batch, step: int) -> Counts:
-        self._parallel.train()
+        self._train()
         for buffer, before in zip(self._buffers, self._before, strict=True):
             before.copy_(buffer)
         parts, counts = self._settings.accumulate, self.counts()
@@ -109,8 +144,16 @@ class RankPasses(_Common):
 class VirtualPasses(_Common):
     """Each virtual rank is a pass of its own, whoever works it off, and all sums have one order (jobs/virtual.py)."""
 
-    def __init__(self, settings: Train, engine: Engine, model: nn.Module, task: Task) -> None:
-        super().__init__(settings, engine, model, task)
+    def __init__(
+        self,
+        settings: Train,
+        engine: Engine,
+        model: nn.Module,
+        task: Task,
+        evaluated: nn.Module,
+        still: Sequence[nn.Module],
+    ) -> None:
+        super().__init__(settings, engine, model, task, evaluated, still)
         self._ranks = VirtualRanks(settings.virtual_ranks, engine.rank, engine.world_size)
         self._norms = BatchNorms(self._ranks, model)
         self._gradients = Gradients(self._ranks, model)
@@ -120,7 +163,7 @@ class VirtualPasses(_Common):
         return Counts(self._task.cells, self._engine.device, self._ranks.count)
 
     def backward(self, batch: Batch, step: int) -> Counts:
-        self._model.train()
+        self._train()
         counts = self.counts()
         for v, (x, y) in self._ranks.parts(batch.inputs, batch.targets):
             self._seed(step, v)

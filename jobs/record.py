@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
+from datasets.layout import VolumeFile
 from hpc import usage
 from hpc.errors import UserError
 from hpc.experiment import Experiment
 from hpc.metrics import DIRECTIONS, STEP_METRIC
-from hpc.rundir import DATA_CHANGED, RunDir, read_json, write_bytes, write_json
+from hpc.rundir import DATA_CHANGED, RunDir, read_json, write_json
+from jobs.drawing import LOSS_TAG, RATE_TAG, Drawer
 from jobs.samples import FEW
 from jobs.tasks.contract import Scores
 from jobs.tracking import Tracker
@@ -29,14 +29,21 @@ class Recorder:
     """The records of one attempt; the only writer of these files while it runs."""
 
     def __init__(
-        self, run: RunDir, experiment: Experiment, names: Sequence[str], generation: int, steps: tuple[int, int, int]
+        self,
+        run: RunDir,
+        experiment: Experiment,
+        names: Sequence[str],
+        generation: int,
+        steps: tuple[int, int, int],
+        volumes: VolumeFile | None = None,
     ) -> None:
-        """`steps`: done so far, in all, per epoch."""
+        """`steps`: done so far, in all, per epoch; volumes: what the samples of the pictures are read from."""
         self._run, self._names, self._generation = run, list(names), generation
         self._epochs, self._task = experiment.train.epochs, experiment.task
         self._monitor, self._step_metric = experiment.monitor, STEP_METRIC[experiment.task]
         resumed, self._total, self._per_epoch = steps
         self._tracker = Tracker(run, generation, resumed)
+        self._drawer = Drawer(run, experiment, names, self._tracker, volumes)
         self._written_at = 0.0
         self.sample_usage: Callable[[], None] = lambda: None
         """Brings what is known of this node's use up to date."""
@@ -64,7 +71,7 @@ class Recorder:
     def step(self, step: int, scores: Scores, rate: float) -> None:
         """One optimizer step, over all ranks."""
         name = self._step_metric
-        values = {"step/loss": scores.loss, f"step/{name}": scores.metrics()[name], "step/learning_rate": rate}
+        values = {LOSS_TAG: scores.loss, f"step/{name}": scores.metrics()[name], RATE_TAG: rate}
         self._shown = (step, values)
         self._tracker.scalars(step, values)
 
@@ -132,9 +139,18 @@ class Recorder:
         return held
 
     def evaluation(
-        self, step: int, found: Evaluation, train: dict[str, float], speed: dict[str, float], waiting: float
+        self,
+        step: int,
+        found: Evaluation,
+        train: dict[str, float],
+        speed: dict[str, float],
+        waiting: float,
+        is_best: bool = False,
     ) -> None:
-        """The end of an epoch: `train` are its training metrics, `speed` samples/s by split, `waiting` a share."""
+        """The end of an epoch: `train` are its training metrics, `speed` samples/s by split, `waiting` a share.
+
+        is_best: better than all before.
+        """
         epoch, metrics, names = step // self._per_epoch, found.metrics, ("loss", self._step_metric, self._monitor)
         _LOG.info(
             "epoch %d/%d  train: %s  validation: %s  %.1f samples/s, %.1f %% waiting for data",
@@ -147,17 +163,8 @@ class Recorder:
         scalars |= {f"validation/{key}": value for key, value in metrics.items()}
         scalars |= {f"speed/{key}_samples_per_second": value for key, value in speed.items() if value}
         self._tracker.scalars(step, {**scalars, "speed/waiting_share": waiting, "epoch": epoch})
-        self._draw(step, f"validation, epoch {epoch}", found)
+        self._drawer.evaluated(step, f"validation, epoch {epoch}", found, is_best)
         self._tracker.flush()
-
-    def _draw(self, step: int, words: str, found: Evaluation) -> None:
-        scores = found.scores
-        if scores.matrix.ndim == 2:
-            from jobs import figures  # matplotlib: a resumed run need not wait for it
-
-            title = _title(words, self._step_metric, found.metrics, scores.baseline)
-            figure = figures.confusion_matrix(scores.matrix, self._names, title)
-            self._tracker.figure(step, "confusion_matrix/validation", figure)
 
     def stop(self, step: int, cause: str) -> None:
         """The word that the batch script's tail decides by. Raises UserError when the lease was lost."""
@@ -166,30 +173,28 @@ class Recorder:
         write_json(self._run.stop, {"generation": self._generation, "step": step, "cause": cause})
         _LOG.info("stopped by %s: saved at step %d", cause, step)
 
-    def result(self, step: int, best: dict[str, Any], last: dict[str, Any]) -> None:
-        """Figures, then result.json: its presence means that the run is finished."""
-        self._tracker.close()
+    def result(
+        self, step: int, best: dict[str, Any], last: dict[str, Any], stopped_early: dict[str, Any] | None = None
+    ) -> None:
+        """Figures, then result.json: its presence means that the run is finished.
+
+        stopped_early: why, where not all epochs were trained.
+        """
         lines = self._run.read_metrics()
-        self._draw_best(best, lines)
+        self._drawer.finish(step, best, lines)
+        self._tracker.close()
+        self._total = step
         self.state("ending", step, best, force=True)
         self.sample_usage()
         used = usage.summary(self._run, finished=True)
-        write_json(self._run.result, {**self._summary(step, best, last, lines), "usage": used})
+        write_json(
+            self._run.result, {**self._summary(step, best, last, lines), "stopped_early": stopped_early, "usage": used}
+        )
         for line in usage.lines(used):
             _LOG.info(line)
+        if stopped_early:
+            _LOG.info("stopped early: %s got no better for %d epochs", *list(stopped_early.values())[:2])
         _LOG.info("finished: best %s %.4f at epoch %d", self._monitor, best["metrics"][self._monitor], best["epoch"])
-
-    def _draw_best(self, best: dict[str, Any], lines: list[dict[str, Any]]) -> None:
-        from jobs import figures
-
-        matrix, metrics, baseline = np.array(best["matrix"]), best["metrics"], best["baseline"]
-        if matrix.ndim == 2:
-            title = _title(f"validation, best epoch {best['epoch']}", self._step_metric, metrics, baseline)
-            figure = figures.confusion_matrix(matrix, self._names, title)
-            write_bytes(self._run.figure("confusion_matrix"), figures.png(figure))
-        if "accuracy" in metrics:
-            figure = figures.curves(lines, best["epoch"], baseline["accuracy"])
-            write_bytes(self._run.figure("curves"), figures.png(figure))
 
     def _summary(
         self, step: int, best: dict[str, Any], last: dict[str, Any], lines: list[dict[str, Any]]
@@ -203,7 +208,7 @@ class Recorder:
             "task": self._task,
             "class_names": self._names,
             "steps": step,
-            "epochs": self._epochs,
+            "epochs": step // self._per_epoch,
             "monitor": self._monitor,
             "direction": DIRECTIONS[self._task][self._monitor],
             **({"majority": best["baseline"]["accuracy"]} if self._task == "classification" else {}),
@@ -224,8 +229,4 @@ def _brief(best: dict[str, Any]) -> dict[str, Any]:
 
 def _shown(metrics: dict[str, float], names: Sequence[str]) -> str:
     """Those that there are, each once."""
-    return ", ".join(f"{name} {metrics[name]:.4g}" for name in dict.fromkeys(names) if name in metrics)
-
-
-def _title(words: str, name: str, metrics: dict[str, float], baseline: dict[str, float]) -> str:
-    return f"{words}: {name} {metrics[name]:.3f} (commonest class alone {baseline[name]:.3f})"
+    return ", ".join(f"{name} {metrics[name]:.4f}" for name in dict.fromkeys(names) if name in metrics)

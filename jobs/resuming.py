@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
-
-from torch import nn
-from torch.optim import Optimizer
 
 from datasets.layout import VolumeFile
 from hpc.errors import UserError
@@ -18,7 +16,7 @@ from jobs import checkpoint
 from jobs.checkpoint import Checkpoint, Damaged, StorageError
 from jobs.engine import Engine
 from jobs.guards import LossGuard
-from jobs.saving import estimated_bytes, room
+from jobs.saving import room
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,10 +40,13 @@ def refuse_fresh(run: RunDir, found: Checkpoint | None) -> None:
         )
 
 
-def check_room(folder: Path, model: nn.Module, optimizer: Optimizer, fresh: bool) -> None:
-    """Raises StorageError where a new run has no room for checkpoints; one that has saved before goes on."""
+def check_room(folder: Path, sizes: Sequence[int], fresh: bool) -> None:
+    """Raises StorageError where a new run has no room for checkpoints; one that has saved before goes on.
+
+    sizes: bytes of a checkpoint's large files.
+    """
     try:
-        room(folder, *estimated_bytes(model, optimizer))
+        room(folder, *sizes)
     except StorageError as error:
         if fresh:
             raise

@@ -96,11 +96,13 @@ class Saver:
         facts: Mapping[str, Any],
         protect: set[str],
         wait: bool = False,
+        trained: Mapping[str, Tensor] | None = None,
     ) -> str:
         """Copy everything and return the checkpoint's name; with `wait`, once it is durable.
 
-        `protect`: names that are not to be deleted, nor dropped for a newer one while they wait. Raises StorageError
-        when this save failed (with `wait`) or the last five did, and whatever stopped the writing thread.
+        `trained`: as for Snapshot.take. `protect`: names that are not to be deleted, nor dropped for a newer one while
+        they wait. Raises StorageError when this save failed (with `wait`) or the last five did, and whatever stopped
+        the writing thread.
         """
         began, name = time.monotonic(), checkpoint.name_of(self._generation, step)
         with self._changed:
@@ -111,7 +113,7 @@ class Saver:
         if job is None:
             snapshot = self._buffer(protect)
             try:
-                snapshot.take(self._generation, step, model, optimizer, state, facts)
+                snapshot.take(self._generation, step, model, optimizer, state, facts, trained)
             except BaseException:
                 self._give_back(snapshot)
                 raise

@@ -21,11 +21,13 @@ from hpc.allocation import scratch_folders
 from hpc.errors import UserError
 from hpc.experiment import Experiment
 from hpc.settings import Data
-from jobs import foreign_weights
+from jobs import foreign_weights, learner
 from jobs.check import open_data
 from jobs.tasks import check_loss, check_outputs
 from models3d import create_model, pretrained, takes
 
+_MOST_OVER = 2
+"""A patch may be so many times as long as the longest training volume."""
 _VERIFIED_BYTES = 1 / 64
 """Share of the bytes read for training whose checksum is compared, where data.verify does not say."""
 
@@ -88,6 +90,13 @@ def _sample_shape(data: Data, volumes: VolumeFile) -> tuple[int, ...]:
         return volumes.shape
     if len(data.patch) != volumes.spatial_axes:
         raise UserError(f"data.patch {data.patch} must have {volumes.spatial_axes} sizes, as the volumes have axes")
+    extents = volumes.extents(volumes.indices("train")).max(axis=0).tolist()
+    if any(size > _MOST_OVER * most for size, most in zip(data.patch, extents, strict=True)):
+        longest = " x ".join(map(str, extents))
+        raise UserError(
+            f"data.patch {data.patch} is over {_MOST_OVER} times the largest training volume ({longest}): most of it "
+            f"would be repeated edge; use sizes up to {longest}"
+        )
     return (volumes.channels, *data.patch)
 
 
@@ -184,11 +193,12 @@ def check(experiment: Experiment) -> list[str]:
     patch = "" if experiment.data.patch is None else f", in patches of {' x '.join(map(str, experiment.data.patch))}"
     model = _check_model(experiment, parts)
     count = sum(p.numel() for p in model.parameters())
-    weights = load_weights(experiment, parts, model)
+    weights, stages = load_weights(experiment, parts, model), learner.check(experiment, model)
     return [
         f"data: {sum(sizes.values())} samples of {shape} {volumes.dtype}{patch}, "
         + ", ".join(f"{number} {split}" for split, number in sizes.items())
         + f", {parts.num_classes} classes",
         f"model: {experiment.model.name}, {count:,} parameters",
         *(f"weights: {line}" for line in weights),
+        *stages,
     ]

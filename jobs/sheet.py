@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MARGIN, GAP, LINE, SWATCH, NARROWEST = 14, 10, 17, 11, 600
 """pixels round the sheet, between pictures, of a line of text, of a colour's square, of the sheet's width"""
 INK, FAINT, EMPTY = (20, 20, 20), (110, 110, 110), (225, 225, 225)
-HEADING_SIZE, TITLE_SIZE = 14, 11
+HEADING_SIZE, TITLE_SIZE, NOTE_LINE = 14, 11, 14
 ROWS_A_COLUMN, MOST_COLUMNS, ALLEY = 12, 4, 40
 """rows above each other, columns of rows, pixels between those"""
 
@@ -25,6 +25,7 @@ ROWS_A_COLUMN, MOST_COLUMNS, ALLEY = 12, 4, 40
 class Picture:
     title: str
     note: str
+    """under the title; one line, or several"""
     pixels: NDArray[np.uint8] | None
     """(height, width, 3) of at most the cell's side; None: there is none"""
 
@@ -83,10 +84,12 @@ class Sheet:
         room = self._column_width if self.num_columns > 1 else self.width - 2 * MARGIN
         pen.text((edge, top), shorten(row.heading, self._heading, room), INK, self._heading)
         for number, picture in enumerate(row.pictures):
-            left, down = edge + number * (self.cell + GAP), top + LINE + 4
+            left, down = edge + number * (self.cell + GAP), top + (LINE + 4 if row.heading else 0)
             pen.text((left, down), shorten(picture.title, self._title, self.cell), INK, self._title)
-            pen.text((left, down + LINE - 3), shorten(picture.note, self._title, self.cell), FAINT, self._title)
-            corner = left, down + 2 * LINE - 2
+            for line, note in enumerate(picture.note.split("\n")):
+                place = left, down + LINE - 3 + line * NOTE_LINE
+                pen.text(place, shorten(note, self._title, self.cell), FAINT, self._title)
+            corner = left, down + 2 * LINE - 2 + (_num_notes(row) - 1) * NOTE_LINE
             if picture.pixels is None:
                 pen.rectangle((*corner, corner[0] + self.cell - 1, corner[1] + self.cell - 1), EMPTY)
             else:
@@ -100,7 +103,11 @@ class Sheet:
     def _height(self, row: Row) -> int:
         """From this row's heading to the next one's."""
         sides = [self.cell if one.pixels is None else one.pixels.shape[0] for one in row.pictures]
-        return GAP + LINE + (2 * LINE + 2 + max(sides) if sides else 0)
+        return (
+            GAP
+            + LINE * bool(row.heading)
+            + (2 * LINE + 2 + (_num_notes(row) - 1) * NOTE_LINE + max(sides) if sides else 0)
+        )
 
     def _caption_lines(self) -> Iterator[str]:
         for text in self.caption:
@@ -126,6 +133,11 @@ class Sheet:
     @cached_property
     def _title(self) -> Any:
         return _font(TITLE_SIZE)
+
+
+def _num_notes(row: Row) -> int:
+    """Lines under the titles."""
+    return max((len(picture.note.splitlines()) for picture in row.pictures), default=1)
 
 
 def shorten(text: str, font: Any, width: int) -> str:

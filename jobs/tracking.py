@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from hpc.rundir import RunDir, append_line
@@ -74,8 +76,9 @@ class Tracker:
 
         self._write(write)
 
-    def figure(self, step: int, tag: str, figure: Any) -> None:
-        self._write(lambda writer: writer.add_figure(tag, figure, step))
+    def picture(self, step: int, tag: str, pixels: NDArray[np.uint8]) -> None:
+        """(height, width, 3)."""
+        self._write(lambda writer: writer.add_image(tag, pixels, step, dataformats="HWC"))
 
     def evaluation(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""

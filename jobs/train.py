@@ -27,16 +27,15 @@ from jobs import check, checkpoint, resuming, validation
 from jobs.engine import Engine
 from jobs.epoch import EpochSums, Pace
 from jobs.guards import LossGuard, SpikeDetector, Verdict
+from jobs.inference.facts import remember
+from jobs.learner import Learner
 from jobs.ledger import StepLedger
-from jobs.optimize import build_optimizer, learning_rate
-from jobs.passes import make_passes
 from jobs.record import Recorder
 from jobs.samples import SampleEvents
 from jobs.saving import Saver
 from jobs.schedule import Schedule
 from jobs.setup import Parts, load_weights, make_loaders, prepare, stage
 from jobs.tasks import make_task
-from jobs.update import Updater
 from jobs.watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
@@ -92,15 +91,12 @@ class Trainer:
             raise UserError(fault)
         torch.manual_seed(settings.seed)
         self.model = self.parts.build_model(self.experiment.model.name, self.deterministic).to(engine.device)
-        self.optimizer = build_optimizer(settings.optimizer, self.model)
         self.task = make_task(self.experiment, self.parts.volumes, engine.device)
         place = (engine.device, engine.rank, engine.world_size, settings.seed)
         self.loader, self.validation = make_loaders(self.experiment, self.parts, *place)
         self.steps_per_epoch = min(len(self.loader), settings.limit_steps or len(self.loader))
         self.total_steps = settings.epochs * self.steps_per_epoch
-        self.rate = learning_rate(settings.scheduler, settings.optimizer.lr, self.total_steps, self.steps_per_epoch)
-        self.passes = make_passes(settings, engine, self.model, self.task)
-        self.update = Updater(self.model, self.optimizer, self.passes, self.rate, settings.clip_norm)
+        self.learner = Learner(self.experiment, engine, self.model, self.task, self.steps_per_epoch)
         self.ledger = StepLedger(self.run, self.generation, engine.rank, self.model) if settings.ledger else None
 
     # Where a run goes on.
@@ -122,14 +118,16 @@ class Trainer:
             self._restore(found)
         else:
             started_from = load_weights(self.experiment, self.parts, self.model)
+            self.learner.started()
         if self.engine.is_main:
             steps = (self.step, self.total_steps, self.steps_per_epoch)
             names = self.task.class_names
-            self.recorder = Recorder(self.run, self.experiment, names, self.generation, steps)
+            self.recorder = Recorder(self.run, self.experiment, names, self.generation, steps, self.parts.volumes)
             if self._evaluation_due():
                 self.recorder.evaluates_again(self.step, self.state["shown"])
-            resuming.check_room(folder, self.model, self.optimizer, fresh=found is None)
+            resuming.check_room(folder, self.learner.checkpoint_bytes(), fresh=found is None)
             self._open_saver()
+            remember(self.run, self.parts.volumes)
             if before:
                 self.recorder.data_changed(before, self.parts.volumes.fingerprint)
             where = f"goes on from {found.name}" if found else "starts"
@@ -154,8 +152,7 @@ class Trainer:
         return self.saver.slow_s if self.saver else None
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
-        self.model.load_state_dict(found.model())
-        self.optimizer.load_state_dict(found.optimizer())
+        self.learner.restore(found)
         self.step, self.state = found.step, found.state()
         self._forget_best({path.name for path in checkpoint.newest_first(self.run.checkpoints)}.__contains__)
         self.guard = LossGuard.from_state(self.state["guard"])
@@ -167,7 +164,7 @@ class Trainer:
         """Train to the end and write result.json. Raises Stopped after a clean stop."""
         self._begin_epoch()
         self._boundary()
-        while self.step < self.total_steps or self._evaluation_due():
+        while (self.step < self.total_steps and not self.learner.ended_early) or self._evaluation_due():
             self._begin_epoch()
             if self._evaluation_due() or self._train_epoch():  # due: a stop, or the way back, came before its end
                 self._finish_epoch()
@@ -178,10 +175,12 @@ class Trainer:
             with self.watchdog.phase("save", _SAVE_LIMIT_S):
                 saver.close()  # it asks for the run until the last deletion
                 self._forget_best(lambda name: name not in saver.failed)
-                self.recorder.result(self.step, self.state["best"], self.state["last"])
+                self.recorder.result(self.step, self.state["best"], self.state["last"], self.learner.ended_early)
 
     def _train_epoch(self) -> bool:
         """The rest of the epoch; False where the run has gone back to a checkpoint instead."""
+        if self.learner.enter_due(self.step) and self.engine.is_main:
+            _LOG.info("stage %d begins at step %d", self.learner.number, self.step)
         self.loader.seek(*divmod(self.step, self.steps_per_epoch))
         for batch in islice(self.loader, self.steps_per_epoch - self.step % self.steps_per_epoch):
             if self._train_step(batch) is Verdict.ROLL_BACK:
@@ -197,11 +196,11 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> Verdict:
         """One optimizer step, or none where a loss is not finite on any rank. Raises Diverged."""
-        step, counts, verdict = self.step + 1, self.passes.counts(), Verdict.SKIP
+        step, counts, verdict = self.step + 1, self.learner.passes.counts(), Verdict.SKIP
         if not self.guard.skipped(step):
-            counts, bad = self.update.gradients(batch, self.step)
+            counts, bad = self.learner.update.gradients(batch, self.step)
             verdict = self.guard.verdict(step, bool(self.engine.max([bad])[0]))
-            self.update.apply() if verdict is Verdict.OK else self.update.drop()
+            self.learner.update.apply() if verdict is Verdict.OK else self.learner.update.drop()
             if verdict is not Verdict.OK:
                 own = [] if math.isfinite(counts.total_loss()) else self.samples.ids(batch)
                 tell = self.recorder or self.samples
@@ -210,7 +209,7 @@ class Trainer:
         if self.ledger:
             self.ledger.write(step, batch, loss, skipped=verdict is not Verdict.OK)
         if verdict is not Verdict.OK:
-            counts = self.passes.counts()
+            counts = self.learner.passes.counts()
         if verdict is Verdict.STOP:
             raise Diverged(self.guard.reason([] if math.isfinite(loss) else self.samples.ids(batch)))
         self.step = step
@@ -251,7 +250,7 @@ class Trainer:
         self.samples.tell_replaced(self.step, self.loader, self.validation)
         for step, scores in self.sums.flush():
             assert self.recorder  # rank 0 alone has any
-            self.recorder.step(step, scores, self.rate(step - 1))
+            self.recorder.step(step, scores, self.learner.rate(step - 1))
             if self.spikes.seen(step, scores.loss):
                 self.recorder.spike(step, scores.loss)
         if self.recorder:
@@ -325,7 +324,8 @@ class Trainer:
             self._judge(found)
             if self.recorder:
                 seen = self.sums.scores().metrics()
-                self.recorder.evaluation(self.step, found, seen, speed, self.pace.waiting_share)
+                best = bool(self.state["best"]) and self.state["best"]["step"] == self.step
+                self.recorder.evaluation(self.step, found, seen, speed, self.pace.waiting_share, best)
             if self.experiment.data.on_bad_sample == "skip":
                 self.samples.count_replaced()
         self.state.update(evaluated_step=self.step, sums=None, shown={})
@@ -337,8 +337,8 @@ class Trainer:
         return validation.evaluate(
             self.engine,
             self.task,
-            self.model,
-            self.passes,
+            self.learner.evaluated,
+            self.learner.passes,
             self.validation,
             self.settings.limit_steps,
             between=partial(self._boundary, saving=False),
@@ -348,6 +348,7 @@ class Trainer:
         where = {"epoch": self.step // self.steps_per_epoch, "step": self.step}
         name = checkpoint.name_of(self.generation, self.step)
         validation.judge(self.state, where, found, self.experiment.monitor, name)
+        self.learner.judged(where["epoch"], found.metrics)
 
     # What is left behind.
 
@@ -370,12 +371,12 @@ class Trainer:
             self.state["sums"] = self.sums.state()
         if self._evaluation_due() and self.recorder:
             self.state["shown"] = self.recorder.shown(self.step)
-        self.state |= {"guard": self.guard.state(), "spikes": self.spikes.state()}
+        self.state |= {"guard": self.guard.state(), "spikes": self.spikes.state(), "learner": self.learner.state()}
         self._forget_best(lambda name: name not in saver.failed)
         best = self.state["best"]
         protect = {best["checkpoint"]} if best and best["checkpoint"] else set()
-        weights, moments = self.model.state_dict(), self.optimizer.state_dict()
-        saver.save(self.step, weights, moments, self.state, self._facts(), protect)
+        (weights, trained), moments = self.learner.weights(), self.learner.optimizer.state_dict()
+        saver.save(self.step, weights, moments, self.state, self._facts(), protect, trained=trained)
 
     def _forget_best(self, there: Callable[[str], bool]) -> None:
         """A best checkpoint that never became durable, or was damaged, is not named; its metrics stay."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -21,16 +21,18 @@ class Updater:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         passes: Passes,
-        rate: Callable[[int], float],
+        rates: Callable[[int], Sequence[float]],
         clip_norm: float | None,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
+        """`rates`: of each of the optimizer's groups; `changed` is called when the weights are those after a step."""
         self._model, self._optimizer, self._passes = model, optimizer, passes
-        self._rate, self._clip_norm = rate, clip_norm
+        self._rates, self._clip_norm, self._changed = rates, clip_norm, changed
 
     def gradients(self, batch: Batch, step: int) -> tuple[Counts, bool]:
         """The gradients of the step after `step` others, and whether a loss or they are not finite on this rank."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._rate(step)
+        for group, rate in zip(self._optimizer.param_groups, self._rates(step), strict=True):
+            group["lr"] = rate
         counts = self._passes.backward(batch, step)
         return counts, not (math.isfinite(counts.total_loss()) and math.isfinite(self._norm()))
 
@@ -39,6 +41,7 @@ class Updater:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._passes.commit()
+        self._changed()
 
     def drop(self) -> None:
         """Leave the weights as they were before the step, and running statistics too."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -16,6 +16,7 @@ from datasets import Loader
 from hpc.metrics import DIRECTIONS
 from jobs.engine import Engine
 from jobs.passes import Passes
+from jobs.pictured import Gallery
 from jobs.tasks.contract import Scores, Stored, Task
 from jobs.tasks.counts import Kept, total
 
@@ -32,6 +33,8 @@ class Evaluation:
     """Of all ranks, on rank 0."""
     metrics: dict[str, float]
     """Rank 0's on every rank, so that all decide alike."""
+    gallery: Gallery = field(default_factory=Gallery)
+    """Label maps of this rank, for pictures."""
 
 
 def evaluate(
@@ -59,7 +62,8 @@ def evaluate(
     names = sorted(DIRECTIONS[task.name])
     metrics = scores.metrics() if engine.is_main else dict.fromkeys(names, 0.0)
     shared = dict(zip(names, engine.broadcast([metrics[name] for name in names]), strict=True))
-    return Evaluation(scores, stored, {name: shared[name] for name in scores.metrics()} if engine.is_main else shared)
+    metrics = {name: shared[name] for name in scores.metrics()} if engine.is_main else shared
+    return Evaluation(scores, stored, metrics, kept.gallery)
 
 
 def gather(engine: Engine, kept: Kept) -> Stored | None:

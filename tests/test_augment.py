@@ -246,3 +246,21 @@ def test_what_cannot_take_effect_on_these_samples_is_refused(options, samples, m
     axes, channels = samples
     with pytest.raises(ValueError, match=message):
         augment(torch.zeros(1, channels, *[8] * axes), np.array([0]), 0, 0)
+
+
+IDLE = [
+    ({"cutout": {}}, r"cutout {} says nothing; it takes holes, size, fill, or null for none"),
+    ({"elastic": {}}, r"elastic {} says nothing"),
+    ({"gamma": [1, 1]}, r"gamma \[1, 1\] does nothing; leave it out"),
+    ({"blur": [0, 0]}, r"blur \[0, 0\] does nothing"),
+    ({"low_resolution": 1}, r"low_resolution \[1, 1\] does nothing"),
+    ({"rotate": [0, 0, 0]}, r"rotate \[0, 0, 0\] does nothing; leave it out"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), IDLE)
+def test_what_does_nothing_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Augment.from_mapping(options)
+    off = {"preset": "volumes", **dict.fromkeys(options)}
+    assert not any(getattr(Augment.from_mapping(off), name) for name in options)

@@ -45,7 +45,7 @@ def coarse(line, factor):
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize("factor", [1.0, 1.6, 2.0, 3.0, 30.0])
+@pytest.mark.parametrize("factor", [1.6, 2.0, 3.0, 30.0])
 def test_low_resolution_is_nearest_down_and_linear_up(shape, factor):
     expected = sample = made(shape)
     for axis in range(1, len(shape)):
@@ -195,3 +195,17 @@ def test_cutout_takes_its_count_of_holes():
         ndimage.label(changed({"cutout": {"holes": 3, "size": 0.05}}, blank, number)[0] == 0)[1] for number in range(9)
     )
     assert most == 3
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 300), (300, 1, 1), (1, 300, 1), (300, 1), (1, 300), (1, 20, 30)])
+@pytest.mark.parametrize("options", [{"blur": [1, 2]}, {"low_resolution": [1, 3]}])
+def test_filters_of_an_axis_of_one_voxel_do_not_depend_on_threads(shape, options):
+    inputs = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 1, *shape)).astype(np.float32))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(Augment(**options)(inputs.clone(), np.arange(2), 0, 0)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert not torch.equal(results[0], inputs) and all(torch.equal(one, results[0]) for one in results)

@@ -92,6 +92,19 @@ def test_every_kind_of_tensor_comes_back_bit_for_bit(folder: Path) -> None:
     assert (found.name, found.step, found.manifest["world_size"]) == ("g001-s00000007", 7, 2)
 
 
+def test_an_average_is_the_model_and_the_trained_weights_are_kept_beside_it(folder: Path) -> None:
+    snapshot = Snapshot().take(1, 3, tensors(3), moments(3), {}, FACTS, tensors(4))
+    path = snapshot.write(folder)
+    found = checkpoint.verify(path)
+    assert same(found.model(), tensors(3)) and same(found.trained(), tensors(4))
+    alone = checkpoint.verify(put(folder, 5))
+    assert same(alone.trained(), tensors(5)), "without an average the model is what is trained"
+    file = path / "trained.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(Damaged, match=r"trained\.safetensors"):
+        checkpoint.verify(path)
+
+
 def test_what_an_optimizer_holds_beside_tensors_keeps_its_type_and_every_bit(folder: Path) -> None:
     held = {
         "state": {0: {"a.b": torch.ones(2), "a": {"b": torch.zeros(2)}, "n": 3}, 10: {}, "layer.weight": {"m": None}},

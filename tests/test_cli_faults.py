@@ -63,9 +63,23 @@ def test_a_report_of_a_sweep_is_one_of_its_rows(folder: Path) -> None:
     assert "exp-00000001" in text and "exp-00000002" in text and "exp-0000aaaa" not in text
 
 
-@pytest.mark.parametrize("command", ["evaluate", "fsck"])
-def test_what_concerns_one_run_says_so_of_a_sweep(folder: Path, command: str) -> None:
-    one_line(hpc(folder, f"{command} exp-sweep"), 2, "exp-sweep-0123abcd is a sweep: name one of its rows")
+def test_what_concerns_one_run_says_so_of_a_sweep(folder: Path) -> None:
+    one_line(hpc(folder, "fsck exp-sweep"), 2, "exp-sweep-0123abcd is a sweep: name one of its rows")
+
+
+PREDICTIONS = {
+    "predict scans -o out": "'scans' is no file, and no run either: no run 'scans' in",
+    "predict exp-0000aaaa -o out": "which files does exp-0000aaaa predict?",
+    "predict runs/exp-0000aaaa exp-sweep -o out": "which files does exp-0000aaaa predict?",
+    "predict exp-0000aaaa x*.nii.gz -o out": "'x*.nii.gz' is no file, and no run either: no run",
+    "predict here.nii.gz -o out": "which run predicts here.nii.gz? name it first",
+}
+
+
+@pytest.mark.parametrize("command", PREDICTIONS)
+def test_runs_and_files_are_told_apart(folder: Path, command: str) -> None:
+    (folder / "here.nii.gz").touch()
+    one_line(hpc(folder, command), 2, PREDICTIONS[command])
 
 
 def test_a_damaged_sweep_hides_no_run_from_ls(folder: Path) -> None:

@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +15,12 @@ from hpc.experiment import load
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, read_json
 from jobs import checkpoint
-from jobs.evaluate import evaluate, find_checkpoint, main
+from jobs.evaluate import main
+from jobs.inference.facts import DataFacts, recall
+from jobs.inference.members import find_checkpoint
 from jobs.setup import prepare
 from tests import tiny_run
+from tests.inferred import answer, evaluate, rows_of
 from tests.tiny_run import CLASSES, SPLITS, in_child
 
 
@@ -50,19 +51,28 @@ def one_thread() -> Iterator[None]:
 @pytest.mark.parametrize("wanted", ["best", "last"])
 def test_the_metrics_are_those_of_the_training(run: RunDir, wanted: str) -> None:
     result = read_json(run.result)
-    name, scores, names = evaluate(run, "validation", wanted)
+    name, found = evaluate(run, "validation", wanted)
+    scores = found.scores
     assert scores.metrics() == pytest.approx(result[wanted]["metrics"], rel=1e-5)
     assert int(name.split("-s")[1]) == result[wanted]["step"]
-    assert names == list(CLASSES) == result["class_names"]
+    assert list(found.volumes.class_names) == list(CLASSES) == result["class_names"]
     if wanted == "best":
         assert name == result["best"]["checkpoint"]
         assert scores.matrix.tolist() == result["confusion_matrix"]
         assert scores.per_class() == result["per_class"]
 
 
+def test_the_training_notes_what_predictions_need_of_the_data(run: RunDir) -> None:
+    told, volumes = read_json(run.data), prepare(load(run.experiment)[0]).volumes
+    assert told["class_names"] == list(CLASSES) and told["shape"] == [1, 8, 8, 8]
+    assert told["fingerprint"] == volumes.fingerprint and told["packing"] == volumes.packing
+    assert recall(run, load(run.experiment)[0]) == DataFacts.of(volumes)
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_sample_is_scored_once_and_the_predictions_bear_the_metrics_out(run: RunDir, split: str) -> None:
-    _, scores, _ = evaluate(run, split, "best")
+    assert main([str(run.path), "--split", split]) == ExitCode.DONE
+    scores = evaluate(run, split, "best")[1].scores
     assert scores.samples == SPLITS[split], "the last, short batch counts"
     with np.load(run.prediction(split), allow_pickle=False) as file:
         ids, targets, given = file["ids"], file["targets"], file["scores"]
@@ -76,11 +86,18 @@ def test_every_sample_is_scored_once_and_the_predictions_bear_the_metrics_out(ru
     loss = -np.log(given[np.arange(len(targets)), targets]).mean()
     assert scores.loss == pytest.approx(loss, rel=1e-4)
     assert run.figure(f"confusion_matrix_{split}").read_bytes().startswith(b"\x89PNG")
+    rows = rows_of(run.prediction(split, ".csv"))
+    assert [row["id"] for row in rows] == ids.tolist()
+    assert [row["predicted"] for row in rows] == [CLASSES[number] for number in given.argmax(1)]
+    assert [row["target"] for row in rows] == [CLASSES[number] for number in targets]
+    told = np.array([[float(row[f"p_{name}"]) for name in CLASSES] for row in rows], np.float32)
+    assert np.array_equal(told, given), "the table loses no digit"
+    assert np.mean([float(row["loss"]) for row in rows]) == pytest.approx(scores.loss, rel=1e-6)
 
 
 def test_the_scores_are_those_of_the_network_on_the_samples_alone(run: RunDir) -> None:
     """By hand, one sample at a time, without loader or task."""
-    evaluate(run, "test", "best")
+    assert main([str(run.path), "--split", "test"]) == ExitCode.DONE
     parts = prepare(load(run.experiment)[0])
     model = parts.build_model("resnet3d_tiny").eval()
     model.load_state_dict(find_checkpoint(run, "best").model())
@@ -123,6 +140,7 @@ def test_a_live_run_is_evaluated_by_its_state(run: RunDir, tmp_path: Path) -> No
 
 def test_a_split_without_samples_names_those_that_have_some(tmp_path: Path) -> None:
     run = tiny_run.make_run(tmp_path / "run", tiny_run.make_data(tmp_path, splits={"train": 6, "validation": 3}))
+    assert in_child(finish, run.path) == 0
     with pytest.raises(UserError, match=r"--split test: .* it has train, validation"):
         evaluate(run, "test", "best")
 
@@ -143,33 +161,44 @@ def test_a_damaged_checkpoint_is_refused_and_left_where_it_is(run: RunDir, tmp_p
     assert best.exists() and not live.quarantine.exists()
 
 
-def answer(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
-    return main()
-
-
-def test_the_command_prints_a_table_and_the_same_as_json(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert answer(monkeypatch, str(run.path), "--json") == ExitCode.DONE
-    told: dict[str, Any] = json.loads(capsys.readouterr().out)
+def test_the_command_prints_a_table_and_the_same_as_json(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    told = answer(capsys, run.path)
     result = read_json(run.result)
     assert told["metrics"] == pytest.approx(result["best"]["metrics"], rel=1e-5)
     assert told["per_class"] == result["per_class"] and told["confusion_matrix"] == result["confusion_matrix"]
-    assert answer(monkeypatch, str(run.path), "--split", "test", "--checkpoint", "last") == ExitCode.DONE
+    assert main([str(run.path), "--split", "test", "--checkpoint", "last"]) == ExitCode.DONE
     table = capsys.readouterr().out
     assert f"on test: {SPLITS['test']} samples" in table
     assert all(name in table for name in CLASSES) and str(run.prediction("test")) in table
 
 
+MISTAKES = {
+    "no such run": ["nowhere"],
+    "no such checkpoint": ["RUN", "--checkpoint", "bets"],
+    "no such axis": ["RUN", "--flips", "3"],
+    "axes that are none": ["RUN", "--flips", "x"],
+    "overlap of one window": ["RUN", "--overlap", "0.5"],
+    "overlap of 1": ["RUN", "--windows", "--overlap", "1"],
+    "a window of two sizes": ["RUN", "--window", "4,4"],
+    "no samples": ["RUN", "--batch", "0"],
+    "resamples below 0": ["RUN", "--bootstrap", "-1"],
+    "a seed without resamples": ["RUN", "--bootstrap", "0", "--seed", "1"],
+    "certainty": ["RUN", "--confidence", "1"],
+    "no such data": ["RUN", "--data", "nowhere.h5"],
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES.values(), ids=MISTAKES)
 def test_mistakes_are_one_line_and_code_2(
-    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run: RunDir, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for arguments in ([str(tmp_path / "nowhere")], [str(run.path), "--checkpoint", "bets"]):
-        assert answer(monkeypatch, *arguments) == ExitCode.BAD_INPUT
-        told = capsys.readouterr()
-        assert told.out == "" and len(told.err.strip().splitlines()) == 1
+    assert main([str(run.path) if word == "RUN" else word for word in arguments]) == ExitCode.BAD_INPUT
+    told = capsys.readouterr()
+    assert told.out == "" and len(told.err.strip().splitlines()) == 1
+
+
+def test_an_unknown_split_lists_those_there_are(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
-        answer(monkeypatch, str(run.path), "--split", "tset")
+        main([str(run.path), "--split", "tset"])
     assert caught.value.code == ExitCode.BAD_INPUT
     assert "validation" in capsys.readouterr().err

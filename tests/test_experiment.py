@@ -114,11 +114,34 @@ def test_a_binary_file_a_missing_one_and_a_folder_are_refused(tmp_path: Path) ->
         ("train: {loss: {class_weights: []}}", "class_weights: [] are no weights"),
         ("train: {loss: {class_weights: [1, .inf]}}", "class_weights.1: Input should be a finite number"),
         ("train: {loss: {class_weights: [1, .nan]}}", "class_weights.1: Input should be a finite number"),
+        ("task: regression", "task: Input should be 'classification', 'multilabel' or 'segmentation'"),
+        ("train: {loss: {name: mse}}", "train.loss.name: Input should be 'cross_entropy'"),
+        ("train: {loss: {name: bce}}", "train.loss.name bce is no loss of task classification; use cross_entropy, f"),
+        ("train: {loss: {gamma: 3}}", "train.loss.gamma has no effect with cross_entropy of task classification; it"),
+        ("task: multilabel\ntrain: {loss: {class_weights: balanced}}", "it belongs to task classification, task seg"),
+        ("task: multilabel\ntrain: {loss: {name: focal, alpha: 1}}", "train.loss.alpha: Input should be less than 1"),
+        ("train: {monitor: acuracy}", "train.monitor acuracy is no metric of task classification; did you mean 'acc"),
+        ("task: multilabel\ntrain: {monitor: accuracy}", "train.monitor accuracy is no metric of task multilabel; "),
+        ("task: segmentation\ntrain: {monitor: map}", "valid: accuracy, dice, iou, loss"),
         ("train: {accumulate: 3}", "data.batch_size 8 does not divide by train.accumulate 3"),
     ],
 )
 def test_a_fault_names_its_key_the_value_and_the_good_ones(lines: str, words: str, tmp_path: Path) -> None:
     assert words in refusal(tmp_path, f"{PLAIN}{lines}\n")
+
+
+@pytest.mark.parametrize(
+    ("task", "loss", "monitor"),
+    [
+        ("classification", "cross_entropy", "accuracy"),
+        ("multilabel", "bce", "map"),
+        ("segmentation", "dice_ce", "dice"),
+    ],
+)
+def test_loss_and_monitor_follow_the_task(task: str, loss: str, monitor: str, tmp_path: Path) -> None:
+    experiment = read(tmp_path, f"{PLAIN}task: {task}\n")
+    assert (experiment.train.loss.of_task(task), experiment.monitor) == (loss, monitor)
+    assert read(tmp_path, f"{PLAIN}task: {task}\n", "train.monitor=loss").monitor == "loss"
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "-rf", "a/b", "a b", "a\nb", "ä", "x" * 81])
@@ -178,7 +201,7 @@ def test_a_base_may_be_a_fragment(tmp_path: Path) -> None:
         ("base: exp.yaml", "base: goes in a circle: exp.yaml -> exp.yaml"),
         ("base: other.yaml", "goes in a circle: exp.yaml -> other.yaml -> exp.yaml"),
         ("base: away.yaml", "away.yaml: no such file"),
-        ("base: 3", "base: must be the path of another experiment (got 3)"),
+        ("base: 3", "base: must be a recipe or the path of another experiment (got 3)"),
         ("base: ~nobody-here/x.yaml", "is not a path"),
     ],
 )

@@ -126,7 +126,12 @@ def test_several_labels_are_counted_each_and_together(tmp_path, capsys):
     found = {tuple(one["classes"]): one["samples"] for one in labels["most_frequent"]}
     assert found == {tuple(np.array(NAMES)[row]): count for row, count in zip(*sets, strict=True)}
     positive = targets[:30].sum(axis=0)
-    assert np.allclose(facts["weights"]["pos_weight"], np.where(positive, (30 - positive) / np.maximum(positive, 1), 0))
+    expected = np.where(positive, (30 - positive) / np.maximum(positive, 1), 0)
+    assert np.allclose(facts["weights"]["pos_weight"], expected)
+    assert run(path) == 0
+    out = capsys.readouterr().out
+    loss = Loss(**yaml.safe_load(out[out.index("train:\n") :].split("warning")[0])["train"]["loss"])
+    assert loss.of_task("multilabel") == "bce" and np.allclose(loss.pos_weight, expected, rtol=1e-3)
 
 
 def test_label_maps_are_counted_by_voxel(tmp_path, capsys):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from hpc.errors import UserError
-from hpc.journal import compare, notes
+from hpc.journal import captions, compare, notes
 from hpc.journal.markdown import escape
 from hpc.journal.report import RunData, write_report
 from hpc.rundir import RunDir, append_line
@@ -202,7 +202,7 @@ def test_numbers_and_differences() -> None:
 
 
 def test_one_run(tmp_path: Path) -> None:
-    figures = {"confusion_matrix": png(tmp_path / "c.png", 1), "curves": png(tmp_path / "k.png", 2)}
+    figures = {"curves": png(tmp_path / "k.png", 2), "confusion_matrix": png(tmp_path / "c.png", 1)}
     run = RunData("resnet3d-1a2b3c4d", EXPERIMENT, {"train": {"seed": 3}}, result(), (), EVENTS, figures)
     text_path, web_path = write_report([run], tmp_path / "out")
     text, web = text_path.read_text(), web_path.read_text()
@@ -212,14 +212,55 @@ def test_one_run(tmp_path: Path) -> None:
     assert facts["Attempts"] == "2 (1 stopped by a signal, 1 requeued)"
     assert (facts["Train samples/s"], facts["Validation samples/s"]) == ("31.04", "80.2")
     assert (facts["Instance"], facts["Nodes"], facts["Tasks"]) == ("cedia-a100-40gb", "2", "8")
-    assert facts["Waiting for data"].startswith("1.2%") and facts["Majority class alone"] == "0.1667"
+    assert facts["Waiting for data"].startswith("1.2%") and facts["Commonest class alone"] == "accuracy 0.1667"
     assert table(text, "### Validation", "resnet3d")[1] == ["accuracy", "higher is better", "0.91", "0.9"]
     assert [row[0] for row in table(text, "### Classes", "resnet3d")[1:]] == ["hippocampus", "thalamus", "amygdala"]
-    assert "baseline" not in text and "Confusion matrix" not in text, "the figure shows it"
+    assert "baseline" not in text and "### Confusion matrix" not in text, "the figure shows it"
     for link in re.findall(r"!\[\w+\]\((.+)\)", text):
         assert (tmp_path / "out" / link).is_file()
     inlined = re.findall(r"data:image/png;base64,([^\"]+)", web)
     assert [base64.b64decode(one) for one in inlined] == [path.read_bytes() for path in figures.values()]
+
+
+OTHER_TASKS = {
+    "multilabel": (
+        {"map": 0.62, "hamming": 0.1},
+        {"precision": 0.5, "recall": 0.25, "f1": 1 / 3, "ap": None, "auc": 0.75, "calibration_error": 0.1},
+        ["Recall", "Precision", "F1", "ROC AUC", "Calibration error"],
+        [[[3, 1], [2, 4]]] * 3,
+    ),
+    "segmentation": (
+        {"dice": 0.8, "iou": 0.7},
+        {"precision": 0.5, "recall": 0.25, "dice": 1 / 3, "iou": 0.2},
+        ["Recall", "Precision", "Dice", "IoU"],
+        [[5, 0, 0], [0, 5, 0], [1, 0, 5]],
+    ),
+}
+
+
+@pytest.mark.parametrize("task", OTHER_TASKS)
+def test_a_run_of_another_task(task: str, tmp_path: Path) -> None:
+    metrics, row, titles, matrix = OTHER_TASKS[task]
+    name = next(iter(metrics))
+    told = result() | {"task": task, "monitor": name, "baseline": {name: 0.25}, "confusion_matrix": matrix}
+    told |= {"best": {"epoch": 4, "step": 300, "metrics": metrics}, "last": {}}
+    told |= {"per_class": [{"name": one, "support": 4, **row} for one in CLASSES]}
+    del told["majority"]
+    text = write_report([RunData("a-1", EXPERIMENT, {}, told)], tmp_path)[0].read_text()
+    assert dict(table(text, "### Facts", "a-1")[1:])["Commonest class alone"] == f"{name} 0.25"
+    directions = {line[0]: line[1] for line in table(text, "### Validation", "a-1")[1:]}
+    assert directions[name] == "higher is better" and directions.get("hamming", "lower is better") == "lower is better"
+    assert table(text, "### Classes", "a-1")[0] == ["Class", "Support", *titles]
+    if task == "multilabel":
+        assert table(text, "### Labels", "a-1")[1] == [CLASSES[0], "4", "1", "2", "3"]
+    else:
+        assert table(text, "### Confusion matrix", "a-1")[3] == [CLASSES[2], "1", "0", "5"]
+
+
+def test_an_unfinished_run_is_judged_by_its_tasks_metric() -> None:
+    metrics = {"step": 75, "epoch": 1, "split": "validation", "metrics": {"accuracy": 0.9, "dice": 0.3, "loss": 1.0}}
+    run = RunData("a", {"task": "segmentation", "train": {"monitor": None}}, {}, {}, [metrics])
+    assert (run.monitor, run.lower) == ("dice", False)
 
 
 def test_differences_to_the_first_run(tmp_path: Path) -> None:
@@ -270,6 +311,33 @@ def test_missing_and_foreign_figures_are_named(tmp_path: Path) -> None:
     for name in ("gone", "text"):
         assert f"Figure {name}: the file is missing or no PNG." in text and f"Figure {name}:" in web
     assert "![" not in text and "<img" not in web
+
+
+def test_figures_stand_in_their_order_with_captions(tmp_path: Path) -> None:
+    names = ["worst_samples", "mine", "roc_test", "roc", "curves", "confusion_matrix_test"]
+    run = RunData("a-1", EXPERIMENT, {}, result(), figures={name: png(tmp_path / f"{name}.png") for name in names})
+    text_path, web_path = write_report([run], tmp_path / "out")
+    order = re.findall(r"!\[(.+)\]", text_path.read_text())
+    assert [name.replace("\\", "") for name in order] == [
+        "curves", "roc", "worst_samples", "confusion_matrix_test", "roc_test", "mine"
+    ]  # fmt: skip
+    shown = Page(web_path.read_text()).texts
+    assert captions.CAPTIONS["roc"] in shown and f"{captions.CAPTIONS['roc']} (test)" in shown and "mine" in shown
+
+
+def test_a_page_of_many_runs_stays_small_and_refers_to_the_other_figures(tmp_path: Path) -> None:
+    sizes = {"curves": 30_000, "confusion_matrix": 20_000, "roc": 30_000, "predictions": 60_000}
+    for name, size in sizes.items():
+        path = png(tmp_path / f"{name}.png")
+        path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+    figures = {name: tmp_path / f"{name}.png" for name in sizes}
+    runs = [RunData(f"run-{number}", EXPERIMENT, {}, result(), figures=figures) for number in range(20)]
+    page_path = write_report(runs, tmp_path / "out")[1]
+    assert page_path.stat().st_size < 2_000_000
+    page = Page(page_path.read_text())
+    assert sum(tag == "img" for tag, _ in page.tags) == 40, "the foremost two of each run"
+    links = [str(attrs["href"]) for tag, attrs in page.tags if tag == "a" and "figures/" in str(attrs["href"])]
+    assert len(links) == 40 and all((tmp_path / "out" / link).is_file() for link in links)
 
 
 def test_everything_is_escaped(tmp_path: Path) -> None:

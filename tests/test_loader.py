@@ -306,10 +306,18 @@ def test_a_new_iteration_or_a_seek_ends_the_running_one(volumes):
 
 
 def test_descriptors_are_closed(volumes):
+    gc.collect()
     before = open_descriptors()
     loader = Loader(volumes, batch_size=2)
     list(loader)
+    once = open_descriptors()
     next(iter(loader))
+    assert open_descriptors() == once > before, "files stay open between epochs"
+    loader.close()
+    assert open_descriptors() == before
+    list(loader)
+    del loader
+    gc.collect()
     assert open_descriptors() == before
 
 

@@ -7,8 +7,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from datasets import open_volumes
 from jobs import inspect, montage, pack
-from jobs.montage import CELL, LARGE_CELL, NAN_COLOUR, UNNAMED_COLOUR, Painter, draw_montage
+from jobs.montage import CELL, LARGE_CELL, UNNAMED_COLOUR, Painter, draw_montage
+from jobs.palette import class_colour
 from jobs.sheet import GAP, LINE, MARGIN, NARROWEST, Picture, Row, Sheet, shorten, wrap
+from jobs.slices import NAN_COLOUR
 from tests.inspected import damage, volumes_of, write
 
 
@@ -86,7 +88,7 @@ def test_labels_lie_in_colours_over_the_slice_that_has_most(tmp_path):
     height, width = changed.shape[0] // 2, changed.shape[1] // 2
     assert changed[:height, width:].all() and not changed[height:].any() and not changed[:, :width].any()
     assert painter.labels == {2}
-    colour = np.array(montage._colour(2))
+    colour = np.array(class_colour(2))
     assert np.abs(overlay[0, -1] - (plain[0, -1] + colour) / 2).max() <= 1
     assert [picture.note for picture in painter.paint(1, "title")] == ["train, constant", "no label voxel"]
 
@@ -97,7 +99,7 @@ def test_the_legend_names_what_is_drawn_and_what_has_no_name_is_white(tmp_path):
     path = write(tmp_path / "o.h5", inputs, maps, task="segmentation")
     draw_montage(open_volumes(path), tmp_path / "o.png")
     sheet = np.asarray(Image.open(tmp_path / "o.png").convert("RGB"))
-    assert (sheet[-MARGIN - LINE :] == montage._colour(1)).all(axis=2).any()
+    assert (sheet[-MARGIN - LINE :] == class_colour(1)).all(axis=2).any()
     damaged = open_volumes(path).shards[0].targets.offset
     damage(path, damaged, bytes([9] * 8))
     overlay = paint(path)[1].pixels

@@ -1,112 +1,16 @@
-"""Learning rates at their ends and in between, and which parameters are decayed."""
+"""Which parameters are decayed and how fast each goes; timm's optimizers, and what each leaves in a checkpoint."""
 
-import math
-from itertools import pairwise
+import json
+import warnings
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from hpc.training import Optimizer, Scheduler
-from jobs.optimize import build_optimizer, learning_rate
-
-HIGHEST = 0.02
-
-
-def rates(total: int, per_epoch: int, **settings: object) -> list[float]:
-    rate = learning_rate(Scheduler.model_validate(settings), HIGHEST, total, per_epoch)
-    return [rate(step) for step in range(total)]
-
-
-def rises(values: list[float]) -> bool:
-    return all(a < b for a, b in pairwise(values))
-
-
-def falls(values: list[float]) -> bool:
-    return all(a > b for a, b in pairwise(values))
-
-
-def test_constant() -> None:
-    assert rates(20, 5, name="constant") == [HIGHEST] * 20
-
-
-def test_cosine_falls_from_the_highest_rate_to_the_final_share() -> None:
-    found = rates(101, 10, name="cosine", final=0.1)
-    assert found[0] == HIGHEST
-    assert found[-1] == pytest.approx(0.1 * HIGHEST)
-    assert found[50] == pytest.approx((1 + 0.1) / 2 * HIGHEST)
-    assert falls(found)
-
-
-def test_cosine_agrees_with_torch() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=HIGHEST)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=49, eta_min=0.05 * HIGHEST)
-    theirs = []
-    for _ in range(50):
-        theirs.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert rates(50, 7, name="cosine", final=0.05) == pytest.approx(theirs)
-
-
-def test_exponential_is_a_stair_of_epochs_as_torch_has_it() -> None:
-    found = rates(30, 10, name="exponential", gamma=0.85)
-    assert found == pytest.approx([HIGHEST] * 10 + [0.85 * HIGHEST] * 10 + [0.85**2 * HIGHEST] * 10)
-
-
-def test_one_cycle_rises_for_three_tenths_and_falls_to_the_final_share() -> None:
-    found = rates(101, 10, name="one_cycle", final=0.001)
-    assert found[0] == pytest.approx(HIGHEST / 25)
-    assert found[30] == pytest.approx(HIGHEST)
-    assert found[-1] == pytest.approx(0.001 * HIGHEST)
-    assert rises(found[:31]) and falls(found[30:])
-
-
-def test_one_cycle_agrees_with_torch() -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=HIGHEST, total_steps=101, pct_start=0.307, cycle_momentum=False, final_div_factor=1e4 / 25
-    )
-    theirs = []
-    for _ in range(101):
-        theirs.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        if len(theirs) < 101:
-            scheduler.step()
-    # torch counts the rise as pct_start * total - 1 steps, we as 30 % of the distance
-    assert rates(101, 10, name="one_cycle", final=1e-4) == pytest.approx(theirs, rel=1e-2, abs=HIGHEST * 1e-3)
-
-
-@pytest.mark.parametrize("name", ["constant", "cosine", "exponential"])
-def test_the_warm_up_is_linear_and_the_schedule_begins_after_it(name: str) -> None:
-    found = rates(40, 10, name=name, warmup_epochs=1.5)
-    assert found[:15] == pytest.approx([HIGHEST * (step + 1) / 15 for step in range(15)])
-    assert found[15] == HIGHEST
-    assert found[15:] == pytest.approx(rates(25, 10, name=name))
-
-
-@given(
-    name=st.sampled_from(["constant", "cosine", "exponential", "one_cycle"]),
-    total=st.integers(1, 60),
-    per_epoch=st.integers(1, 20),
-    warmup=st.sampled_from([0.0, 0.01, 0.5, 1.0, 2.7, 100.0]),
-    final=st.floats(0, 1),
-)
-def test_every_rate_is_finite_and_within_bounds(
-    name: str, total: int, per_epoch: int, warmup: float, final: float
-) -> None:
-    settings: dict[str, object] = {"name": name}
-    if name != "one_cycle":
-        settings["warmup_epochs"] = warmup
-    if name in ("cosine", "one_cycle"):
-        settings["final"] = final
-    for rate in rates(total, per_epoch, **settings):
-        assert math.isfinite(rate) and 0 <= rate <= HIGHEST * (1 + 1e-12)
-
-
-# Optimizers.
+from hpc.errors import UserError
+from hpc.optimisation import Optimizer
+from jobs import tensorfile
+from jobs.optimize import build_optimizer, timm_optimizers
 
 
 def model() -> nn.Module:
@@ -143,3 +47,83 @@ def test_a_model_without_one_dimensional_weights_can_be_trained() -> None:
     network(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     optimizer.load_state_dict(optimizer.state_dict())
+
+
+# timm's.
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 3))
+
+
+def run_steps(network: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        torch.manual_seed(step)
+        inputs, targets = torch.randn(4, 1, 4, 4), torch.randint(0, 3, (4,))
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 / (1 + step)
+        nn.functional.cross_entropy(network(inputs), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def saved(optimizer: torch.optim.Optimizer) -> tuple[str, dict[str, torch.Tensor]]:
+    """What a checkpoint holds of it."""
+    tensors: dict[str, torch.Tensor] = {}
+    text = json.dumps(tensorfile.apart(optimizer.state_dict(), tensors))
+    return text, {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def goes_on(settings: Optimizer) -> bool:
+    """Whether a run that is saved and resumed is the undisturbed one, bit by bit."""
+    whole, first = small(), small()
+    undisturbed = build_optimizer(settings, whole)
+    run_steps(whole, undisturbed, 0, 12)
+    stopped = build_optimizer(settings, first)
+    run_steps(first, stopped, 0, 7)
+    text, tensors = saved(stopped)
+    second = small()
+    second.load_state_dict(first.state_dict())
+    resumed = build_optimizer(settings, second)
+    resumed.load_state_dict(tensorfile.together(json.loads(text), tensors))
+    run_steps(second, resumed, 7, 12)
+    (wanted, theirs), (found, mine) = saved(undisturbed), saved(resumed)
+    same = all(torch.equal(mine[name], theirs[name]) and mine[name].dtype == theirs[name].dtype for name in theirs)
+    weights = zip(whole.state_dict().values(), second.state_dict().values(), strict=True)
+    return found == wanted and mine.keys() == theirs.keys() and same and all(torch.equal(a, b) for a, b in weights)
+
+
+def test_the_state_of_every_one_that_is_allowed_survives_a_checkpoint() -> None:
+    names = timm_optimizers()
+    assert len(names) > 70 and {"lion", "lamb", "nadamw", "adafactor", "muon"} <= {*names}
+    with warnings.catch_warnings(action="ignore"):
+        given = ["adam", "adamw", "sgd", *(f"timm:{name}" for name in names)]
+        lost = [name for name in given if not goes_on(Optimizer(name=name, lr=0.01, weight_decay=0.05))]
+    assert not lost
+
+
+def test_one_of_timm_has_our_groups_and_its_options() -> None:
+    lion = build(name="timm:lion", lr=0.3, weight_decay=0.1, options={"betas": [0.8, 0.9]})
+    assert type(lion).__name__ == "Lion" and lion.defaults["betas"] == [0.8, 0.9]
+    assert [(group["lr"], group["weight_decay"]) for group in lion.param_groups] == [(0.3, 0.1), (0.3, 0.0)]
+
+
+REFUSED = {
+    "timm:lyon": ({}, "no such; did you mean 'lion'"),
+    "timm:adahessian": ({}, "second derivatives"),
+    "timm:adafactorbv": ({}, "timm:adafactor"),
+    "timm:bnbadam": ({}, "bitsandbytes"),
+    "timm:kron": ({}, "random numbers"),
+    "timm:lion": ({"bethas": [0.1, 0.2]}, "no 'bethas'; did you mean 'betas'"),
+    "timm:sgd": ({"lr": 0.1}, "no 'lr'"),
+    "timm:adam": ({"betas": [2.0, 3.0]}, r"timm:adam refuses .*betas.*beta"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_timm_does_not_have_is_told_in_a_line(name: str) -> None:
+    options, told = REFUSED[name]
+    with pytest.raises(UserError, match=told) as caught:
+        build(name=name, options=options)
+    assert "\n" not in str(caught.value)

@@ -191,9 +191,26 @@ def test_a_header_in_metres_or_microns_is_read_in_mm(tmp_path):
     assert volumes.shape == (1, 6, 7, 8) and np.allclose(volumes.affine, np.eye(4))
 
 
+def test_grey_images_among_coloured_ones_become_coloured_and_alpha_is_dropped(tmp_path):
+    for number in range(6):
+        draw(tmp_path / "d" / "ab"[number % 2] / f"{number}.png", number, colour=True)
+    size = Image.open(tmp_path / "d" / "a" / "0.png").size
+    grey = np.random.default_rng(0).integers(0, 256, size[::-1]).astype(np.uint8)
+    Image.fromarray(grey).save(tmp_path / "d" / "a" / "0.png")
+    Image.fromarray(np.stack([grey, grey // 2], axis=-1), "LA").save(tmp_path / "d" / "b" / "1.png")
+    Image.open(tmp_path / "d" / "a" / "2.png").convert("RGBA").save(tmp_path / "d" / "a" / "2.png")
+    assert run(tmp_path / "d", "-o", tmp_path / "o.h5", "--labels", "folders", "--split", "50/50/0") == 0
+    volumes = open_volumes(tmp_path / "o.h5")
+    assert len(volumes) == 6 and volumes.shape == (3, *size[::-1])
+    for name in ("0", "1"):
+        (sample,) = [number for number, id in enumerate(volumes.ids) if id.endswith(name)]
+        assert np.array_equal(volumes.read(sample)[0], np.stack([grey] * 3))
+
+
 def test_an_odd_one_out_is_told_and_can_be_left_out(tmp_path, capsys):
     for number in range(6):
-        draw(tmp_path / "d" / "ab"[number % 2] / f"{number}.png", number, colour=number != 3)
+        draw(tmp_path / "d" / "ab"[number % 2] / f"{number}.png", number, colour=True)
+    Image.fromarray(np.full((12, 12), 900, np.uint16)).save(tmp_path / "d" / "b" / "3.png")
     (tmp_path / "d" / "a" / "notes.txt").write_text("hello")
     arguments = [tmp_path / "d", "-o", tmp_path / "o.h5", "--labels", "folders"]
     assert run(*arguments) == 1

@@ -227,7 +227,7 @@ def test_a_mended_source_is_read_and_the_others_are_not(tmp_path):
     assert np.array_equal(open_volumes(tmp_path / "o.h5").read(3)[0][0], noise(seed=3))
 
 
-def test_other_options_for_the_voxels_begin_anew_and_others_do_not(tmp_path):
+def test_other_options_for_the_voxels_begin_anew_and_others_do_not(tmp_path, capsys):
     scans, labels = twelve(tmp_path)
     (scans / "s03.nii.gz").write_bytes((scans / "s03.nii.gz").read_bytes()[:300])
     arguments = [scans, "--labels", labels, "-o", tmp_path / "o.h5"]
@@ -238,6 +238,10 @@ def test_other_options_for_the_voxels_begin_anew_and_others_do_not(tmp_path):
     read.clear()
     assert run_noting(read, *arguments, "--size", "5") == 1
     assert len(read) == 12
+    assert run(*arguments, "--size", "6", "--skip-bad") == 0
+    told = "an earlier start had other options for the voxels: all sources were read anew"
+    shown = capsys.readouterr()
+    assert told in " ".join((shown.out + shown.err).split())
 
 
 def test_what_was_written_after_the_last_sync_is_not_believed_after_a_power_cut(tmp_path):

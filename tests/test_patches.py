@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from datasets import Loader, open_volumes
 from datasets.patches import Patches
 from datasets.reading import BadSample, DamagedSample, Reader
+from datasets.sampling import Share
 from datasets.stored import bytes_of
 from datasets.writer import VolumeWriter
 from tests import layouts
@@ -191,6 +192,32 @@ def test_a_foreground_voxel_lies_anywhere_in_its_patch(tmp_path):
             start = patches.start(reader, 0, 0, key, foreground=True)
             offsets.add(tuple(a - b for a, b in zip(voxel, start, strict=True)))
     assert offsets == {(x, y, z) for x in range(3) for y in range(3) for z in range(3)}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "ragged"])
+def test_places_drawn_ahead_are_those_of_each_patch_alone(layout, opened):
+    volumes = opened[layout]
+    patches = Patches(volumes, (9, 6, 40), seed=2**64 - 1, drawn=True)
+    samples, views = np.arange(4000) % len(volumes), np.arange(4000) // len(volumes)
+    shares = [Share(samples[n : n + 3], views[n : n + 3], np.arange(n, n + 3)) for n in range(0, 3999, 3)]
+    with Reader(volumes) as reader:
+        for share, places in itertools.islice(patches.planned(7, iter(shares)), 0, None, 40):
+            for sample, view, start in zip(share.samples.tolist(), share.views.tolist(), places.starts, strict=True):
+                assert tuple(start) == patches.start(reader, 7, sample, sample + view * len(volumes), foreground=False)
+                room = np.array(volumes.sample_shape(sample)[1:]) - patches.size
+                assert all(0 <= a <= free or (free < 0 and a == free // 2) for a, free in zip(start, room, strict=True))
+
+
+def test_what_was_read_before_a_bad_sample_is_handed_over(tmp_path):
+    path = layouts.write(tmp_path / "v.h5", "contiguous", "classification")
+    volumes = open_volumes(path)
+    damage(path, volumes, 7)
+    for threads in (1, 3):
+        seen = []
+        with pytest.raises(DamagedSample, match="number 7"):
+            for batch in Loader(volumes, batch_size=1, verify=1.0, threads=threads, shuffle=False):
+                seen += batch.samples.tolist()
+        assert seen == list(range(7))
 
 
 def test_whole_volumes_of_different_shapes_come_one_by_one(opened):

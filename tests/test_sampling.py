@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets import Loader, open_volumes
-from datasets.order import Stream, philox_bits, random_bits
+from datasets.order import Stream, philox_bits, philox_table, random_bits, uniform_table, uniforms
 from datasets.sampling import Balanced, Weighted, class_weights, count_before, rarity
 from datasets.writer import VolumeWriter
 
@@ -188,3 +188,17 @@ def test_samplers_that_cannot_work_are_refused(volumes, options, message):
 def test_weights_of_an_unknown_class_are_refused(volumes):
     with pytest.raises(ValueError, match="no class 'rar'; classes are often, seldom, rare, held"):
         class_weights(volumes, {"rar": 2.0})
+
+
+@pytest.mark.parametrize("count", [1, 4, 9])
+@pytest.mark.parametrize("key", [(0, 0), (3, 2), (2**64 - 1, 2**63 + 5)])
+def test_a_table_of_draws_is_numpys_philox_row_by_row(key, count):
+    samples = np.array([0, 1, 77, 2**40, 2**62] * 6)
+    table = philox_table(key, Stream.PATCH, samples, count)
+    for row, sample in zip(table, samples.tolist(), strict=True):
+        assert np.array_equal(row, philox_bits(key, (0, 0, sample, int(Stream.PATCH)), count))
+    for rows in (samples, samples[:3], samples[:0]):
+        draws = uniform_table(*key, Stream.PATCH, count, rows)
+        assert draws.shape == (len(rows), count)
+        for row, sample in zip(draws, rows.tolist(), strict=True):
+            assert np.array_equal(row, uniforms(*key, Stream.PATCH, count, sample))

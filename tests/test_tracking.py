@@ -6,8 +6,8 @@ import resource
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hpc import ledger
@@ -103,7 +103,7 @@ def log_on_a_full_disk(folder: str, limit: int) -> None:
     for step in range(1, 400):
         tracker.scalars(step, {"a": 1.0, "b": 2.0})
         if step % 100 == 0:
-            tracker.figure(step, "figure", Figure())
+            tracker.picture(step, "picture", np.zeros((480, 640, 3), np.uint8))
             tracker.evaluation({"step": step, "split": "validation", "metrics": {}})
             tracker.flush()
     tracker.close()

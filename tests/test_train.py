@@ -6,11 +6,10 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,23 @@ from jobs import checkpoint
 from jobs.setup import check, prepare
 from jobs.train import main as check_main
 from tests import tiny_run
-from tests.tiny_run import BOUNDARIES, CHILD_LIMIT_S, CONTEXT, EPOCHS, SPLITS, STEPS, STEPS_PER_EPOCH, in_child, outcome
+from tests.tiny_run import (
+    BOUNDARIES,
+    CONTEXT,
+    EPOCHS,
+    SPLITS,
+    STEPS,
+    STEPS_PER_EPOCH,
+    Outcome,
+    assert_same,
+    free_port,
+    in_child,
+    outcome,
+    play,
+    play_rank,
+    run_ranks,
+)
 
-Outcome = dict[str, Any]
 WORKERS = 3  # a resumed attempt spends half of its time waiting for the clock's next second
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,18 +57,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pool() -> Iterator[ProcessPoolExecutor]:
     with ProcessPoolExecutor(WORKERS, mp_context=CONTEXT) as executor:
         yield executor
-
-
-def play(folder: Path, data: Path, stops: tuple[int, ...] = (), *overrides: str) -> Outcome:
-    """A run stopped at these boundaries, one an attempt, then trained to its end."""
-    run = tiny_run.make_run(folder, data, *overrides)
-    for generation, boundary in enumerate(stops, start=1):
-        assert tiny_run.train(run, generation, boundary) == "stopped"
-        assert read_json(run.stop)["generation"] == generation
-        assert read_json(run.stop)["step"] == tiny_run.newest(run).step
-        assert not run.result.exists()
-    assert tiny_run.train(run, len(stops) + 1, None if stops else BOUNDARIES + 1) == "done"
-    return outcome(run)
 
 
 STOPS = [(boundary,) for boundary in range(1, BOUNDARIES + 1)] + [(6, 2, 5)]
@@ -86,16 +87,6 @@ def killed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dic
 @pytest.fixture(scope="module", autouse=True)
 def early_start(played: dict[Any, Any], killed: dict[str, Any]) -> None:
     """The long rows run beside the other tests, which come first in this file."""
-
-
-def assert_same(found: Outcome, wanted: Outcome) -> None:
-    assert found.keys() == wanted.keys()
-    for key in wanted:  # the weights last: their difference says least
-        if key not in ("weights", "optimizer"):
-            assert found[key] == wanted[key], key
-    for key in ("optimizer", "weights"):
-        changed = [name for name in wanted[key] if found[key].get(name) != wanted[key][name]]
-        assert not changed, f"{key} differ in {changed}"
 
 
 # The check of an experiment against its data and model (hpc plan's child).
@@ -357,36 +348,6 @@ def test_accumulated_parts_are_the_same_samples_and_the_same_step(
 
 
 # Ranks.
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def run_ranks(function: Callable[..., None], arguments: list[tuple[Any, ...]]) -> list[int | None]:
-    """Exit codes of processes that run together; None for one that hung."""
-    ranks = [CONTEXT.Process(target=function, args=given) for given in arguments]
-    for rank in ranks:
-        rank.start()
-    deadline = time.monotonic() + CHILD_LIMIT_S
-    for rank in ranks:
-        rank.join(max(0, deadline - time.monotonic()))
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-    return codes
-
-
-def play_rank(rank: int, world: int, rows: list[tuple[Path, int, int | None, int]]) -> None:
-    """Attempts (run, generation, boundary, port) one after another; only the last rank is signalled."""
-    for folder, generation, boundary, port in rows:
-        place = Allocation(rank, world, rank, cpus_per_task=1, master_port=port)
-        mine = boundary if rank == world - 1 else None
-        answer = tiny_run.train(RunDir(folder), generation, mine, allocation=place)
-        assert answer == ("done" if boundary is None else "stopped")
-    os._exit(0)
 
 
 # world size, the boundaries of two stops, the steps they must be at: one in mid-epoch, one in a validation.

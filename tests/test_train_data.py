@@ -10,9 +10,9 @@ import pytest
 from datasets import open_volumes
 from hpc.errors import UserError
 from hpc.experiment import load, validate
-from jobs.evaluate import evaluate
 from jobs.setup import check, prepare
 from tests import tiny_run
+from tests.inferred import evaluate
 from tests.tiny_run import CONTEXT, outcome
 
 OPTIONS = ("data.sampler=balanced", "data.patch=[6, 5, 6]", "data.views=2", "data.stage=node", "train.epochs=1")
@@ -78,12 +78,17 @@ def test_the_model_gets_patches(tmp_path: Path) -> None:
     assert prepare(experiment).shape == (1, 4, 6, 8)
     assert "1 x 8 x 8 x 8 int16, in patches of 4 x 6 x 8, 17 train" in check(experiment)[0]
     assert tiny_run.in_child(tiny_run.train, run) == 0
-    assert evaluate(run, "test", "last")[1].samples == 4
+    assert evaluate(run, "test", "last")[1].scores.samples == 4
 
 
 FAULTS = {
     ("data.patch=[4, 4]",): "data.patch [4, 4] must have 3 sizes",
     ("data.weights={latte: 2}", "data.sampler=weighted"): "no class 'latte'; classes are early, late, none",
+    ("data.patch=[4, 40, 4]",): "data.patch [4, 40, 4] is over 2 times the largest training volume (8 x 8 x 8)",
+    (
+        "data.views=9000000",
+        "data.batch_size=2",
+    ): "data.views 9000000 makes an epoch of 153,000,000 samples: use 5,88",
     ("data.patch=[4, 4, 4]", "data.foreground=0.5"): "needs stored voxels of each class",
 }
 

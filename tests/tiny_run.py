@@ -11,6 +11,8 @@ validation batch. BOUNDARIES of them make an undisturbed run.
 import multiprocessing
 import os
 import signal
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from datasets.writer import VolumeWriter
 from hpc.allocation import Allocation
 from hpc.experiment import load
 from hpc.preempt import StopFlag
-from hpc.rundir import RunDir
+from hpc.rundir import RunDir, read_json
 from jobs import checkpoint
 from jobs.engine import Engine
 from jobs.schedule import Schedule
@@ -36,6 +38,7 @@ BATCH, EPOCHS = 4, 3
 STEPS_PER_EPOCH, STEPS = 4, 12
 BOUNDARIES = 1 + STEPS + 2 * EPOCHS
 CHILD_LIMIT_S = 60
+Outcome = dict[str, Any]
 CLASSES = ("early", "late", "none")
 
 # Children are forked from a server that has imported torch once, and never from a process with threads.
@@ -68,7 +71,13 @@ def make_run(folder: Path, data: Path, *overrides: str) -> RunDir:
         "name": "tiny",
         "model": model,
         "data": {"file": str(data), "batch_size": BATCH, "augment": {"flip": [0]}, "verify": 0, "threads": 1},
-        "train": {"epochs": EPOCHS, "device": "cpu", "optimizer": {"lr": 0.02}, "scheduler": {"name": "one_cycle"}},
+        "train": {
+            "epochs": EPOCHS,
+            "device": "cpu",
+            "figures": "few",
+            "optimizer": {"lr": 0.02},
+            "scheduler": {"name": "one_cycle"},
+        },
     }
     run.experiment.write_text(yaml.safe_dump(values))
     resolved, _ = load(run.experiment, list(overrides))
@@ -145,12 +154,21 @@ def newest(run: RunDir) -> checkpoint.Checkpoint:
 
 def shown_steps(run: RunDir, tag: str) -> list[int]:
     """As TensorBoard's reader has them."""
+    return [event.step for event in _shown(run, tag)]
+
+
+def shown_values(run: RunDir, tag: str) -> list[float]:
+    """As TensorBoard's reader has them."""
+    return [float(event.value) for event in _shown(run, tag)]
+
+
+def _shown(run: RunDir, tag: str) -> list[Any]:
     accumulator = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0})
     accumulator.Reload()
-    return [event.step for event in accumulator.Scalars(tag)]
+    return list(accumulator.Scalars(tag))
 
 
-def outcome(run: RunDir) -> dict[str, Any]:
+def outcome(run: RunDir) -> Outcome:
     """All that must not depend on interruptions: final weights and optimizer byte by byte, metrics, best epoch."""
     found = newest(run)
     lines = [
@@ -162,6 +180,7 @@ def outcome(run: RunDir) -> dict[str, Any]:
     return {
         "step": found.step,
         "weights": {key: value.numpy().tobytes() for key, value in found.model().items()},
+        "trained": {key: value.numpy().tobytes() for key, value in found.trained().items()},
         "optimizer": {
             (number, key): torch.as_tensor(value).numpy().tobytes()
             for number, entry in moments["state"].items()
@@ -170,6 +189,7 @@ def outcome(run: RunDir) -> dict[str, Any]:
         "groups": moments["param_groups"],
         "metrics": lines,
         "last": state["last"],
+        "learner": state["learner"],
         "best": {key: value for key, value in state["best"].items() if key != "checkpoint"},
     }
 
@@ -183,3 +203,57 @@ def in_child(function: Callable[..., None], *args: Any) -> int:
         child.kill()
         raise AssertionError(f"{function.__name__} did not end in {CHILD_LIMIT_S} s")
     return child.exitcode
+
+
+def play(
+    folder: Path, data: Path, stops: tuple[int, ...] = (), *overrides: str, boundaries: int = BOUNDARIES
+) -> Outcome:
+    """A run stopped at these boundaries, one an attempt, then trained to its end."""
+    run = make_run(folder, data, *overrides)
+    for generation, boundary in enumerate(stops, start=1):
+        assert train(run, generation, boundary) == "stopped"
+        assert read_json(run.stop)["generation"] == generation
+        assert read_json(run.stop)["step"] == newest(run).step
+        assert not run.result.exists()
+    assert train(run, len(stops) + 1, None if stops else boundaries + 1) == "done"
+    return outcome(run)
+
+
+def assert_same(found: Outcome, wanted: Outcome) -> None:
+    assert found.keys() == wanted.keys()
+    for key in wanted:  # the weights last: their difference says least
+        if key not in ("weights", "trained", "optimizer"):
+            assert found[key] == wanted[key], key
+    for key in ("optimizer", "trained", "weights"):
+        changed = [name for name in wanted[key] if found[key].get(name) != wanted[key][name]]
+        assert not changed, f"{key} differ in {changed}"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_ranks(function: Callable[..., None], arguments: list[tuple[Any, ...]]) -> list[int | None]:
+    """Exit codes of processes that run together; None for one that hung."""
+    ranks = [CONTEXT.Process(target=function, args=given) for given in arguments]
+    for rank in ranks:
+        rank.start()
+    deadline = time.monotonic() + CHILD_LIMIT_S
+    for rank in ranks:
+        rank.join(max(0, deadline - time.monotonic()))
+    codes = [rank.exitcode for rank in ranks]
+    for rank in ranks:
+        rank.kill()
+    return codes
+
+
+def play_rank(rank: int, world: int, rows: list[tuple[Path, int, int | None, int]]) -> None:
+    """Attempts (run, generation, boundary, port) one after another; only the last rank is signalled."""
+    for folder, generation, boundary, port in rows:
+        place = Allocation(rank, world, rank, cpus_per_task=1, master_port=port)
+        mine = boundary if rank == world - 1 else None
+        answer = train(RunDir(folder), generation, mine, allocation=place)
+        assert answer == ("done" if boundary is None else "stopped")
+    os._exit(0)

@@ -79,7 +79,7 @@ def make_run(folder: Path, data: Path, task: str, *overrides: str) -> RunDir:
         "task": task,
         "model": {"name": f"file:{net}:{NET[task]}"},
         "data": {"file": str(data), "batch_size": BATCH, "augment": {"flip": [0]}, "verify": 0, "threads": 1},
-        "train": {"epochs": EPOCHS, "device": "cpu", "optimizer": {"lr": 0.02}},
+        "train": {"epochs": EPOCHS, "device": "cpu", "figures": "few", "optimizer": {"lr": 0.02}},
     }
     run.experiment.write_text(yaml.safe_dump(values))
     resolved, _ = load(run.experiment, list(overrides))

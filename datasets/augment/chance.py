@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.augment.options import MAX_AXES, Options, per_axis
-from datasets.order import Stream, uniforms
+from datasets.order import Stream, uniform_table
 
 Floats = NDArray[np.float64]
 # one number at a time: NumPy's own may differ in the last bit with the length of the array, so with the batch
@@ -82,13 +82,13 @@ class Chance:
 
     def stream(self, stream: Stream, count: int) -> Floats:
         """(B, count) further numbers in [0, 1)."""
-        return _uniforms(self.seed, self.epoch, stream, count, self.samples)
+        return uniform_table(self.seed, self.epoch, stream, count, self.samples)
 
 
 def draw(options: Options, samples: NDArray[np.int64], seed: int, epoch: int) -> Chance:
-    """The draws of these samples; ValueError if there are none."""
-    table = _uniforms(seed, epoch, Stream.TRANSFORMS, sum(COUNTS.values()) + len(COUNTS), samples)
-    basic = _uniforms(seed, epoch, Stream.AUGMENT, MAX_AXES + 3, samples)
+    """The draws of these samples, one or more."""
+    table = uniform_table(seed, epoch, Stream.TRANSFORMS, sum(COUNTS.values()) + len(COUNTS), samples)
+    basic = uniform_table(seed, epoch, Stream.AUGMENT, MAX_AXES + 3, samples)
     happens, uniform, first = {}, {}, 0
     for name, count in COUNTS.items():
         chance = options.p.get(name, 1.0) if getattr(options, name) else 0.0
@@ -96,7 +96,3 @@ def draw(options: Options, samples: NDArray[np.int64], seed: int, epoch: int) ->
         first += 1 + count
     flips = basic[:, :MAX_AXES] < options.p.get("flip", 0.5)
     return Chance(options, samples, seed, epoch, happens, uniform, flips, basic[:, MAX_AXES:])
-
-
-def _uniforms(seed: int, epoch: int, stream: Stream, count: int, samples: NDArray[np.int64]) -> Floats:
-    return np.stack([uniforms(seed, epoch, stream, count, sample) for sample in samples.tolist()])

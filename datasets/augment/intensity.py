@@ -30,10 +30,15 @@ def filtered(inputs: Tensor, chance: Chance) -> Tensor:
     sigmas, factors = chance.within("blur", 0.0), chance.within("low_resolution", 1.0)
     shape, out = inputs.shape, inputs
     for size in shape[2:]:
+        if size == 1:
+            continue
         matrix = coarsened(blurring(size, sigmas, inputs.device), factors)
         # (n * C, size, rest): this axis goes to the end, so that after all of them the order is the old one
         columns = out.reshape(shape[0] * shape[1], size, -1).transpose(1, 2)
-        out = torch.bmm(columns, matrix.transpose(1, 2).repeat_interleave(shape[1], dim=0))
+        lines = columns.shape[1]
+        # a single line would be a product with a vector, whose sum is split by the number of threads
+        columns = columns.expand(-1, 2, -1) if lines == 1 else columns
+        out = torch.bmm(columns, matrix.transpose(1, 2).repeat_interleave(shape[1], dim=0))[:, :lines]
     return out.reshape(shape)
 
 

@@ -99,10 +99,18 @@ class Options:
             raise ValueError("augment: spacing serves rotate and shear, and neither is given; leave it out")
         self._keep("elastic", _part("elastic", self.elastic, Elastic))
         self._keep("cutout", _part("cutout", self.cutout, Cutout))
+        self._refuse_idle()
         self._keep("p", self._chances(self.p))
 
     def _keep(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+    def _refuse_idle(self) -> None:
+        """What is given and does nothing. Off is 0, null or []."""
+        for name in RANGES:
+            neutral = 0.0 if name == "blur" else 1.0
+            if getattr(self, name) == (neutral, neutral):
+                raise ValueError(f"augment: {name} [{neutral:g}, {neutral:g}] does nothing; leave it out")
 
     def _chances(self, chances: Any) -> dict[str, float]:
         if not isinstance(chances, Mapping):
@@ -253,7 +261,9 @@ def _amounts(name: str, value: Any, least: float, most: float) -> tuple[float, .
     if not all(_is_number(number) and least <= number <= most for number in numbers):
         limits = f"from {least:g} to {most:g}" if most < inf else f"of {least:g} or more"
         raise ValueError(f"augment: {name} {value!r} must be a number {limits}, or a list of one for each axis")
-    return tuple(float(number) for number in numbers) if any(numbers) else ()
+    if not any(numbers):
+        raise ValueError(f"augment: {name} {value!r} does nothing; leave it out")
+    return tuple(float(number) for number in numbers)
 
 
 def _range(name: str, value: Any) -> tuple[float, ...]:
@@ -285,9 +295,11 @@ def _pair(name: str, value: Any, low: float, high: float, example: str) -> tuple
 
 
 def _part(name: str, value: Any, kind: type[Elastic] | type[Cutout]) -> Any:
+    keys = names(kind)
+    if isinstance(value, Mapping) and not value:
+        raise ValueError(f"augment: {name} {{}} says nothing; it takes {', '.join(keys)}, or null for none")
     if isinstance(value, kind) or _is_off(value):
         return () if _is_off(value) else value
-    keys = names(kind)
     if not isinstance(value, Mapping):
         raise ValueError(f"augment: {name} {value!r} is no mapping; it takes {', '.join(keys)}")
     check_names(f"augment: {name}", value, keys)

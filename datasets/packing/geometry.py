@@ -4,6 +4,7 @@ Arrays are (C, *spatial) with two or three spatial axes, affines (4, 4) from vox
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,34 @@ from numpy.typing import NDArray
 from datasets.packing.recipe import Recipe, expand
 
 Affine = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the voxels of a resampled volume lie in its source: voxel j at start + step * j along each axis."""
+
+    old: tuple[int, ...]
+    """spatial shape of the source"""
+    new: tuple[int, ...]
+    steps: tuple[float, ...]
+    """voxels of the source from one new voxel to the next"""
+
+    @property
+    def start(self) -> tuple[float, ...]:
+        """Both grids have one centre."""
+        return tuple(
+            (n - 1) / 2 - step * (m - 1) / 2 for n, m, step in zip(self.old, self.new, self.steps, strict=True)
+        )
+
+    @property
+    def same(self) -> bool:
+        return self.new == self.old and np.allclose(self.steps, 1)
+
+
+def make_grid(shape: tuple[int, ...], affine: Affine, recipe: Recipe) -> Grid:
+    """The grid that the recipe resamples a source of spatial `shape` to."""
+    new = resampled_shape(shape, affine, recipe)
+    return Grid(shape, new, tuple(_steps(shape, new, affine, recipe)))
 
 
 def spacing_of(affine: Affine, axes: int) -> tuple[float, ...]:
@@ -47,18 +76,15 @@ def resample(data: NDArray[Any], affine: Affine, recipe: Recipe, labels: bool = 
     Axes that are made coarser are smoothed before, with sigma (factor - 1) / 2, as in scikit-image. Label maps take the
     nearest voxel. Integers are rounded. Data as they are where the grid is the same.
     """
-    old = data.shape[1:]
-    new = resampled_shape(old, affine, recipe)
-    steps = _steps(old, new, affine, recipe)
-    if new == old and np.allclose(steps, 1):
+    grid = make_grid(data.shape[1:], affine, recipe)
+    if grid.same:
         return data, affine
-    start = [(n - 1) / 2 - step * (m - 1) / 2 for n, m, step in zip(old, new, steps, strict=True)]
     moved = np.eye(4)
-    axes = len(old)
-    moved[range(axes), range(axes)], moved[:axes, 3] = steps, start
-    out = np.empty((data.shape[0], *new), data.dtype)
+    axes = len(grid.old)
+    moved[range(axes), range(axes)], moved[:axes, 3] = grid.steps, grid.start
+    out = np.empty((data.shape[0], *grid.new), data.dtype)
     for source, target in zip(data, out, strict=True):
-        target[...] = _interpolate(source, steps, start, new, labels)
+        target[...] = _interpolate(source, grid.steps, grid.start, grid.new, labels)
     return out, affine @ moved
 
 

@@ -16,12 +16,13 @@ from datasets import sources
 from datasets.masks import found_classes
 from datasets.packing.journal import Finished, Workshop, key_of
 from datasets.packing.labelling import Labelling, read_labelling
+from datasets.packing.making import TooWide
 from datasets.packing.parts import Packed, divide, rehearse
 from datasets.packing.plan import Plan, make_plan, read_headers
 from datasets.packing.pool import WorkerDied, run, survey
 from datasets.packing.publish import publish, reserve
 from datasets.packing.recipe import PackOptions
-from datasets.packing.samples import Bench, Task, TooWide, files_of, identity
+from datasets.packing.samples import Bench, Task, files_of, identity
 from datasets.sources import Header, Source
 from datasets.writer import require_replaceable
 
@@ -79,6 +80,7 @@ def _pack(options: PackOptions, progress: Progress | None, wide: bool) -> PackSu
     if plan.key != make_plan(options, found, headers, unread, labelling, True).key == key_of(options.output):
         raise TooWide  # an earlier start has found that out
     rehearse(options, labelling, list(plan.shapes))
+    anew = not wide and key_of(options.output) not in ("", plan.key)
     with Workshop(options.output, plan.key) as shop:
         reasons = dict(plan.bad) | _make_samples(options, plan, labelling, shop, progress)
         bad = [(found[id].path, reasons[id]) for id in found if id in reasons]
@@ -89,6 +91,8 @@ def _pack(options: PackOptions, progress: Progress | None, wide: bool) -> PackSu
             raise ValueError(f"nothing can be packed; the first, {bad[0][0]}: {bad[0][1]}")
         packed = divide(options, labelling, done, {id: source.path for id, source in found.items()}, bad)
         packed.notes.extend(_passed_over(options, plan, labelling))
+        if anew:
+            packed.notes.append("an earlier start had other options for the voxels: all sources were read anew")
         shop.sync()
         paths = publish(options, plan, labelling, packed, shop.folder)
         shop.remove()
@@ -144,6 +148,7 @@ def _make_samples(
         form=None if plan.shape is None else plan.form(labelling.task, [plan.shape]),
         atlas=labelling.atlas,
         classes=labelling.classes,
+        channels=next(iter(plan.shapes.values()))[0],
     )
     bad = {}
     with _named_deaths(shop):

@@ -5,7 +5,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -90,6 +90,7 @@ def make_plan(
     recipe = options.recipe
     if (recipe.spacing or recipe.resize) and find_spec("scipy") is None:
         raise ValueError("--spacing and --resize need scipy: pip install -e '.[formats]'")
+    headers = _coloured(found, headers)
     odd = _unlike(headers)
     odd |= _ill_sized(recipe, {id: header for id, header in headers.items() if id not in odd})
     bad, headers = {**bad, **odd}, {id: header for id, header in headers.items() if id not in odd}
@@ -116,6 +117,20 @@ def make_plan(
         compress=options.compress,
         key=_key(options, labelling, dtype, shape, chunk),
     )
+
+
+def _coloured(found: Mapping[str, Source], headers: Mapping[str, Header]) -> Mapping[str, Header]:
+    """Grey images of 8 bits count as colour ones where most images are: they are packed as red = green = blue."""
+    grey, colour = (
+        [id for id, header in headers.items() if found[id].kind == "image" and header.shape[0] == channels]
+        for channels in (1, 3)
+    )
+    if len(colour) <= len(grey):
+        return headers
+    turned = {id for id in grey if headers[id].dtype == np.uint8}
+    return {
+        id: replace(header, shape=(3, *header.shape[1:])) if id in turned else header for id, header in headers.items()
+    }
 
 
 def _unlike(headers: Mapping[str, Header]) -> dict[str, str]:

@@ -30,11 +30,13 @@ _COPIED = 1 << 24
 def reserve(plan: Plan, labelling: Labelling, options: PackOptions, folder: Path) -> dict[str, Row]:
     """Room for all whole volumes in drafts of the files to be, and the place of each. ValueError: the disk is full."""
     ids = list(plan.shapes)
-    rows = {}
+    parts, forms, rows = [], dict[Path, drafts.Plan](), {}
     for part in into_files([plan.bytes_of(plan.shapes[id]) for id in ids], options.shard_bytes):
         shapes = [plan.shapes[ids[number]] for number in part]
-        form = plan.form(labelling.task, shapes)
-        path = folder / plan.draft_name([ids[number] for number in part], shapes)
+        parts.append(part)
+        forms[folder / plan.draft_name([ids[number] for number in part], shapes)] = plan.form(labelling.task, shapes)
+    drafts.require_room(folder, forms)
+    for part, (path, form) in zip(parts, forms.items(), strict=True):
         places = drafts.allocate(path, form)
         assert places.inputs is not None
         for row, number in enumerate(part):

@@ -6,7 +6,7 @@ import os
 import time
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,12 @@ from datasets.masks import Classes, foreground, read_mask
 from datasets.order import philox_bits
 from datasets.packing.geometry import centre_fit, cut, move_origin, resample
 from datasets.packing.journal import NOW, Entry, Finished, Piece
-from datasets.packing.prepare import Intensities, Storage, choose_storage, clip, measure, normalisation, store, too_wide
+from datasets.packing.making import TooWide, make_sample
 from datasets.packing.recipe import Recipe, expand
 from datasets.sources import Header, Source, UnusableSource, Volume
 
-EXACT = 2**24
-"""float32 holds all whole numbers up to it"""
 FOREGROUND = 256
 """voxels that are noted for each class of a label map"""
-
-
-class TooWide(Exception):
-    """Integers of more than 16 bits, where the headers let hope for fewer."""
 
 
 class WorkFailed(OSError):
@@ -71,6 +65,8 @@ class Bench:
     atlas: Any = None
     classes: Classes | None = None
     """of the label maps"""
+    channels: int | None = None
+    """of all samples; None: those of the source"""
 
 
 @dataclass(frozen=True)
@@ -132,35 +128,26 @@ def make_samples(bench: Bench, writer: "Appender", task: Task) -> Finished:
 def _prepare(bench: Bench, task: Task) -> _Prepared:
     recipe = bench.recipe
     volume = sources.read(task.source)
+    if bench.channels == 3 and len(volume.data) == 1 and task.source.kind == "image":
+        volume = replace(volume, data=np.repeat(volume.data, 3, axis=0))  # grey among colour
     maps = _map(bench, task, volume)
     told = fingerprint(volume.data)
-    source_shape = volume.data.shape[1:]
-    data = volume.data if recipe.window is None else clip(volume.data, recipe.window)
-    data, affine = resample(data, volume.affine, recipe)
     if maps is not None:
         maps = resample(maps[None], volume.affine, recipe, labels=True)[0][0]
-    channels = [measure(channel, recipe.window) for channel in data]
-    if recipe.size is not None:
-        size = expand(recipe.size, data.ndim - 1, "--size")
-        if maps is not None:
-            maps = centre_fit(maps[None], affine, size, [_background(bench, maps, size)])[0][0]
-        data, affine = centre_fit(data, affine, size, [channel.low for channel in channels])
-    if recipe.dtype == "keep" and bench.dtype == "int16" and any(too_wide(c, bench.dtype) for c in channels):
+        if recipe.size is not None:
+            size = expand(recipe.size, maps.ndim, "--size")
+            maps = centre_fit(maps[None], volume.affine, size, [_background(bench, maps, size)])[0][0]
+    made = make_sample(recipe, bench.dtype, volume)
+    if made.too_wide and recipe.dtype == "keep":
         raise TooWide(task.source.id)
-    if bench.dtype == "float32" and any(c.integers and max(-c.low, c.high) > EXACT for c in channels):
-        raise UnusableSource("its whole numbers go beyond 2**24, which float32 does not hold exactly; rescale them")
-    storages = [choose_storage(channel, bench.dtype, recipe.window) for channel in channels]
-    scales = [_normal(recipe, *pair, number) for number, pair in enumerate(zip(channels, storages, strict=True))]
-    parts = [store(channel, way) for channel, way in zip(data, storages, strict=True)]
-    stored = parts[0][None] if len(parts) == 1 else np.stack(parts)
     return _Prepared(
-        data=np.ascontiguousarray(stored),
-        raw=data,
+        data=made.data,
+        raw=made.raw,
         maps=None if maps is None else np.ascontiguousarray(maps),
-        affine=affine,
-        source_shape=source_shape,
-        scale=tuple(scale for scale, _ in scales),
-        offset=tuple(offset for _, offset in scales),
+        affine=made.affine,
+        source_shape=volume.data.shape[1:],
+        scale=made.scale,
+        offset=made.offset,
         print=told,
     )
 
@@ -178,10 +165,6 @@ def _map(bench: Bench, task: Task, volume: Volume) -> NDArray[np.uint8] | None:
         return None
     wanted = Header(volume.data.shape, volume.data.dtype, volume.affine)
     return bench.classes.number(read_mask(task.mask, task.source, wanted))
-
-
-def _normal(recipe: Recipe, channel: Intensities, storage: Storage, number: int) -> tuple[float, float]:
-    return normalisation(channel, storage, recipe.normalise, number, recipe.window)
 
 
 Part = tuple[NDArray[Any], NDArray[np.uint8] | None, NDArray[np.int32] | None, NDArray[np.float64], int | None]

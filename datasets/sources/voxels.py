@@ -77,6 +77,11 @@ class Turn:
         turned = data.transpose(0, *(axis + 1 for axis in self.axes))
         return turned[(slice(None), *(slice(None, None, -1 if back else 1) for back in self.reversed))]
 
+    def undo(self, data: NDArray[Any]) -> NDArray[Any]:
+        """(C, x, y, z) -> (C, i, j, k) as stored, nothing copied."""
+        turned = data[(slice(None), *(slice(None, None, -1 if back else 1) for back in self.reversed))]
+        return turned.transpose(0, *(int(axis) + 1 for axis in np.argsort(self.axes)))
+
 
 def turn_to_ras(affine: NDArray[np.float64], shape: tuple[int, ...]) -> Turn:
     """The flips and swaps of axes that bring a grid of `shape` (i, j, k) next to RAS. UnusableSource: no such."""

@@ -28,8 +28,9 @@ Runs = Annotated[Path | None, typer.Option("--runs", help="Folder of the runs (H
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides: train.epochs=20 ...", show_default=False)]
 ExperimentFile = Annotated[
-    Path, typer.Argument(help="The experiment, a YAML file.", metavar="EXPERIMENT", show_default=False)
+    Path, typer.Argument(help="A YAML file, or a name of 'hpc recipes'.", metavar="EXPERIMENT", show_default=False)
 ]
+Tiny = Annotated[bool, typer.Option("--tiny", help="A recipe's tiny form: a small model on real data, a minute.")]
 RunName = Annotated[str, typer.Argument(help="A run: its name, id, or path.", metavar="RUN", show_default=False)]
 
 

@@ -1,4 +1,4 @@
-"""Commands on what runs have left: evaluation, TensorBoard, the journal, the event files."""
+"""Commands on what runs have left: TensorBoard, the journal, the event files."""
 
 from __future__ import annotations
 
@@ -15,15 +15,6 @@ from hpc.errors import UserError
 if TYPE_CHECKING:
     from hpc.journal.report import RunData
     from hpc.rundir import RunDir
-
-
-@app.command(rich_help_panel="Results", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def evaluate(context: typer.Context, name: RunName, runs: Runs = None) -> None:
-    """Evaluate a run's best checkpoint on a split (--split validation|test|train, --checkpoint NAME)."""
-    from hpc import payload
-
-    run = _run(name, runs)
-    raise typer.Exit(payload.child("jobs.evaluate", [str(run.path), *context.args]))
 
 
 @app.command(rich_help_panel="Results")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpc.commands.common import After, AsJson, ExperimentFile, Overrides, Runs, app, print_json, report, say
+from hpc.commands.common import After, AsJson, ExperimentFile, Overrides, Runs, Tiny, app, print_json, report, say
 from hpc.errors import UserError
 from hpc.preempt import ExitCode
 
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 @app.command(rich_help_panel="Run")
-def plan(file: ExperimentFile, overrides: Overrides = None, runs: Runs = None) -> None:
+def plan(file: ExperimentFile, overrides: Overrides = None, tiny: Tiny = False, runs: Runs = None) -> None:
     """Print the resolved experiment and the exact batch script, then every refusal. Exit code 2 on a refusal."""
-    from hpc import plan, preflight, submission, yamlfile
+    from hpc import plan, preflight, recipes, submission, yamlfile
     from hpc.rundir import runs_folder
 
-    planned = plan.make(file, overrides or [], runs_folder(runs))
+    planned = plan.make(file, overrides or [], runs_folder(runs), tiny)
+    recipes.fetch([planned.experiment])
     cluster = submission.choose_cluster(planned.experiment.launch.cluster)
     say(f"# {planned.run.path} on {cluster}: the experiment as resolved\n")
     say(yamlfile.dump(planned.experiment.as_dict()))
@@ -34,12 +35,15 @@ def plan(file: ExperimentFile, overrides: Overrides = None, runs: Runs = None) -
     raise typer.Exit(ExitCode.BAD_INPUT if findings.refusals else ExitCode.DONE)
 
 
-def _check(file: Path, overrides: list[str] | None, runs: Path | None, cluster: str | None) -> tuple[Plan, str]:
+def _check(
+    file: Path, overrides: list[str] | None, tiny: bool, runs: Path | None, cluster: str | None
+) -> tuple[Plan, str]:
     """Plan and check; a refusal ends the command with exit code 2 and nothing made."""
-    from hpc import plan, preflight, submission
+    from hpc import plan, preflight, recipes, submission
     from hpc.rundir import runs_folder
 
-    planned = plan.make(file, overrides or [], runs_folder(runs))
+    planned = plan.make(file, overrides or [], runs_folder(runs), tiny)
+    recipes.fetch([planned.experiment])
     where = cluster or submission.choose_cluster(planned.experiment.launch.cluster)
     findings = preflight.check(planned.experiment, planned.instance, where, planned.script, planned.run.runs)
     if findings.refusals:
@@ -56,7 +60,12 @@ def _create(planned: Plan) -> RunDir:
 
 @app.command(rich_help_panel="Run")
 def submit(
-    file: ExperimentFile, overrides: Overrides = None, after: After = None, runs: Runs = None, as_json: AsJson = False
+    file: ExperimentFile,
+    overrides: Overrides = None,
+    tiny: Tiny = False,
+    after: After = None,
+    runs: Runs = None,
+    as_json: AsJson = False,
 ) -> None:
     """Check, then submit one job: SLURM where sbatch answers, else submitit's local executor."""
     from hpc import submission
@@ -64,7 +73,7 @@ def submit(
     from hpc.plan import removed_if
     from hpc.rundir import runs_folder
 
-    planned, cluster = _check(file, overrides, runs, None)
+    planned, cluster = _check(file, overrides, tiny, runs, None)
     waits = options(after or [], runs_folder(runs), cluster)
     run = _create(planned)
     with removed_if(submission.Refused, run.path):
@@ -77,11 +86,11 @@ def submit(
 
 
 @app.command(rich_help_panel="Run")
-def train(file: ExperimentFile, overrides: Overrides = None, runs: Runs = None) -> None:
+def train(file: ExperimentFile, overrides: Overrides = None, tiny: Tiny = False, runs: Runs = None) -> None:
     """Train here, in the foreground: the same batch script under bash. Ctrl-C stops it cleanly."""
     from hpc import foreground
 
-    planned, _ = _check(file, overrides, runs, "local")
+    planned, _ = _check(file, overrides, tiny, runs, "local")
     raise typer.Exit(foreground.train(_create(planned)))
 
 

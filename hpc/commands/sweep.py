@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hpc.commands.common import After, AsJson, ExperimentFile, Runs, app, print_json, report, say, table
+from hpc.commands.common import After, AsJson, ExperimentFile, Runs, Tiny, app, print_json, report, say, table
 from hpc.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,23 +27,24 @@ def sweep(
     parallel: Annotated[
         int | None, typer.Option("--max-parallel", min=1, help="At most so many rows at a time.", metavar="K")
     ] = None,
+    tiny: Tiny = False,
     after: After = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and print the rows and the script only.")] = False,
     runs: Runs = None,
     as_json: AsJson = False,
 ) -> None:
     """Submit one run per combination of values as one job array; rows finished or under way already are left out."""
-    from hpc import arrays
+    from hpc import arrays, recipes
     from hpc import sweep as sweeps
     from hpc.after import options
     from hpc.plan import removed_if
     from hpc.rundir import runs_folder
     from hpc.submission import Refused
 
-    folder = runs_folder(runs)
-    planned = sweeps.make(file, axes, folder, zipped, parallel)
+    planned = sweeps.make(file, axes, runs_folder(runs), zipped, parallel, tiny)
+    recipes.fetch(row.experiment for row in planned.rows)
     cluster = planned.cluster
-    waits = options(after or [], folder, cluster)
+    waits = options(after or [], planned.sweep.path.parent, cluster)
     if dry_run:
         _print_json(planned, []) if as_json else _show(planned)
         report(_checked(planned))
@@ -55,9 +56,12 @@ def sweep(
         _print_json(planned, jobs)
         return
     _show_left_out(planned)
-    count = len(planned.rows)
-    say(f"{made.name}  {count} row{'s' * (count > 1)}  job {', '.join(jobs)} ({cluster})  {made.path}")
+    say(f"{made.name}  {_rows(len(planned.rows))}  job {', '.join(jobs)} ({cluster})  {made.path}")
     say(f"follow it: hpc ls {made.name}")
+
+
+def _rows(count: int) -> str:
+    return f"{count} row{'s' * (count > 1)}"
 
 
 def _print_json(planned: SweepPlan, jobs: list[str]) -> None:

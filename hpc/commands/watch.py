@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -103,12 +104,12 @@ def _show_run(run: RunDir, as_json: bool) -> None:
         print_json({"status": status.as_dict(), "state": state, "metrics": metrics, "events": events})
         return
     say(f"{run.path}\n{status.state}  {status.detail}".rstrip())
-    columns = ["epoch", "step", "split", *(metrics[0]["metrics"] if metrics else [])]
+    names = sorted(metrics[0]["metrics"] if metrics else [], key=lambda name: (name != status.monitor, name != "loss"))
     rows = [
-        [str(m["epoch"]), str(m["step"]), m["split"], *(f"{value:.4f}" for value in m["metrics"].values())]
+        [str(m["epoch"]), str(m["step"]), m["split"], *(f"{m['metrics'].get(name, math.nan):.4f}" for name in names)]
         for m in metrics
     ]
-    table(columns, rows)
+    table(["epoch", "step", "split", *names], rows)
     for event in events:
         fields = "  ".join(f"{key}={value}" for key, value in event.items() if key not in ("time", "event"))
         clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))

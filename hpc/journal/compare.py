@@ -6,6 +6,8 @@ import math
 import re
 from typing import Any, TypeGuard
 
+from hpc import metrics
+
 _LOWER = re.compile(r"loss|error|hamming|brier|perplexity|mae|mse|hausdorff|ece", re.IGNORECASE)
 
 
@@ -14,8 +16,9 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def lower_is_better(metric: str) -> bool:
-    """By the words of its name: losses and errors fall, everything else rises."""
-    return any(_LOWER.fullmatch(word) for word in re.split(r"[^A-Za-z]+", metric))
+    """As hpc.metrics says; of another by the words of its name: losses and errors fall, everything else rises."""
+    known = metrics.lower_is_better(metric)
+    return known if known is not None else any(_LOWER.fullmatch(word) for word in re.split(r"[^A-Za-z]+", metric))
 
 
 def better(value: float, other: float, lower: bool) -> bool:

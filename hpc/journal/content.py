@@ -5,14 +5,27 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from hpc.journal import captions
 from hpc.journal.compare import difference, is_number, lower_is_better, number, tone
 from hpc.journal.rundata import RunData, Values, flatten, mapping
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _SHOWN = 6  # differences of a run in the overview
+_CLASS_COLUMNS = {
+    "recall": "Recall",
+    "precision": "Precision",
+    "f1": "F1",
+    "dice": "Dice",
+    "iou": "IoU",
+    "ap": "AP",
+    "auc": "ROC AUC",
+    "calibration_error": "Calibration error",
+}
+INLINED = 1_350_000
+"""Bytes of figures in one HTML page; base64 makes them 1.8 MB. What is in no run's share is a file beside the page."""
 _MATRIX_FITS = 24  # classes; a wider table of numbers is read by nobody
 
 
@@ -49,6 +62,12 @@ class Figure:
     name: str
     png: bytes
     """Empty where the file is missing or no PNG."""
+    inline: bool = True
+    """Whether it stands in the page itself, see INLINED; else the page refers to the file beside."""
+
+    @property
+    def caption(self) -> str:
+        return captions.caption(self.name)
 
     @property
     def uri(self) -> str:
@@ -88,7 +107,7 @@ class Report:
 def compose(runs: Sequence[RunData], notes: Mapping[str, str]) -> Report:
     """The report of the runs, the first of them being the baseline; `notes` are the hand-written ones by run."""
     first = runs[0]
-    sections = [_section(run, first, notes.get(run.run, "")) for run in runs]
+    sections = _within(INLINED, [_section(run, first, notes.get(run.run, "")) for run in runs])
     present = {run.run for run in runs}
     others = {run: text for run, text in notes.items() if run not in present and text.strip()}
     return Report(_overview(runs), tuple(sections), others)
@@ -117,10 +136,27 @@ def _overview(runs: Sequence[RunData]) -> Table:
 
 
 def _section(run: RunData, first: RunData, notes: str) -> Section:
-    figures = tuple(Figure(name, _read_png(run, name)) for name in sorted(run.figures))
+    figures = tuple(Figure(name, _read_png(run, name)) for name in sorted(run.figures, key=captions.place))
     drawn = any("confusion" in figure.name and figure.png for figure in figures)
     tables = [_facts(run), _metrics(run, first), _per_class(run, first), None if drawn else _confusion(run)]
     return Section(run.run, tuple(table for table in tables if table), figures, notes)
+
+
+def _within(most: int, sections: Sequence[Section]) -> list[Section]:
+    """All runs have the same figures in the page: the foremost ones for which there is room in all."""
+    sizes: dict[str, int] = {}
+    for section in sections:
+        for figure in section.figures:
+            sizes[figure.name] = sizes.get(figure.name, 0) + len(figure.png)
+    chosen, used = set(), 0
+    for name in sorted(sizes, key=captions.place):
+        if used + sizes[name] <= most:
+            chosen.add(name)
+            used += sizes[name]
+    return [
+        replace(section, figures=tuple(replace(figure, inline=figure.name in chosen) for figure in section.figures))
+        for section in sections
+    ]
 
 
 def _read_png(run: RunData, name: str) -> bytes:
@@ -144,7 +180,7 @@ def _facts(run: RunData) -> Table:
         ("Checkpoint", best.get("checkpoint")),
         ("Trained", _progress(run)),
         ("Chosen by", f"{run.monitor} ({_direction(run.lower)})"),
-        ("Majority class alone", result.get("majority")),
+        ("Commonest class alone", _baseline(run)),
         ("Train samples/s", run.speed.get("train")),
         ("Validation samples/s", run.speed.get("validation")),
         ("Waiting for data", f"{share:.1%} of the training time" if share is not None else None),
@@ -155,6 +191,14 @@ def _facts(run: RunData) -> Table:
     ]
     rows = tuple(_cells(*pair) for pair in pairs if pair[1] is not None)
     return Table("Facts", _heads("Fact", "Value"), rows, words=(0, 1))
+
+
+def _baseline(run: RunData) -> str | None:
+    """The monitored metric of an answer that does not look at the input; of older results the majority's accuracy."""
+    given, majority = mapping(run.result.get("baseline")), run.result.get("majority")
+    if is_number(given.get(run.monitor)):
+        return f"{run.monitor} {number(given[run.monitor])}"
+    return f"accuracy {number(majority)}" if is_number(majority) else None
 
 
 def _progress(run: RunData) -> str | None:
@@ -194,15 +238,13 @@ def _moment(word: str, evaluation: Values) -> Head:
 
 def _per_class(run: RunData, first: RunData) -> Table | None:
     others = {str(row.get("name")): row for row in first.per_class}
+    keys = [key for key in _CLASS_COLUMNS if any(is_number(row.get(key)) for row in run.per_class)]
     rows = []
     for row in run.per_class:
         other = others.get(str(row.get("name")), {})
-        scores = [
-            _versus(row.get(key), other.get(key), lower=False, same=run is first)
-            for key in ("recall", "precision", "f1")
-        ]
+        scores = [_versus(row.get(key), other.get(key), _lower(key, run), same=run is first) for key in keys]
         rows.append((*_cells(row.get("name"), row.get("support")), *scores))
-    heads = _heads("Class", "Support", "Recall", "Precision", "F1")
+    heads = _heads("Class", "Support", *(_CLASS_COLUMNS[key] for key in keys))
     return Table("Classes, the most difficult first", heads, tuple(rows)) if rows else None
 
 
@@ -210,9 +252,19 @@ def _confusion(run: RunData) -> Table | None:
     matrix = [row for row in run.result.get("confusion_matrix") or () if isinstance(row, Sequence)]
     if not matrix or len(matrix) > _MATRIX_FITS:
         return None
+    if all(isinstance(cell, Sequence) for cell in matrix[0]):
+        return _label_counts(matrix, run.class_names)
     names = run.class_names if len(run.class_names) == len(matrix) else [str(k) for k in range(len(matrix))]
     rows = tuple(_cells(name, *counts) for name, counts in zip(names, matrix, strict=True))
     return Table("Confusion matrix", _heads("True class / predicted", *names), rows)
+
+
+def _label_counts(matrices: Sequence[Sequence[Any]], names: Sequence[str]) -> Table | None:
+    """Of several labels: each one's counts."""
+    if len(names) != len(matrices):
+        return None
+    rows = tuple(_cells(name, tp, fp, fn, tn) for name, ((tn, fp), (fn, tp)) in zip(names, matrices, strict=True))
+    return Table("Labels, counted apart", _heads("Label", "Found", "False alarms", "Missed", "Rightly not named"), rows)
 
 
 def _metric_names(runs: Iterable[RunData]) -> list[str]:

@@ -56,7 +56,8 @@ def _notes(section: Section) -> str:
 def _figure(run: str, figure: Figure) -> str:
     if not figure.png:
         return f"Figure {escape(figure.name)}: the file is missing or no PNG."
-    return f"![{escape(figure.name)}](figures/{figure_file(run, figure)})"
+    picture = f"![{escape(figure.name)}](figures/{figure_file(run, figure)})"
+    return picture if figure.caption == figure.name else f"{picture}\n\n{escape(figure.caption)}"
 
 
 def _table(table: Table) -> str:

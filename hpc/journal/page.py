@@ -1,8 +1,12 @@
-"""The report as one HTML page that needs nothing else: figures inside, no script, light and dark."""
+"""The report as one HTML page that needs nothing else: figures inside, no script, light and dark.
+
+Of many runs the foremost figures only (content.INLINED); the others are files beside it, as in the Markdown.
+"""
 
 from __future__ import annotations
 
 from hpc.journal.content import Report
+from hpc.journal.markdown import figure_file
 
 _STYLE = """
 :root { color-scheme: light dark; --back: #ffffff; --text: #1c2024; --soft: #5d6670; --line: #d9dee3;
@@ -89,9 +93,12 @@ _TEMPLATE = """\
 <h3>Figures</h3>
 <div class="figures">
 {%- for figure in section.figures %}
-{%- if figure.png %}
+{%- if figure.png and figure.inline %}
 <figure><img src="{{ figure.uri }}" alt="{{ figure.name }} of {{ section.run }}">
-<figcaption>{{ figure.name }}</figcaption></figure>
+<figcaption>{{ figure.caption }}</figcaption></figure>
+{%- elif figure.png %}
+<p><a href="figures/{{ file_of(section.run, figure) }}">{{ figure.name }}</a>: {{ figure.caption }}
+(a file beside this page)</p>
 {%- else %}
 <p>Figure {{ figure.name }}: the file is missing or no PNG.</p>
 {%- endif %}
@@ -124,4 +131,4 @@ def render(report: Report) -> str:
     from markupsafe import Markup
 
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_TEMPLATE)
-    return template.render(report=report, style=Markup(_STYLE))
+    return template.render(report=report, style=Markup(_STYLE), file_of=figure_file)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc.journal.compare import better, is_number, lower_is_better
+from hpc.metrics import DEFAULT_MONITOR
 
 Values = Mapping[str, Any]
 
@@ -72,7 +73,8 @@ class RunData:
         if named:
             return str(named)
         seen = mapping(self.validations[-1].get("metrics")) if self.validations else {}
-        return "loss" if "loss" in seen and "accuracy" not in seen else "accuracy"
+        default = DEFAULT_MONITOR.get(str(self.experiment.get("task")), "accuracy")
+        return "loss" if "loss" in seen and default not in seen else default
 
     @property
     def lower(self) -> bool:
@@ -99,7 +101,7 @@ class RunData:
 
     @property
     def per_class(self) -> list[Values]:
-        """{name, support, precision, recall, f1} of each class, the most difficult (lowest recall) first."""
+        """{name, support, precision, recall, f1 or dice...} of each class, the most difficult (lowest recall) first."""
         rows = [row for row in self.result.get("per_class") or () if isinstance(row, Mapping)]
         return sorted(rows, key=lambda row: row["recall"] if is_number(row.get("recall")) else float("inf"))
 

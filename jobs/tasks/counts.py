@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from jobs.pictured import Gallery
 from jobs.tasks.contract import Task
 
 
@@ -57,9 +58,14 @@ class Kept:
         targets, rows = task.nothing()
         empty = (torch.empty(0, dtype=torch.int64), targets, rows, torch.empty(0))
         self._columns = [[column] for column in empty]
+        self.gallery = Gallery()
 
-    def add(self, samples: Tensor, outputs: Tensor, targets: Tensor, losses: Tensor) -> None:
-        """A batch: (B,) sample numbers, and losses (B,)."""
+    def add(
+        self, samples: Tensor, outputs: Tensor, targets: Tensor, losses: Tensor, inputs: Tensor | None = None
+    ) -> None:
+        """A batch: (B,) sample numbers, and losses (B,); with inputs label maps are kept for pictures, too."""
+        if inputs is not None and self._task.name == "segmentation":
+            self.gallery.add(samples, inputs, outputs, targets, losses)
         some = targets if self._columns[1][0].shape[1:] == targets.shape[1:] else targets.new_empty(len(targets), 0)
         new = (samples, some, self._task.rows(outputs, targets), losses)
         for column, tensor in zip(self._columns, new, strict=True):

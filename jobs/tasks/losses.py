@@ -20,8 +20,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None, smoot
 def focal(logits: Tensor, targets: Tensor, weights: Tensor | None, gamma: float) -> Tensor:
     """(N,) as `cross_entropy`: w_t (1 - p_t)^gamma (-log p_t), Lin et al., arXiv 1708.02002, equation 5."""
     known, safe = _known(logits, targets)
-    log_p = logits.float().log_softmax(1).gather(1, safe[:, None])[:, 0]
-    losses = _modulation(log_p, gamma) * -log_p
+    surprise = functional.cross_entropy(logits.float(), safe, reduction="none")  # deterministic on CUDA; gather is not
+    losses = _modulation(-surprise, gamma) * surprise
     return losses * known if weights is None else losses * known * weights[safe]
 
 

@@ -59,6 +59,6 @@ def calibration_error(right: np.ndarray, confidence: np.ndarray) -> float:
     """
     if not len(confidence):
         return float("nan")
-    bins = np.clip(np.ceil(confidence.astype(np.float64) * _BINS).astype(int) - 1, 0, _BINS - 1)
+    bins = np.clip(np.ceil(np.nan_to_num(confidence.astype(np.float64)) * _BINS).astype(int) - 1, 0, _BINS - 1)
     sums = [np.bincount(bins, values.astype(np.float64), _BINS) for values in (right, confidence)]
     return float(np.abs(sums[0] - sums[1]).sum() / len(confidence))

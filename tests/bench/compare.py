@@ -40,6 +40,11 @@ class Comparison:
         for name, rates in self.rates.items():
             print(f"  {name:<44}{self.median(name):>9.2f}  ({min(rates):.2f} to {max(rates):.2f})")
 
+    def ceiling(self, bare: str, peer: str) -> None:
+        """What the machine allows at most, beside the goal that it stands under."""
+        if peer in self.rates:
+            print(f"  {'':<6}  the most possible here: {bare} / {peer}: {self.median(bare) / self.median(peer):.2f}")
+
     def ratio(self, ours: str, peer: str, goal: float) -> None:
         """One line of the table; a peer that was not run is not installed."""
         if peer not in self.rates:

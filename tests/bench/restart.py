@@ -25,7 +25,7 @@ from hpc.yamlfile import dump
 from jobs import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RECIPE = ROOT / "jobs" / "recipes" / "t1-patches" / "resnet3d.yaml"
+RECIPE = ROOT / "jobs" / "recipes" / "t1-resnet3d.yaml"
 
 
 def make_run(folder: Path) -> RunDir:

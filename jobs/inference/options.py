@@ -1,0 +1,49 @@
+"""The command-line options that evaluate and predict share."""
+
+from __future__ import annotations
+
+import argparse
+
+from hpc.errors import UserError
+from jobs.inference.members import Manner, Member, check_manner
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--checkpoint", default="best", help="best (default), last, or a folder's name")
+    add("--device", choices=("auto", "cpu", "cuda"), help="default: as the training")
+    add("--flips", metavar="A,B", help="ask mirror images along these axes, too: 0,1,2 are x,y,z or rows,columns")
+    add("--window", metavar="X,Y,Z", help="sliding windows of this size (default: of the training's)")
+    add("--windows", action="store_true", help="classifiers: the mean over windows of the volume, not its centre")
+    add("--overlap", type=float, metavar="SHARE", help="of neighbouring windows (default: 0.5)")
+    add("--batch", type=int, metavar="N", help="windows, or samples, in one forward pass")
+
+
+def manner_of(options: argparse.Namespace) -> Manner:
+    """Raises UserError for what is no number."""
+    if options.batch is not None and options.batch < 1:
+        raise UserError(f"--batch {options.batch} must be 1 or more")
+    return Manner(
+        flips=whole_numbers("--flips", options.flips) or (),
+        window=whole_numbers("--window", options.window),
+        overlap=0.5 if options.overlap is None else options.overlap,
+        batch=options.batch or 0,
+        windows=options.windows,
+    )
+
+
+def whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"{option} {text!r} is not whole numbers with commas between, such as 0,1") from None
+
+
+def check_options(members: list[Member], options: argparse.Namespace, manner: Manner) -> None:
+    """Raises UserError for what makes no sense for these networks, or would have no effect."""
+    check_manner(members, manner)
+    maps = members[0].facts.task == "segmentation"
+    if options.overlap is not None and not (maps or manner.windows):
+        raise UserError("--overlap has no effect on one window: it belongs to --windows, or to a segmentation")
