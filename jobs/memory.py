@@ -14,7 +14,7 @@ import re
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -236,6 +236,14 @@ class _CudaCasts(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def _with_cuda_casts(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with _CudaCasts():
+            return forward(*args, **kwargs)
+
+    return inside
+
+
 def _float32(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
 
@@ -282,15 +290,18 @@ def _run(
 ) -> int:
     """One step; the bytes that live after its forward pass."""
     half = step.precision == "bf16"
-    # in the backward pass too: what is checkpointed is computed anew there, under autocast
-    with _CudaCasts() if half and step.device == "cuda" else nullcontext():
-        with torch.autocast("cpu", torch.bfloat16, enabled=half), live.watching(model, groups):
-            outputs = model(inputs)
-        if not isinstance(outputs, torch.Tensor):
-            raise ValueError(f"the model gives a {type(outputs).__name__}; it must give one tensor of logits")
-        live.settle()
-        after = live.bytes
-        torch.autograd.backward((step.loss or _cross_entropy)(outputs))
+    if half and step.device == "cuda":
+        for (
+            module
+        ) in model.modules():  # not once around all: what is checkpointed is computed anew in the backward pass
+            module.forward = _with_cuda_casts(module.forward)
+    with torch.autocast("cpu", torch.bfloat16, enabled=half), live.watching(model, groups):
+        outputs = model(inputs)
+    if not isinstance(outputs, torch.Tensor):
+        raise ValueError(f"the model gives a {type(outputs).__name__}; it must give one tensor of logits")
+    live.settle()
+    after = live.bytes
+    torch.autograd.backward((step.loss or _cross_entropy)(outputs))
     if optimizer:
         with _Numbers():  # type: ignore[no-untyped-call]
             optimizer.step()
