@@ -58,8 +58,13 @@ def load_pretrained(found: Pretrained, model: nn.Module) -> list[str]:
 
 def _in_order(path: Path, own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights under the model's names, one after the other. Raises UserError where places do not fit."""
-    names = [name for name in own if not name.endswith(_COUNTER)]
-    there = [name for name in weights if not name.endswith(_COUNTER)]
+    if path.suffix in _TENSORS:
+        raise UserError(
+            f"{path}: safetensors sorts its entries: model.weights_match: order needs a .pt that keeps theirs"
+        )
+    there = list(weights)
+    counted = any(name.endswith(_COUNTER) for name in there)
+    names = [name for name in own if counted or not name.endswith(_COUNTER)]
     if len(names) != len(there):
         raise UserError(f"{path} has {len(there)} entries, the model {len(names)}: they cannot be matched by order")
     for name, other in zip(names, there, strict=True):

@@ -282,16 +282,15 @@ def _run(
 ) -> int:
     """One step; the bytes that live after its forward pass."""
     half = step.precision == "bf16"
-    casts = _CudaCasts() if half and step.device == "cuda" else nullcontext()
-    with torch.autocast("cpu", torch.bfloat16, enabled=half), casts, live.watching(model, groups):
-        outputs = model(inputs)
-    if not isinstance(outputs, torch.Tensor):
-        raise ValueError(f"the model gives a {type(outputs).__name__}; it must give one tensor of logits")
-    live.settle()
-    after = live.bytes
-    loss = (step.loss or _cross_entropy)(outputs)
-    torch.autograd.backward(loss)
-    del loss
+    # in the backward pass too: what is checkpointed is computed anew there, under autocast
+    with _CudaCasts() if half and step.device == "cuda" else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16, enabled=half), live.watching(model, groups):
+            outputs = model(inputs)
+        if not isinstance(outputs, torch.Tensor):
+            raise ValueError(f"the model gives a {type(outputs).__name__}; it must give one tensor of logits")
+        live.settle()
+        after = live.bytes
+        torch.autograd.backward((step.loss or _cross_entropy)(outputs))
     if optimizer:
         with _Numbers():  # type: ignore[no-untyped-call]
             optimizer.step()

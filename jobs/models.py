@@ -18,6 +18,8 @@ import yaml
 
 from hpc import tables
 from hpc.errors import UserError
+from hpc.optimisation import OPTIMIZERS, Optimizer
+from hpc.training import Train
 from hpc.units import gigabytes
 from jobs.memory import Estimate, Step
 from jobs.model_card import Card, batch_within, card

@@ -20,6 +20,7 @@ __all__ = ["PRETRAINED", "Pretrained", "fetch", "pretrained"]
 
 PRETRAINED = ("timm", "torchvision", "smp")
 """Prefixes whose libraries have weights."""
+_HUB_FILE = "model" + ".safetensors"  # Hugging Face's usual name; ours for a checkpoint's is spelt elsewhere
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _timm_place(name: str, tag: str | bool, options: dict[str, Any]) -> _Place:
     config = timm.get_pretrained_cfg(f"{architecture}.{wanted}" if wanted else architecture)
     if config.hf_hub_id:
         repo, _, revision = str(config.hf_hub_id).partition("@")
-        return _hub(config.tag, repo, config.hf_hub_filename or "model.safetensors", revision or None)
+        return _hub(config.tag, repo, config.hf_hub_filename or _HUB_FILE, revision or None)
     return _torch_hub(config.tag, config.url)
 
 
@@ -227,7 +228,7 @@ def _smp_place(name: str, tag: str | bool, options: dict[str, Any]) -> _Place:
     if wanted not in settings:
         raise ValueError(f"smp's encoder {encoder} has no weights {wanted!r}; it has {', '.join(settings) or 'none'}")
     place = settings[wanted]
-    return _hub(str(wanted), place["repo_id"], "model.safetensors", place["revision"])
+    return _hub(str(wanted), place["repo_id"], _HUB_FILE, place["revision"])
 
 
 def _smp(name: str, in_channels: int, options: dict[str, Any], tag: str | bool, path: Path) -> Pretrained:

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Tick
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -51,12 +52,19 @@ def words(figure: Figure) -> list[Text]:
     """All that is drawn: of the labels of ticks those within the axes' limits."""
     every = [*figure.axes, *(child for one in figure.axes for child in one.child_axes)]
     axes = [axis for one in every for axis in (one.xaxis, one.yaxis)]
-    ticks = {id(tick.label1): False for axis in axes for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]}
+    ticks = {
+        id(label): False for axis in axes for tick in (*axis.majorTicks, *axis.minorTicks) for label in _labels(tick)
+    }
     for axis in axes:
         if axis.axes.axison:
-            ticks |= {id(tick.label1): True for tick in axis._update_ticks()}
+            ticks |= {id(label): True for tick in axis._update_ticks() for label in _labels(tick)}
     texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
     return [text for text in texts if ticks.get(id(text), True)]
+
+
+def _labels(tick: Tick) -> tuple[Text, Text]:
+    """Of both sides."""
+    return tick.label1, tick.label2
 
 
 def assert_readable(figure: Figure) -> None:

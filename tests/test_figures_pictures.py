@@ -145,7 +145,11 @@ def test_a_png_of_a_plot_is_exact_and_of_a_photograph_small():
         3
     )
     photograph = np.random.default_rng(0).integers(0, 255, (600, 600, 3), dtype=np.uint8)
-    assert len(canvas.encoded(photograph)) < 500_000 < photograph.nbytes
+    photograph[:4, :300], photograph[:4, 300:] = palette.RIGHT, palette.WRONG
+    small = canvas.encoded(photograph)
+    assert len(small) < 500_000 < photograph.nbytes
+    frame = np.asarray(Image.open(_as_file(small)).convert("RGB"))[0, ::300].astype(int)
+    assert np.abs(frame - (palette.RIGHT, palette.WRONG)).max() < 40, "rare colours stay what they are"
     figure = canvas.of_pixels(plot)
     assert np.array_equal(canvas.rendered(figure)[:300, :300], plot) and ink(plot) > 0
 

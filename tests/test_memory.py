@@ -84,7 +84,9 @@ WAYS: list[tuple[str, tuple[int, ...], dict[str, Any], Step]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "shape", "options", "step"), WAYS, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(
+    ("name", "shape", "options", "step"), WAYS, ids=[way[0] + str(number) for number, way in enumerate(WAYS)]
+)
 def test_other_networks_and_ways(name: str, shape: tuple[int, ...], options: dict[str, Any], step: Step) -> None:
     found = estimated(name, shape, step, **options).peak
     assert found == pytest.approx(measured(name, shape, step, **options), rel=0.1)
@@ -141,7 +143,7 @@ LAYERS: list[tuple[Callable[[torch.Tensor], torch.Tensor], tuple[int, ...]]] = [
 ]
 
 
-@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=lambda v: str(v)[:30])
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=[str(number) for number in range(len(LAYERS))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_casts_are_those_of_autocast_on_cuda(
     layer: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype
@@ -164,6 +166,13 @@ def _on(device: str, layer: object) -> dict[int, object]:
     """Fake tensors on a device for those of a layer, for deepcopy."""
     tensors = [*layer.parameters(), *layer.buffers()] if isinstance(layer, nn.Module) else []
     return {id(t): torch.empty(t.shape, dtype=t.dtype, device=device) for t in tensors}
+
+
+@pytest.mark.parametrize("name", ["resnet3d_tiny", "unet3d_tiny", "transformer3d_tiny"])
+def test_checkpointing_under_the_casts_of_cuda(name: str) -> None:
+    shape = (4, 1, 24, 24, 24)
+    ways = [estimated(name, shape, Step(precision="bf16", device="cuda"), checkpoint=on) for on in (True, False)]
+    assert ways[0].activations < ways[1].activations
 
 
 def test_frozen_weights_have_no_gradient_and_no_state() -> None:

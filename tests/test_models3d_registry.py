@@ -2,15 +2,18 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 import torch
 from torch import nn
 
 from jobs import models as cli
+from jobs.models_figure import parts_figure
 from models3d import create_model, list_models, register_model, takes
 
 
@@ -237,6 +240,29 @@ def test_models_command(capsys: pytest.CaptureFixture[str], mine: Path) -> None:
     assert card["input"] == [4, 2, 9, 9, 9] and card["output"] == [4, 2] and card["flops"] > 0
 
 
+def test_models_command_on_memory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    way = ["resnet3d_18_tiny", "--memory", "20MB", "--optimizer", "sgd", "--checkpoint", "--device", "cpu"]
+    assert cli.main([*way, "--layers", "--png", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    fit = re.search(r"resnet3d_18_tiny fits 0.02 GB up to batch (\d+), with sgd, fp32, checkpointing", text)
+    assert fit and "stages.stage2" in text and "peak" in text
+    peaks = []
+    for batch in (int(fit[1]), int(fit[1]) + 1):
+        assert cli.main([*way[:1], *way[3:], "--batch", str(batch), "--json"]) == 0
+        peaks.append(json.loads(capsys.readouterr().out)[0]["memory"]["peak"])
+    assert peaks[0] <= 20e6 < peaks[1]
+    picture = matplotlib.image.imread(tmp_path / "resnet3d_18_tiny.png")
+    assert picture.shape[1] > 1000 and picture[..., :3].std() > 0.05
+    assert cli.main(["unet2d", "--memory", "5MB"]) == 0 and "not even with one sample" in capsys.readouterr().out
+
+
+def test_a_figure_of_many_parts_draws_the_rest_as_one() -> None:
+    card = cli.card("transformer3d_tiny", (1, 1, 16, 16, 8), 2, {"depth": 60})
+    (axis, *_) = parts_figure(card).axes
+    names = [label.get_text() for label in axis.get_yticklabels()]
+    assert len(names) == 40 and re.fullmatch(r"\d+ other parts", names[-1])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -247,6 +273,11 @@ def test_models_command(capsys: pytest.CaptureFixture[str], mine: Path) -> None:
         (["resnet3d", "--option", "depth=3"], "no option 'depth'"),
         (["--option", "width=3"], "needs the NAME"),
         (["--size", "3"], "hpc models --help"),
+        (["--layers"], "--layers needs the NAME"),
+        (["timm:test_vit", "--memory", "40GB"], "--memory needs --input for timm:test_vit"),
+        (["unet2d", "--memory", "much"], "'much' is not a size"),
+        (["unet2d", "--optimizer", "adagrad"], "invalid choice: 'adagrad'"),
+        (["timm:test_vit", "--checkpoint", "--input", "3,32,32"], "no option 'checkpoint'"),
         (["timm:test_vit", "--input", "3,33,33"], "does not take an input of (1, 3, 33, 33)"),
     ],
 )

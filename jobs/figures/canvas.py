@@ -21,7 +21,7 @@ MOST_INCHES = 13.0
 """of either side: 1430 pixels"""
 COLOURS, FEW_COLOURS = 256, 4096
 """in a PNG: a third of the bytes of full colours; those of plots, which have few, are exact"""
-SMALL_FILE = 120_000
+SMALL_FILE = 250_000
 """bytes up to which pictures in many colours keep all"""
 INK, FAINT, PALE = "#1a1a1a", "#6e6e6e", "#e6e6e6"
 TITLE, LABEL, SMALL = 11, 9, 8
@@ -72,8 +72,8 @@ def encoded(pixels: NDArray[np.uint8]) -> bytes:
     photograph = image.getcolors(FEW_COLOURS) is None
     if photograph and len(whole := _save(image)) <= SMALL_FILE:
         return whole
-    method = Image.Quantize.MEDIANCUT if photograph else Image.Quantize.MAXCOVERAGE
-    return _save(image.quantize(COLOURS, method, dither=Image.Dither.NONE))
+    # MAXCOVERAGE keeps rare colours, which frames and legends are; a median cut takes them for their neighbours.
+    return _save(image.quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE))
 
 
 def _save(image: Image) -> bytes:

@@ -155,6 +155,9 @@ def batch_loss(loss: Steps, each: float, title: str = "") -> Figure:
     least, most = float(values[finite].min()), float(np.percentile(values[finite], _ROBUST))
     if most > least:
         axes.set_ylim(least - 0.05 * (most - least), most + 0.15 * (most - least))
+    room = max(0.01 * (at[-1] - at[0]), 0.5)
+    axes.set_xlim(at[0] - room, at[-1] + room)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     above = axes.secondary_xaxis("top", functions=(lambda s: np.divide(s, each), lambda e: np.multiply(e, each)))
     above.set_xlabel("epoch", fontsize=canvas.SMALL)
     above.tick_params(labelsize=canvas.SMALL)
