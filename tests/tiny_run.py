@@ -37,7 +37,7 @@ SPLITS = {"train": 17, "validation": 6, "test": 4}
 BATCH, EPOCHS = 4, 3
 STEPS_PER_EPOCH, STEPS = 4, 12
 BOUNDARIES = 1 + STEPS + 2 * EPOCHS
-CHILD_LIMIT_S = 60
+CHILD_LIMIT_S = 180
 Outcome = dict[str, Any]
 CLASSES = ("early", "late", "none")
 
