@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,10 +43,16 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def child(module: str, arguments: Sequence[str], text: str | None = None, output: TextIO | None = None) -> int:
-    """Run `python -m MODULE ARGUMENTS` from the root, its output ours, or all of it `output`'s; the exit code."""
+    """Run `python -m MODULE ARGUMENTS` from the root, its output ours, or all of it `output`'s; the exit code.
+
+    128 + N where signal N ended it, as of a shell; SIGKILL says nothing itself, so that is said here.
+    """
     command = [sys.executable, "-m", module, *arguments]
     environ = environment(root())
-    return subprocess.run(command, env=environ, input=text, text=True, stdout=output, check=False).returncode
+    code = subprocess.run(command, env=environ, input=text, text=True, stdout=output, check=False).returncode
+    if code == -signal.SIGKILL:
+        print(f"{module} was killed by SIGKILL: most often the memory of this machine or job was full", file=sys.stderr)
+    return code if code >= 0 else 128 - code
 
 
 def ask(module: str, arguments: Sequence[str], text: str) -> subprocess.CompletedProcess[str]:

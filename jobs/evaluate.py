@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from jobs.engine import BadNode, choose_device
 from jobs.inference import bootstrap
 from jobs.inference.bootstrap import Intervals
 from jobs.inference.members import Member, load_members
-from jobs.inference.options import add_options, check_options, manner_of
+from jobs.inference.options import Parser, add_options, check_options, manner_of
 from jobs.inference.scoring import ALL, Scored, score
 from jobs.inference.tables import scored_arrays, scored_table
 
@@ -34,8 +35,8 @@ _RESAMPLES, _CONFIDENCE = 1000, 0.95
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         members, found, bounds = _evaluate(options)
         files = _write(options, members, found, bounds)
     except (UserError, ValueError, BadNode) as error:
@@ -44,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (checkpoint.StorageError, OSError) as error:
         print(error, file=sys.stderr)
         return ExitCode.STORAGE
+    except KeyboardInterrupt:
+        print("hpc evaluate: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     if options.json:
         print(json.dumps(summary(options.split, members, found, bounds), indent=1))
         return ExitCode.DONE
@@ -54,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hpc evaluate", description=__doc__.partition("Alone")[0], allow_abbrev=False)
+    parser = Parser(prog="hpc evaluate", description=__doc__.partition("Alone")[0], allow_abbrev=False)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run; several are an ensemble")
     add("--split", choices=(*SPLITS, ALL), help="default: validation; with --data: all")

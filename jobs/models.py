@@ -24,7 +24,7 @@ from hpc.units import gigabytes
 from jobs.memory import Estimate, Step
 from jobs.model_card import Card, batch_within, card
 from jobs.optimize import build_optimizer
-from models3d import example_input, fetch, list_models
+from models3d import example_input, fetch, list_models, takes
 
 __all__ = ["main"]
 
@@ -185,6 +185,10 @@ def _show(arguments: argparse.Namespace, cards: list[Card], fits: dict[str, int]
         return
     if cards[0].memory:
         print(_memory_line(cards[0].memory))
+    if known := takes(arguments.name):
+        print(f"options: {', '.join(sorted(known))}")
+    if not cards[0].input:
+        print("shapes and memory: add --input C,D,H,W or C,H,W")
     for name, batch in fits.items():
         room = f"up to batch {batch}" if batch else "not even with one sample"
         print(f"{name} fits {arguments.memory:g} GB {room}, with {way}")

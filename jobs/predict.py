@@ -29,7 +29,7 @@ from jobs import checkpoint
 from jobs.engine import BadNode, choose_device
 from jobs.inference.journal import REQUEST, PredictJournal, identity
 from jobs.inference.members import Manner, Member, load_members
-from jobs.inference.options import add_options, check_options, manner_of
+from jobs.inference.options import Parser, add_options, check_options, manner_of
 from jobs.inference.predicting import Answer, Predictor
 from jobs.inference.tables import as_csv, named, number, probability_head
 
@@ -39,8 +39,8 @@ _LINE_EVERY_S = 30.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         return _predict(options)
     except (UserError, ValueError, BadNode) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROG, description=__doc__.partition("Exit")[0], allow_abbrev=False)
+    parser = Parser(prog=PROG, description=__doc__.partition("Exit")[0], allow_abbrev=False)
     add = parser.add_argument
     add(
         "files", nargs="+", type=Path, metavar="FILE", help="files, or folders that hold them, as 'hpc pack' reads them"
@@ -109,6 +109,8 @@ def _request(members: Sequence[Member], options: argparse.Namespace, manner: Man
 def _protect_inputs(options: argparse.Namespace, predictor: Predictor, found: dict[str, Source]) -> None:
     """Raises UserError where predictions would replace sources, or be sources the next time."""
     out = options.out.resolve()
+    if not_folder := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
+        raise UserError(f"-o {options.out}: {not_folder} is a file; name a folder")
     if around := next((path for path in options.files if path.is_dir() and out.is_relative_to(path.resolve())), None):
         raise UserError(f"-o {options.out} lies in {around}, whose files are predicted: name a folder beside it")
     inputs = {file.resolve() for source in found.values() for file in source.files}

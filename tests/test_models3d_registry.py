@@ -285,3 +285,11 @@ def test_models_command_with_a_mistake(arguments: list[str], message: str, capsy
     assert cli.main(arguments) == 2
     out, err = capsys.readouterr()
     assert not out and message in err and err.count("\n") == 1
+
+
+def test_a_model_by_name_shows_its_options_and_how_to_see_more(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["resnet3d_tiny"]) == 0
+    told = capsys.readouterr().out
+    assert "options: checkpoint, " in told and "width" in told and "--input" not in told
+    assert cli.main(["smp:Unet"]) == 0
+    assert "add --input C,D,H,W" in capsys.readouterr().out

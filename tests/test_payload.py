@@ -76,6 +76,17 @@ def test_a_child_imports_from_the_root_not_from_where_it_is_called(
     assert payload.child("jobs.tell", [], "") == 5
 
 
+def test_a_child_that_was_killed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = checkout(tmp_path / "root")
+    (root / "jobs" / "die.py").write_text("import os, sys\nos.kill(os.getpid(), int(sys.argv[1]))\n")
+    monkeypatch.setenv("HPC_ROOT", str(root))
+    assert payload.child("jobs.die", ["9"], "") == 137
+    assert "jobs.die was killed by SIGKILL: most often the memory" in capsys.readouterr().err
+    assert payload.child("jobs.die", ["15"], "") == 143
+
+
 def git(folder: Path, *arguments: str) -> str:
     identity = ["-c", "user.name=A", "-c", "user.email=a@example.org"]
     command = ["git", "-C", str(folder), *identity, *arguments]

@@ -252,6 +252,20 @@ def refusal(capsys, *arguments):
     return told.err
 
 
+def test_the_output_is_a_folder_and_a_file_named_twice_is_one(maps, tmp_path, capsys):
+    new = tmp_path / "scans" / "a.nii.gz"
+    (tmp_path / "file").write_text("")
+    assert "is a file; name a folder" in refusal(capsys, new, "--run", maps.path, "-o", tmp_path / "file")
+    assert "is a file; name a folder" in refusal(capsys, new, "--run", maps.path, "-o", tmp_path / "file" / "below")
+    assert ask(new, new, new.parent, "--run", maps.path, "-o", tmp_path / "out") == ExitCode.DONE
+    assert "4 of 4 files predicted" in capsys.readouterr().out
+
+
+def test_a_bad_value_is_one_line(maps, tmp_path, capsys):
+    text = refusal(capsys, tmp_path / "scans", "--run", maps.path, "-o", tmp_path / "out", "--batch=x")
+    assert "--batch" in text and "'x'" in text and "usage:" not in text
+
+
 def test_files_of_others_are_not_replaced(maps, tmp_path, capsys):
     scans, out = tmp_path / "scans", tmp_path / "out"
     words = (scans, "--run", maps.path)

@@ -102,6 +102,21 @@ def test_images_are_replayed(tmp_path):
     assert_the_same(volumes, replayed(volumes, files))
 
 
+def test_grey_images_among_colour_are_replayed(tmp_path):
+    """red = green = blue, as they are packed; grey of 16 bits is refused by both."""
+    from PIL import Image
+
+    colours = np.random.default_rng(0).integers(0, 255, (3, 8, 9, 3), np.uint8)
+    files = [tmp_path / f"{name}.png" for name in "abc"]
+    for file, pixels in zip(files, colours, strict=True):
+        Image.fromarray(pixels).convert("L" if file.stem == "c" else "RGB").save(file)
+    volumes = packed(tmp_path, files, "--normalise", "imagenet")
+    assert_the_same(volumes, replayed(volumes, files))
+    Image.fromarray(colours[0, ..., 0].astype(np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(UnusableSource, match="1 channel"):
+        replayed(volumes, [tmp_path / "deep.png"])
+
+
 def test_a_dicom_series_is_replayed(tmp_path):
     dicomseries.store(tmp_path / "ct", dicomseries.slices(dicomseries.oblique()))
     volumes = packed(tmp_path, [tmp_path / "ct"], "--spacing", "2", rows=["ct,a"])

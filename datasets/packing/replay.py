@@ -161,8 +161,11 @@ class Replay:
         """A source as a sample. UnusableSource with the reason, NotASource where its reader is not installed."""
         try:
             header = sources.header(source)
-            self._check(header.shape, header.affine)
+            grey = self.channels == 3 and header.shape[0] == 1 and source.kind == "image" and header.dtype == np.uint8
+            self._check((3, *header.shape[1:]) if grey else header.shape, header.affine)
             volume = sources.read(source)
+            if grey:  # as packing does among colour
+                volume = replace(volume, data=np.repeat(volume.data, 3, axis=0))
             made = make_sample(self.recipe, self.dtype, volume)
         except (UnusableSource, sources.NotASource):
             raise

@@ -28,7 +28,8 @@ def find(entries: Sequence[Path], channels: Sequence[str] = ()) -> dict[str, Sou
     """Id -> source of files and folders (searched recursively, sorted, hidden ones skipped), in the order given.
 
     An id is a file's name without suffix, a DICOM series' folder name. Ids that collide below one folder become paths
-    from it: cat/1, dog/1. With `channels`, files ID_CHANNEL are one source ID; files of other names are left out.
+    from it: cat/1, dog/1.
+    A file that is named twice is one. With `channels`, files ID_CHANNEL are one source ID; other names are left out.
     Raises NotASource (nothing there, nothing that is read) and ValueError (an id twice, a channel missing).
     """
     found: dict[str, Source] = {}
@@ -38,6 +39,8 @@ def find(entries: Sequence[Path], channels: Sequence[str] = ()) -> dict[str, Sou
         for item in joined:
             name = item.place if times[item.name] > 1 and item.place else item.name
             source = Source(name, item.files, item.kind, item.folder, item.channels)
+            if name in found and [*map(Path.resolve, found[name].files)] == [*map(Path.resolve, source.files)]:
+                continue
             if name in found:
                 raise ValueError(
                     f"two files have the id {name!r}: {found[name].path} and {source.path}; "

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from typing import NoReturn
 
 from hpc.errors import UserError
 from jobs.inference.members import Manner, Member, check_manner
+
+
+class Parser(argparse.ArgumentParser):
+    """One whose complaints are UserError: a line, and not the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; '{self.prog} --help' shows the usage")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
