@@ -146,6 +146,27 @@ def test_labels_that_no_validation_sample_has_leave_map_undefined(tmp_path: Path
         open_data(load(run.experiment)[0])
 
 
+NORM_OF_ONE_VOXEL = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, in_channels, num_classes):
+        super().__init__(nn.Flatten(), nn.Linear(48 * in_channels, 4), nn.BatchNorm1d(4), nn.Linear(4, num_classes))
+"""
+
+
+def test_batches_of_one_sample_are_refused_where_a_layer_cannot_normalise_them(tmp_path: Path) -> None:
+    (tmp_path / "norm.py").write_text(NORM_OF_ONE_VOXEL)
+    run = tiny_tasks.make_run(tmp_path / "run", tiny_tasks.make_data(tmp_path, "multilabel"), "multilabel")
+    model = f"model.name=file:{tmp_path / 'norm.py'}:Net"
+    for parts in (("data.batch_size=1",), ("train.accumulate=4",), ("train.deterministic=layout",)):
+        with pytest.raises(UserError, match=r"norm\.py:Net cannot train on one sample at a time.*batch_size than"):
+            check(load(run.experiment, [model, *parts])[0])
+    still = ["train.epochs=null", "train.stages=[{epochs: 1, freeze: backbone}]"]
+    assert check(load(run.experiment, [model, "data.batch_size=1", *still])[0])
+    assert check(load(run.experiment, [model, "train.accumulate=2"])[0])
+
+
 def test_a_network_of_the_other_task_is_told(tmp_path: Path) -> None:
     run = tiny_tasks.make_run(tmp_path / "run", tiny_tasks.make_data(tmp_path, "segmentation"), "segmentation")
     labels = f"model.name=file:{run.path / 'net.py'}:Labels"
