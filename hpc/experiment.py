@@ -94,8 +94,22 @@ def validate(values: dict[str, Any], origin: str) -> Experiment:
     try:
         return Experiment.model_validate(values)
     except ValidationError as error:
-        lines = [f"{origin}: {_sentence(fault)}" for fault in error.errors()]
+        lines = [f"{origin}: {_sentence(fault)}" for fault in error.errors() if not _of_other_branch(fault)]
         raise UserError("\n".join(lines)) from None
+
+
+def _in_union(fault: Any) -> bool:
+    """Whether a word or a list is asked for (Literal["balanced"] | list[float]): each branch has a fault of its own."""
+    return any("[" in str(part) for part in fault["loc"][-1:])
+
+
+def _of_other_branch(fault: Any) -> bool:
+    if not _in_union(fault):
+        return False
+    return bool(fault["type"] in _LISTS or (fault["type"] == "literal_error" and isinstance(fault["input"], list)))
+
+
+_LISTS = ("list_type", "tuple_type")
 
 
 def _sentence(fault: Any) -> str:
@@ -107,7 +121,8 @@ def _sentence(fault: Any) -> str:
         return f"{path}: is missing"
     if fault["type"] == "model_type":
         return f"{path}: is a section, 'key: value' lines (got {fault['input']!r})"
-    message = fault["msg"].removeprefix("Value error, ")
+    message = "is a list, [one, two]" if fault["type"] in _LISTS else fault["msg"].removeprefix("Value error, ")
+    message += " or a list" if _in_union(fault) and fault["type"] == "literal_error" else ""
     given = fault["input"]
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
     return f"{path}: {message}{shown}" if path else f"{message}{shown}"

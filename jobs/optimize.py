@@ -27,6 +27,8 @@ _REFUSED = {
 """By the beginning of the name in timm.optim."""
 _OURS = {"params", "lr", "weight_decay"}
 """Options of a timm optimizer that have a place of their own in the file."""
+_NO_OPTIONS = {"capturable", "differentiable", "maximize"}
+"""For CUDA graphs (an error at the first step elsewhere), for gradients of steps, and to make the loss large."""
 
 
 def build_optimizer(settings: Optimizer, model: nn.Module, rates: Mapping[str, float] | None = None) -> TorchOptimizer:
@@ -89,4 +91,4 @@ def _timm(settings: Optimizer, name: str, groups: list[dict[str, Any]]) -> Torch
 
 
 def _options(kind: Callable[..., TorchOptimizer]) -> set[str]:
-    return {*inspect.signature(kind).parameters} - _OURS
+    return {*inspect.signature(kind).parameters} - _OURS - _NO_OPTIONS

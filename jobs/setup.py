@@ -23,6 +23,7 @@ from hpc.experiment import Experiment
 from hpc.settings import Data
 from jobs import foreign_weights, learner
 from jobs.check import open_data
+from jobs.stages import Stages
 from jobs.tasks import check_loss, check_outputs
 from models3d import create_model, pretrained, takes
 
@@ -183,6 +184,27 @@ def _check_model(experiment: Experiment, parts: Parts) -> nn.Module:
     return model
 
 
+def _check_single(experiment: Experiment, parts: Parts, model: nn.Module) -> None:
+    """UserError where a model on no device cannot train on parts of one sample, which is all that it will get."""
+    train, launch, size = experiment.train, experiment.launch, experiment.data.batch_size
+    tasks = launch.nodes * (launch.tasks_per_node or max(1, launch.gpus or 0))
+    if size > (train.virtual_ranks if train.deterministic == "layout" else tasks * train.accumulate):
+        return
+    for layers in learner.resolve_all(experiment, Stages(train, 1), model):
+        model.train()
+        for norm in layers.norms:
+            norm.eval()
+        try:
+            with torch.device("meta"):
+                model(torch.empty(1, *parts.shape))
+        except ValueError as error:  # torch's, of a batch without spread
+            raise UserError(
+                f"model {experiment.model.name} cannot train on one sample at a time ({error}): use a larger "
+                f"data.batch_size than {size}, or fewer parts"
+            ) from None
+    model.train()
+
+
 def check(experiment: Experiment) -> list[str]:
     """What was found to fit, a line each. Raises ValueError or UserError with one line for what does not."""
     parts = prepare(experiment)
@@ -192,6 +214,7 @@ def check(experiment: Experiment) -> list[str]:
     shape = "different shapes" if volumes.ragged else " x ".join(str(size) for size in volumes.shape)
     patch = "" if experiment.data.patch is None else f", in patches of {' x '.join(map(str, experiment.data.patch))}"
     model = _check_model(experiment, parts)
+    _check_single(experiment, parts, model)
     count = sum(p.numel() for p in model.parameters())
     weights, stages = load_weights(experiment, parts, model), learner.check(experiment, model)
     return [

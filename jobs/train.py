@@ -169,7 +169,7 @@ class Trainer:
             if self._evaluation_due() or self._train_epoch():  # due: a stop, or the way back, came before its end
                 self._finish_epoch()
         if self.state["best"] is None:
-            raise Diverged(f"the validation loss was never finite in {self.settings.epochs} epochs")
+            raise Diverged(f"the validation loss was never finite in {self.step // self.steps_per_epoch} epochs")
         self._save(wait=True)
         if self.recorder and (saver := self.saver):
             with self.watchdog.phase("save", _SAVE_LIMIT_S):

@@ -101,7 +101,13 @@ def test_a_binary_file_a_missing_one_and_a_folder_are_refused(tmp_path: Path) ->
         ("train: {optimizer: {lr: .nan}}", "train.optimizer.lr: Input should be"),
         ("train: {optimizer: {lr: 0}}", "train.optimizer.lr: Input should be greater than 0"),
         ("train: {precision: fp8}", "train.precision: Input should be 'fp32' or 'bf16' (got 'fp8')"),
-        ("train: {loss: {class_weights: some}}", "train.loss.class_weights: Input should be 'balanced' (got 'some')"),
+        (
+            "train: {loss: {class_weights: some}}",
+            "train.loss.class_weights: Input should be 'balanced' or a list (got 'some')",
+        ),
+        ("train: {stages: {epochs: 2}}", "train.stages: is a list, [one, two]"),
+        ("train: {optimizer: {betas: 0.9}}", "train.optimizer.betas: is a list, [one, two] (got 0.9)"),
+        ("train: {stages: [{epochs: 1, freeze: [1]}]}", "train.stages.0.freeze.0: Input should be a valid string"),
         ("launch: {time: soon}", "launch.time: 'soon' is not a duration; write 90s, 5min"),
         ("launch: {time: .inf}", "launch.time: inf is not a duration above zero"),
         ("launch: {mem: lots}", "launch.mem: 'lots' is not a size"),
@@ -128,6 +134,14 @@ def test_a_binary_file_a_missing_one_and_a_folder_are_refused(tmp_path: Path) ->
 )
 def test_a_fault_names_its_key_the_value_and_the_good_ones(lines: str, words: str, tmp_path: Path) -> None:
     assert words in refusal(tmp_path, f"{PLAIN}{lines}\n")
+
+
+@pytest.mark.parametrize(
+    "train",
+    ["{loss: {class_weights: some}}", "{loss: {class_weights: [1, .nan]}}", "{stages: [{epochs: 1, freeze: [1]}]}"],
+)
+def test_what_is_a_word_or_a_list_has_one_line_for_one_fault(train: str, tmp_path: Path) -> None:
+    assert len(refusal(tmp_path, f"{PLAIN}train: {train}\n").splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,7 @@ REFUSED = {
     "timm:kron": ({}, "random numbers"),
     "timm:lion": ({"bethas": [0.1, 0.2]}, "no 'bethas'; did you mean 'betas'"),
     "timm:sgd": ({"lr": 0.1}, "no 'lr'"),
+    "timm:adamw": ({"capturable": True}, "no 'capturable'"),
     "timm:adam": ({"betas": [2.0, 3.0]}, r"timm:adam refuses .*betas.*beta"),
 }
 

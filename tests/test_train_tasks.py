@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from datasets.writer import VolumeWriter
 from hpc.allocation import Allocation
 from hpc.errors import UserError
 from hpc.experiment import load
 from hpc.metrics import DEFAULT_MONITOR, DIRECTIONS, STEP_METRIC
 from hpc.rundir import RunDir, read_json
 from jobs import validation
+from jobs.check import open_data
 from jobs.setup import check
 from jobs.tasks.contract import Stored
 from tests import tiny_run, tiny_tasks
@@ -104,6 +106,7 @@ FAULTS: list[tuple[str, tuple[str, ...], list[str]]] = [
     ("multilabel", ("task=classification",), ["task is classification", "packed for multilabel", "task: multilabel"]),
     ("multilabel", ("train.loss.pos_weight=[1, 2]",), ["pos_weight has 2 weights", "3 classes"]),
     ("segmentation", ("train.loss.ignore=[egde]",), ["no class 'egde'", "did you mean 'edge'"]),
+    ("segmentation", ("train.loss.ignore=[disc, edge]",), ["two classes", "train.loss.ignore leaves out disc, edge"]),
     ("segmentation", ("data.sampler=balanced",), ["balanced", "label maps", "foreground"]),
     ("segmentation", ("data.sampler=weighted", "data.weights={disc: 2}"), ["weights", "label maps"]),
 ]
@@ -115,6 +118,53 @@ def test_what_does_not_fit_is_one_line(task: str, overrides: tuple[str, ...], wo
     with pytest.raises((UserError, ValueError)) as caught:
         check(load(run.experiment)[0])
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), caught.value
+
+
+def test_a_metric_that_the_validation_leaves_undefined_is_not_followed(tmp_path: Path) -> None:
+    one_class = {f"validation{number}": 0 for number in range(tiny_run.SPLITS["validation"])}
+    run = tiny_run.make_run(tmp_path / "run", tiny_run.make_data(tmp_path, **one_class))
+    assert open_data(load(run.experiment, ["train.monitor=map"])[0])
+    for override, key in (
+        ("train.monitor=roc_auc", "train.monitor"),
+        ("train.early_stopping={patience: 1, metric: roc_auc}", "train.early_stopping.metric"),
+    ):
+        with pytest.raises(UserError, match=f"{key} roc_auc is undefined: all validation samples are of one class"):
+            open_data(load(run.experiment, [override])[0])
+
+
+def test_labels_that_no_validation_sample_has_leave_map_undefined(tmp_path: Path) -> None:
+    path = tmp_path / "none.h5"
+    options: dict[str, Any] = {"shape": (1, 6, 8), "dtype": "int16", "num_samples": 8, "class_names": ("a", "b")}
+    with VolumeWriter(path, task="multilabel", **options) as writer:
+        for number in range(8):
+            labels = np.array([number % 2 and number < 6, 0], np.uint8)
+            split = "train" if number < 6 else "validation"
+            writer.add(np.zeros((1, 6, 8), np.int16), labels, id=str(number), split=split)
+    run = tiny_tasks.make_run(tmp_path / "run", path, "multilabel")
+    assert open_data(load(run.experiment, ["train.monitor=f1_macro"])[0])
+    with pytest.raises(UserError, match=r"train\.monitor map is undefined: no label"):
+        open_data(load(run.experiment)[0])
+
+
+NORM_OF_ONE_VOXEL = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, in_channels, num_classes):
+        super().__init__(nn.Flatten(), nn.Linear(48 * in_channels, 4), nn.BatchNorm1d(4), nn.Linear(4, num_classes))
+"""
+
+
+def test_batches_of_one_sample_are_refused_where_a_layer_cannot_normalise_them(tmp_path: Path) -> None:
+    (tmp_path / "norm.py").write_text(NORM_OF_ONE_VOXEL)
+    run = tiny_tasks.make_run(tmp_path / "run", tiny_tasks.make_data(tmp_path, "multilabel"), "multilabel")
+    model = f"model.name=file:{tmp_path / 'norm.py'}:Net"
+    for parts in (("data.batch_size=1",), ("train.accumulate=4",), ("train.deterministic=layout",)):
+        with pytest.raises(UserError, match=r"norm\.py:Net cannot train on one sample at a time.*batch_size than"):
+            check(load(run.experiment, [model, *parts])[0])
+    still = ["train.epochs=null", "train.stages=[{epochs: 1, freeze: backbone}]"]
+    assert check(load(run.experiment, [model, "data.batch_size=1", *still])[0])
+    assert check(load(run.experiment, [model, "train.accumulate=2"])[0])
 
 
 def test_a_network_of_the_other_task_is_told(tmp_path: Path) -> None:

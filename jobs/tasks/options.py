@@ -48,7 +48,8 @@ def check_loss(experiment: Experiment, volumes: VolumeFile) -> None:
         if name not in names:
             raise UserError(f"train.loss.ignore: there is no class {name!r}; {nearest(name, names)}")
     if volumes.task == "segmentation" and len(set(names) - set(loss.ignore)) < 2:
-        raise UserError(f"a segmentation needs two classes or more; {volumes.name} has {', '.join(names)}")
+        less = f", and train.loss.ignore leaves out {', '.join(loss.ignore)}" if loss.ignore else ""
+        raise UserError(f"a segmentation needs two classes or more; {volumes.name} has {', '.join(names)}{less}")
 
 
 def make_options(experiment: Experiment, volumes: VolumeFile) -> Options:
