@@ -332,9 +332,11 @@ def test_the_drill_refuses_what_it_cannot_do(folder: Path, monkeypatch: pytest.M
 
 
 def test_each_stage_of_a_drill_is_short_and_nothing_ends_it_early(folder: Path, tmp_path: Path) -> None:
-    stages = "train.stages=[{epochs: 30, freeze: backbone}, {epochs: 70, lr: 1e-4}]"
-    given = [stages, "train.early_stopping={patience: 1}", "train.ema={decay: 0.9}", "launch.cluster=local"]
-    planned = drill.make(folder / "small.yaml", given, tmp_path / "runs", 0, 700, 0)
+    stages = "[{epochs: 30, freeze: backbone}, {epochs: 70, lr: 1e-4}]"
+    staged = folder / "staged.yaml"
+    staged.write_text(f"base: small.yaml\ntrain: {{epochs: null, early_stopping: {{patience: 1}}, stages: {stages}}}\n")
+    given = ["train.ema={decay: 0.9}", "launch.cluster=local"]
+    planned = drill.make(staged, given, tmp_path / "runs", 0, 700, 0)
     train = planned.plans["stopped"].experiment.train
     assert [(stage.epochs, stage.freeze, stage.lr) for stage in train.stages] == [(2, "backbone", None), (2, (), 1e-4)]
     assert train.epochs == 4 and train.early_stopping is None and train.ema

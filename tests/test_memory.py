@@ -1,7 +1,7 @@
 """The estimate of a step's memory beside what torch's profiler sees a real step allocate."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -59,6 +59,15 @@ def measured(name: str, shape: tuple[int, ...], step: Step, **options: object) -
         live += event.nbytes()
         peak = max(peak, live)
     return base + peak
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """oneDNN's convolutions take other workspace on more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 SEEDS = [("resnet3d", (2, 1, n, n, n)) for n in (16, 24, 32)]

@@ -268,7 +268,7 @@ def test_a_disk_too_full_for_a_checkpoint_is_a_storage_fault(data: Path, tmp_pat
 
 def test_a_disk_too_full_for_events_trains_on(data: Path, tmp_path: Path, golden: Outcome) -> None:
     run = tiny_run.make_run(tmp_path / "run", data)
-    assert in_child(run_payload, run.path, {}, 60_000) == ExitCode.DONE
+    assert in_child(run_payload, run.path, {}, 40_000) == ExitCode.DONE
     assert_same(outcome(run), golden)
     assert "Traceback" in (run.path / "stderr.txt").read_text(), "the events fitted: the test proves nothing"
 
