@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hpc import badnodes, fit, saves, slurm, yamlfile
 from hpc.cluster import Cluster
@@ -16,6 +17,7 @@ from hpc.experiment import Experiment
 from hpc.instances import Instance
 from hpc.payload import ask
 from hpc.preempt import ExitCode
+from hpc.settings import Launch
 from hpc.sweepdir import spec
 from hpc.units import short_time
 
@@ -195,10 +197,21 @@ def _check_payload(experiments: Sequence[Experiment], findings: Findings) -> Non
         findings.refusals.append(f"the payload's check failed: {told}; 'python -m jobs.check EXPERIMENT' shows where")
 
 
+UNCHECKED: dict[str, Any] = {
+    "name": True,
+    "train": {
+        **dict.fromkeys(("seed", "epochs", "limit_steps", "checkpoint_every", "keep", "keep_every"), True),
+        **dict.fromkeys(("hang_after", "ledger", "figures"), True),
+        "optimizer": {"lr", "weight_decay"},
+    },
+    "launch": set(Launch.model_fields) - {"nodes", "gpus", "tasks_per_node"},
+}
+"""What jobs.check does not look at."""
+
+
 def _payload_key(experiment: Experiment) -> str:
-    """What jobs.check looks at: rows that differ in nothing else are checked once."""
-    seen = [experiment.model, experiment.data, experiment.train.loss]
-    return "\n".join([experiment.task, *(part.model_dump_json() for part in seen)])
+    """Rows that differ in nothing that jobs.check looks at are checked once: a sweep over seeds costs one check."""
+    return experiment.model_dump_json(exclude=UNCHECKED)
 
 
 def _name_rows(line: str, groups: list[_Group]) -> str:

@@ -1,5 +1,6 @@
 """Preflight: each check once for any number of rows, the rows named, and what could not be looked at said."""
 
+import copy
 import io
 import re
 import subprocess
@@ -13,6 +14,7 @@ from hpc import instances, payload, preflight, yamlfile
 from hpc.commands.common import report
 from hpc.experiment import Experiment, validate
 from hpc.preempt import ExitCode
+from hpc.preflight import UNCHECKED, _payload_key
 from hpc.rundir import RunDir, write_text
 from tests import tiny_run
 from tests.fakeslurm import FakeSlurm, without_slurm
@@ -224,7 +226,34 @@ def test_the_payloads_check_looks_at_nothing_that_the_rows_are_not_told_apart_by
     """Rows equal in what `_payload_key` names are checked once: the check must not look at more."""
     files = ("check.py", "setup.py", "tasks/__init__.py", "tasks/options.py")
     text = "".join((ROOT / "jobs" / file).read_text() for file in files)
-    assert set(re.findall(r"experiment\.((?:train\.)?[a-z]\w*)", text)) == {"task", "model", "data", "train.loss"}
+    unchecked = {"name", *UNCHECKED["train"], *UNCHECKED["launch"]} - {"optimizer"}
+    read = set(re.findall(r"(?:experiment|train|launch)\.(?:train\.|launch\.)?([a-z]\w*)", text))
+    assert not read & unchecked and {"model", "loss", "accumulate", "nodes"} <= read
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "apart"),
+    [
+        ("train", {"seed": 3}, False),
+        ("train", {"optimizer": {"lr": 0.5}}, False),
+        ("launch", {"time": "2h"}, False),
+        ("train", {"optimizer": {"name": "timm:lion"}}, True),
+        ("train", {"monitor": "f1_macro"}, True),
+        ("train", {"stages": [{"epochs": 10, "freeze": "backbone"}]}, True),
+        ("launch", {"nodes": 2}, True),
+        ("data", {"batch_size": 16}, True),
+    ],
+)
+def test_rows_are_checked_apart_where_the_check_may_answer_otherwise(
+    section: str, values: dict[str, Any], apart: bool
+) -> None:
+    plain = experiment().as_dict()
+    other = copy.deepcopy(plain)
+    if "optimizer" in values:
+        values = {"optimizer": plain["train"]["optimizer"] | values["optimizer"]}
+    other[section] |= values
+    one, two = (validate(given, "test") for given in (plain, other))
+    assert (_payload_key(one) != _payload_key(two)) is apart
 
 
 def test_a_missing_file_is_told_before_torch_is_imported(tmp_path: Path) -> None:
