@@ -7,6 +7,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from datasets import open_volumes
 from hpc.preempt import ExitCode
@@ -355,18 +356,17 @@ def test_a_run_without_data_json_reads_its_data_file(classes, tmp_path, capsys):
 
 
 def test_images_give_images(tmp_path):
-    pillow = pytest.importorskip("PIL.Image")
     (tmp_path / "scans").mkdir()
     (tmp_path / "masks").mkdir()
     for seed, name in enumerate("abcd"):
         pixels = noise((12, 16), seed, 255).astype(np.uint8)
-        pillow.fromarray(pixels).save(tmp_path / "scans" / f"{name}.png")
-        pillow.fromarray((pixels > 120).astype(np.uint8)).save(tmp_path / "masks" / f"{name}.png")
+        Image.fromarray(pixels).save(tmp_path / "scans" / f"{name}.png")
+        Image.fromarray((pixels > 120).astype(np.uint8)).save(tmp_path / "masks" / f"{name}.png")
     options = ("--masks", tmp_path / "masks", "--classes", "dark,light", "--split", "50/50/0", "--duplicates", "keep")
     assert run(tmp_path / "scans", "-o", tmp_path / "maps.h5", *options) == 0
     known = make_run(tmp_path / "run", tmp_path / "maps.h5", "Bright")
     assert ask(tmp_path / "scans", "--run", known.path, "-o", tmp_path / "out", "--probabilities") == ExitCode.DONE
-    found = np.asarray(pillow.open(tmp_path / "out" / "a.png"))
+    found = np.asarray(Image.open(tmp_path / "out" / "a.png"))
     assert np.array_equal(found, bright(noise((12, 16), 0, 255).astype(np.uint8)))
     assert np.load(tmp_path / "out" / "a_probabilities.npy").shape == (2, 12, 16)
     assert rows_of(tmp_path / "out" / "volumes.csv")[0]["ml"] == ""

@@ -5,8 +5,11 @@ import itertools
 import json
 
 import nibabel
+import nrrd
 import numpy as np
 import pytest
+import tifffile
+from PIL import Image
 
 from datasets import exporting, open_volumes
 from datasets.layout import PACKING_ATTR
@@ -92,11 +95,10 @@ def test_channels_other_formats_and_images_are_replayed(tmp_path):
 
 
 def test_images_are_replayed(tmp_path):
-    pillow = pytest.importorskip("PIL.Image")
     files = []
     for name in ("a.png", "b.jpg"):
         pixels = noise((30, 41), ord(name[0]), 255).astype(np.uint8)
-        pillow.fromarray(np.stack([pixels, pixels // 2, 255 - pixels], -1)).save(tmp_path / name)
+        Image.fromarray(np.stack([pixels, pixels // 2, 255 - pixels], -1)).save(tmp_path / name)
         files.append(tmp_path / name)
     volumes = packed(tmp_path, files, "--resize", "20", "--size", "16", "--normalise", "imagenet")
     assert_the_same(volumes, replayed(volumes, files))
@@ -104,7 +106,6 @@ def test_images_are_replayed(tmp_path):
 
 def test_grey_images_among_colour_are_replayed(tmp_path):
     """red = green = blue, as they are packed; grey of 16 bits is refused by both."""
-    from PIL import Image
 
     colours = np.random.default_rng(0).integers(0, 255, (3, 8, 9, 3), np.uint8)
     files = [tmp_path / f"{name}.png" for name in "abc"]
@@ -324,10 +325,9 @@ def test_the_real_scan_of_nibabel(tmp_path):
 
 
 def test_maps_of_other_formats_lie_as_their_sources(tmp_path):
-    pillow, tifffile, nrrd = (pytest.importorskip(name) for name in ("PIL.Image", "tifffile", "nrrd"))
     volume = noise((6, 7, 8))
     np.save(tmp_path / "n.npy", volume)
-    pillow.fromarray(noise((30, 41), 1, 255).astype(np.uint8)).save(tmp_path / "i.png")
+    Image.fromarray(noise((30, 41), 1, 255).astype(np.uint8)).save(tmp_path / "i.png")
     about = {"axes": "ZYX", "spacing": 3.0, "unit": "mm"}
     tifffile.imwrite(tmp_path / "t.tif", volume.transpose(2, 1, 0), imagej=True, resolution=(2, 4), metadata=about)
     tifffile.imwrite(tmp_path / "u.tif", noise((12, 9)))
