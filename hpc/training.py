@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from hpc.optimisation import EarlyStopping, Ema, Optimizer, Scheduler, Stage
+from hpc.optimisation import Count, EarlyStopping, Ema, Optimizer, Scheduler, Stage
 from hpc.settings import Duration, Positive, Section
 
 LOSSES: dict[str, dict[str, set[str]]] = {
@@ -74,14 +74,38 @@ class Loss(Section):
         return f"train.loss.{option} has no effect with {name} of task {task}; it belongs to {', '.join(fits)}"
 
 
+class Zero(Section):
+    """DeepSpeed's ZeRO (Rajbhandari et al., arXiv 1910.02054): what is kept in shards, and where."""
+
+    stage: Literal[1, 2, 3] = 2
+    """1: the optimizer's state; 2: gradients too; 3: weights too."""
+    offload: bool = False
+    """Optimizer state in the node's memory, and its step on the CPU."""
+
+
 class Train(Section):
     epochs: Positive = 10
     """With stages: the sum of theirs."""
     limit_steps: Positive | None = None
     """At most so many steps of each epoch, and batches of its validation: for a short try."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast of the forward pass; weights and optimizer stay fp32."""
-    strategy: Literal["single", "ddp"] = "ddp"
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "auto"] = "fp32"
+    """bf16, fp16: autocast of the forward pass, fp16 with a loss scaler; tf32: matrix products of fp32 with 10 bits of
+    mantissa, on CUDA; auto: what train.autotune finds. Weights and optimizer stay fp32."""
+    channels_last: bool = False
+    """Channels beside each other in memory: faster for convolutions alone, slower with InstanceNorm."""
+    compile: Literal["off", "blocks", "model"] = "off"
+    """By torch.compile: blocks, the repeated ones of a model, each kind once; model: as a whole."""
+    autotune: bool = False
+    """At the start of a run, up to 60 s are spent on trying layout, compilation, activation checkpointing and threads;
+    the fastest is kept for the whole run."""
+    strategy: Literal["single", "ddp", "fsdp", "deepspeed"] = "ddp"
+    """Of several tasks: ddp, all of the model on each; fsdp (torch's fully_shard) and deepspeed (ZeRO): in shards."""
+    zero: Zero | None = None
+    """Of deepspeed."""
+    sync_batchnorm: bool = False
+    """BatchNorm over the samples of all ranks."""
+    profile: tuple[Count, Count] | None = None
+    """Steps [start, stop) of which a torch profiler trace is written, for TensorBoard."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where the allocation has a GPU (one that torch cannot see is a bad node), else the CPU."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -118,8 +142,20 @@ class Train(Section):
     @model_validator(mode="after")
     def _check(self) -> Train:
         self._refuse_idle(self.deterministic, {"virtual_ranks": {"layout"}})
+        self._refuse_idle(self.strategy, {"zero": {"deepspeed"}})
+        self._check_speed()
         self._sum_epochs()
         return self
+
+    def _check_speed(self) -> None:
+        if self.precision == "auto" and not self.autotune:
+            raise ValueError("precision auto is what train.autotune finds: add train.autotune=true")
+        if self.deterministic == "layout" and self.strategy in ("fsdp", "deepspeed"):
+            raise ValueError(f"deterministic: layout is there for single and ddp, not for {self.strategy}; use run")
+        if self.deterministic == "layout" and self.sync_batchnorm:
+            raise ValueError("sync_batchnorm has statistics of the layout, which deterministic: layout excludes")
+        if self.profile and self.profile[0] >= self.profile[1]:
+            raise ValueError(f"profile {list(self.profile)} must be [start, stop) with start before stop")
 
     def metrics(self) -> dict[str, str]:
         """Those that the rate and the end of the run follow, by their keys in the file."""
