@@ -179,7 +179,7 @@ def test_label_maps_without_stored_voxels_have_no_classes_to_draw_by(tmp_path):
     with VolumeWriter(tmp_path / "m.h5", task="segmentation", **options) as writer:
         for number in range(2):
             writer.add(np.zeros((1, 2, 2, 2), np.int16), np.zeros((2, 2, 2), np.uint8), id=f"s{number}")
-    with pytest.raises(ValueError, match="m.h5 has no stored voxels of each class; pack it again"):
+    with pytest.raises(ValueError, match=r"m\.h5 has no stored voxels of each class; pack it again"):
         Loader(open_volumes(tmp_path / "m.h5"), batch_size=1, sampler="balanced")
 
 
