@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from datasets.loader import Batch
 from hpc.training import Train
 from jobs.engine import Engine
+from jobs.strategies import Strategy
 from jobs.tasks.contract import Task
 from jobs.tasks.counts import Counts, Kept
 from jobs.virtual import BatchNorms, Gradients, VirtualRanks
@@ -39,6 +40,7 @@ class Passes(Protocol):
 def make_passes(
     settings: Train,
     engine: Engine,
+    strategy: Strategy,
     model: nn.Module,
     task: Task,
     evaluated: nn.Module | None = None,
@@ -50,7 +52,7 @@ def make_passes(
     evaluated: the model of `forward`, if it is another; still: layers of the trained one that stay in eval mode.
     """
     kind = VirtualPasses if settings.deterministic == "layout" else RankPasses
-    return kind(settings, engine, model, task, evaluated or model, still)
+    return kind(settings, engine, strategy, model, task, evaluated or model, still)
 
 
 class _Common:
@@ -58,12 +60,14 @@ class _Common:
         self,
         settings: Train,
         engine: Engine,
+        strategy: Strategy,
         model: nn.Module,
         task: Task,
         evaluated: nn.Module,
         still: Sequence[nn.Module],
     ) -> None:
-        self._settings, self._engine, self._model, self._task = settings, engine, model, task
+        self._settings, self._engine, self._strategy = settings, engine, strategy
+        self._model, self._task = model, task
         self._evaluated, self._still = evaluated, still
 
     def _train(self) -> None:
@@ -89,19 +93,19 @@ class _Common:
 
 
 class RankPasses(_Common):
-    """Each rank works off its share in `accumulate` parts; gradients are averaged by DDP."""
+    """Each rank works off its share in `accumulate` parts; gradients are averaged over the ranks."""
 
     def __init__(
         self,
         settings: Train,
         engine: Engine,
+        strategy: Strategy,
         model: nn.Module,
         task: Task,
         evaluated: nn.Module,
         still: Sequence[nn.Module],
     ) -> None:
-        super().__init__(settings, engine, model, task, evaluated, still)
-        self._parallel = engine.wrap(model)
+        super().__init__(settings, engine, strategy, model, task, evaluated, still)
         self._buffers = list(model.buffers())
         self._before = [buffer.clone() for buffer in self._buffers]
 
@@ -115,23 +119,23 @@ class RankPasses(_Common):
         parts, counts = self._settings.accumulate, self.counts()
         for part, (x, y) in enumerate(zip(batch.inputs.chunk(parts), batch.targets.chunk(parts), strict=True)):
             self._seed(step, part, self._engine.rank)
-            if part < parts - 1:
-                with self._engine.without_sync(self._parallel):
-                    self._part(x, y, counts)
-            else:
+            with self._strategy.part(last=part == parts - 1):
                 self._part(x, y, counts)
         return counts
 
     def _part(self, x: Tensor, y: Tensor, counts: Counts) -> None:
         with self._autocast():
-            outputs = self._parallel(x)
+            outputs = self._strategy.forward(x)
         loss = self._task.loss(outputs, y)
-        torch.autograd.backward(loss / self._settings.accumulate)
+        self._strategy.backward(loss / self._settings.accumulate)
         counts.add(self._task, outputs, y, loss)
 
     def forward(self, batch: Batch, counts: Counts, kept: Kept) -> None:
         if len(batch.targets):
             self._evaluate(batch.inputs, batch.targets, batch.samples, counts, kept)
+        elif self._strategy.joint:  # the others wait for this rank's shards of the weights
+            with self._autocast():
+                self._evaluated(batch.inputs.new_zeros(1, *batch.inputs.shape[1:]))
 
     def commit(self) -> None:
         pass  # the layers have kept their own
@@ -148,12 +152,13 @@ class VirtualPasses(_Common):
         self,
         settings: Train,
         engine: Engine,
+        strategy: Strategy,
         model: nn.Module,
         task: Task,
         evaluated: nn.Module,
         still: Sequence[nn.Module],
     ) -> None:
-        super().__init__(settings, engine, model, task, evaluated, still)
+        super().__init__(settings, engine, strategy, model, task, evaluated, still)
         self._ranks = VirtualRanks(settings.virtual_ranks, engine.rank, engine.world_size)
         self._norms = BatchNorms(self._ranks, model)
         self._gradients = Gradients(self._ranks, model)

@@ -97,7 +97,8 @@ class Trainer:
         self.steps_per_epoch = min(len(self.loader), settings.limit_steps or len(self.loader))
         self.total_steps = settings.epochs * self.steps_per_epoch
         self.learner = Learner(self.experiment, engine, self.model, self.task, self.steps_per_epoch)
-        self.ledger = StepLedger(self.run, self.generation, engine.rank, self.model) if settings.ledger else None
+        weights = partial(self.learner.strategy.weights, self.model)
+        self.ledger = StepLedger(self.run, self.generation, engine.rank, weights) if settings.ledger else None
 
     # Where a run goes on.
 
@@ -125,7 +126,7 @@ class Trainer:
             self.recorder = Recorder(self.run, self.experiment, names, self.generation, steps, self.parts.volumes)
             if self._evaluation_due():
                 self.recorder.evaluates_again(self.step, self.state["shown"])
-            resuming.check_room(folder, self.learner.checkpoint_bytes(), fresh=found is None)
+            resuming.check_room(folder, self.learner.checkpoint_bytes, fresh=found is None)
             self._open_saver()
             remember(self.run, self.parts.volumes)
             if before:
@@ -358,15 +359,17 @@ class Trainer:
         with self.watchdog.phase("save", _SAVE_LIMIT_S):
             if self._saved_step != self.step:
                 self._flush()
-                if self.saver:
-                    self._snapshot(self.saver)
+                self._snapshot()
                 self._saved_step = self.step
                 self.schedule.saved()
             if wait and self.saver:
                 self.saver.wait()
         self.pace.aside += time.monotonic() - started
 
-    def _snapshot(self, saver: Saver) -> None:
+    def _snapshot(self) -> None:
+        (weights, trained), moments = self.learner.weights(), self.learner.strategy.optimizer_state()
+        if (saver := self.saver) is None:
+            return
         if self.step % self.steps_per_epoch or self._evaluation_due():
             self.state["sums"] = self.sums.state()
         if self._evaluation_due() and self.recorder:
@@ -375,7 +378,6 @@ class Trainer:
         self._forget_best(lambda name: name not in saver.failed)
         best = self.state["best"]
         protect = {best["checkpoint"]} if best and best["checkpoint"] else set()
-        (weights, trained), moments = self.learner.weights(), self.learner.optimizer.state_dict()
         saver.save(self.step, weights, moments, self.state, self._facts(), protect, trained=trained)
 
     def _forget_best(self, there: Callable[[str], bool]) -> None:
