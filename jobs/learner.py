@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from hpc.experiment import Experiment
 from hpc.metrics import DIRECTIONS
-from jobs import history, rates
+from jobs import acceleration, history, rates
 from jobs.checkpoint import Checkpoint
 from jobs.ema import Ema
 from jobs.engine import Engine
 from jobs.layers import Layers, resolve
 from jobs.optimize import build_optimizer
 from jobs.passes import make_passes
+from jobs.precision import Precision
 from jobs.saving import estimated_bytes
 from jobs.stages import Stages
 from jobs.tasks.contract import Task
@@ -42,6 +43,7 @@ class Learner:
         self._layers = resolve_all(experiment, self.stages, model)
         self.ema = Ema(self._train.ema, model) if self._train.ema else None
         self._history: list[dict[str, Any]] = []
+        self.precision = Precision(self._train, engine.device)
         self._begin(0)
 
     def _begin(self, number: int) -> None:
@@ -50,12 +52,15 @@ class Learner:
         self._scheduler = stage.scheduler or self._train.scheduler
         self._share = rates.share(self._scheduler, self.stages.steps(number), self._per_epoch)
         self._follow()
+        self._fresh = True
         layers.freeze(self.model)
         self.optimizer = build_optimizer(self._train.optimizer, self.model, layers.rates)
         self._highest = [group["lr"] for group in self.optimizer.param_groups]
         self.passes: Any = None
         gc.collect()  # DDP's hooks on the parameters go with it
-        self.passes = make_passes(self._train, self._engine, self.model, self._task, self.evaluated, layers.norms)
+        self.passes = make_passes(
+            self._train, self._engine, self.model, self._task, self.evaluated, layers.norms, self.precision
+        )
         clip = self._train.clip_norm
         self.update = Updater(self.model, self.optimizer, self.passes, self._rates, clip, self._average)
 
@@ -69,6 +74,11 @@ class Learner:
             return False
         self._begin(due)
         return True
+
+    def begun(self) -> bool:
+        """Whether this is the first step of a stage, in this attempt; asked once for each step."""
+        begun, self._fresh = self._fresh, False
+        return begun
 
     @property
     def evaluated(self) -> nn.Module:
@@ -147,7 +157,8 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """Plain JSON."""
         updates = self.ema.updates if self.ema else 0
-        return {"stage": self.number, "history": list(self._history), "averaged": updates}
+        found = {"stage": self.number, "history": list(self._history), "averaged": updates}
+        return {**found, "precision": self.precision.state()}
 
     def restore(self, found: Checkpoint) -> None:
         """All of it as it was when the checkpoint was saved."""
@@ -159,6 +170,8 @@ class Learner:
         self._follow()
         self.model.load_state_dict(found.trained())
         self.optimizer.load_state_dict(found.optimizer())
+        acceleration.lay_out_state(self.optimizer)
+        self.precision.load(state.get("precision", {}))
         if self.ema:
             self.ema.load(found.model(), int(state.get("averaged", 0)))
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from datasets.loader import Batch
 from hpc.training import Train
+from jobs import acceleration
 from jobs.engine import Engine
+from jobs.precision import Precision
 from jobs.tasks.contract import Task
 from jobs.tasks.counts import Counts, Kept
 from jobs.virtual import BatchNorms, Gradients, VirtualRanks
@@ -19,6 +21,8 @@ from jobs.virtual import BatchNorms, Gradients, VirtualRanks
 
 class Passes(Protocol):
     """What a step and an evaluation are made of."""
+
+    precision: Precision
 
     def backward(self, batch: Batch, step: int) -> Counts:
         """Fill .grad with the gradient of the global batch's mean loss; counts of this rank's share."""
@@ -43,14 +47,17 @@ def make_passes(
     task: Task,
     evaluated: nn.Module | None = None,
     still: Sequence[nn.Module] = (),
+    precision: Precision | None = None,
 ) -> Passes:
     """Those of `train.deterministic`, over the parameters that are trained now. Raises UserError for a model that the
     layout would show in.
 
-    evaluated: the model of `forward`, if it is another; still: layers of the trained one that stay in eval mode.
+    evaluated: the model of `forward`, if it is another; still: layers of the trained one that stay in eval mode;
+    precision: the run's, whose loss scale outlives a stage; None: a new one.
     """
     kind = VirtualPasses if settings.deterministic == "layout" else RankPasses
-    return kind(settings, engine, model, task, evaluated or model, still)
+    precision = precision or Precision(settings, engine.device)
+    return kind(settings, engine, model, task, evaluated or model, still, precision)
 
 
 class _Common:
@@ -62,9 +69,12 @@ class _Common:
         task: Task,
         evaluated: nn.Module,
         still: Sequence[nn.Module],
+        precision: Precision,
     ) -> None:
         self._settings, self._engine, self._model, self._task = settings, engine, model, task
-        self._evaluated, self._still = evaluated, still
+        self._evaluated, self._still, self.precision = evaluated, still, precision
+        self.layout = acceleration.layout(settings)
+        """of inputs in memory"""
 
     def _train(self) -> None:
         """Training mode, but for the layers that are still."""
@@ -72,17 +82,14 @@ class _Common:
         for module in self._still:
             module.eval()
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self._engine.device.type, torch.bfloat16, enabled=self._settings.precision == "bf16")
-
     def _seed(self, *key: int) -> None:
         """Dropout is a function of the seed and this key: no generator state is stored."""
         sequence = np.random.SeedSequence([self._settings.seed, *key])
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
 
     def _evaluate(self, x: Tensor, y: Tensor, samples: Tensor, counts: Counts, kept: Kept, part: int = 0) -> None:
-        with self._autocast():
-            outputs = self._evaluated(x)
+        with self.precision.autocast(), acceleration.uncompiled(self._settings):
+            outputs = self._evaluated(self.layout(x))
         losses = self._task.losses(outputs, y)
         counts.add(self._task, outputs, y, losses.mean(), part)
         kept.add(samples, outputs, y, losses, x)
@@ -99,8 +106,9 @@ class RankPasses(_Common):
         task: Task,
         evaluated: nn.Module,
         still: Sequence[nn.Module],
+        precision: Precision,
     ) -> None:
-        super().__init__(settings, engine, model, task, evaluated, still)
+        super().__init__(settings, engine, model, task, evaluated, still, precision)
         self._parallel = engine.wrap(model)
         self._buffers = list(model.buffers())
         self._before = [buffer.clone() for buffer in self._buffers]
@@ -123,10 +131,10 @@ class RankPasses(_Common):
         return counts
 
     def _part(self, x: Tensor, y: Tensor, counts: Counts) -> None:
-        with self._autocast():
-            outputs = self._parallel(x)
+        with self.precision.autocast():
+            outputs = self._parallel(self.layout(x))
         loss = self._task.loss(outputs, y)
-        torch.autograd.backward(loss / self._settings.accumulate)
+        torch.autograd.backward(self.precision.scale(loss / self._settings.accumulate))
         counts.add(self._task, outputs, y, loss)
 
     def forward(self, batch: Batch, counts: Counts, kept: Kept) -> None:
@@ -152,8 +160,9 @@ class VirtualPasses(_Common):
         task: Task,
         evaluated: nn.Module,
         still: Sequence[nn.Module],
+        precision: Precision,
     ) -> None:
-        super().__init__(settings, engine, model, task, evaluated, still)
+        super().__init__(settings, engine, model, task, evaluated, still, precision)
         self._ranks = VirtualRanks(settings.virtual_ranks, engine.rank, engine.world_size)
         self._norms = BatchNorms(self._ranks, model)
         self._gradients = Gradients(self._ranks, model)
@@ -167,10 +176,10 @@ class VirtualPasses(_Common):
         counts = self.counts()
         for v, (x, y) in self._ranks.parts(batch.inputs, batch.targets):
             self._seed(step, v)
-            with self._norms.capture(v), self._autocast():
-                outputs = self._model(x)
+            with self._norms.capture(v), self.precision.autocast():
+                outputs = self._model(self.layout(x))
             loss = self._task.loss(outputs, y)
-            torch.autograd.backward(loss / self._ranks.count)
+            torch.autograd.backward(self.precision.scale(loss / self._ranks.count))
             self._gradients.add()
             counts.add(self._task, outputs, y, loss, v)
         self._gradients.reduce()

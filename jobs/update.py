@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 
 from datasets.loader import Batch
 from jobs.passes import Passes
+from jobs.precision import Fault
 from jobs.tasks.counts import Counts
 
 
@@ -29,24 +29,29 @@ class Updater:
         self._model, self._optimizer, self._passes = model, optimizer, passes
         self._rates, self._clip_norm, self._changed = rates, clip_norm, changed
 
-    def gradients(self, batch: Batch, step: int) -> tuple[Counts, bool]:
+    def gradients(self, batch: Batch, step: int) -> tuple[Counts, Fault]:
         """The gradients of the step after `step` others, and whether a loss or they are not finite on this rank."""
         for group, rate in zip(self._optimizer.param_groups, self._rates(step), strict=True):
             group["lr"] = rate
         counts = self._passes.backward(batch, step)
-        return counts, not (math.isfinite(counts.total_loss()) and math.isfinite(self._norm()))
+        precision = self._passes.precision
+        precision.unscale(self._model.parameters(), step + 1)
+        return counts, precision.fault(counts.total_loss(), self._norm())
 
     def apply(self) -> None:
         """Change the weights."""
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._passes.commit()
+        self._passes.precision.update(overflow=False)
         self._changed()
 
-    def drop(self) -> None:
-        """Leave the weights as they were before the step, and running statistics too."""
+    def drop(self, overflow: bool = False) -> None:
+        """Leave the weights as they were before the step, and running statistics too; an overflow lowers the scale."""
         self._optimizer.zero_grad(set_to_none=True)
         self._passes.drop()
+        if overflow:
+            self._passes.precision.update(overflow)
 
     def _norm(self) -> float:
         """The norm of all gradients, before they are clipped to clip_norm; they are averaged: the same on all ranks."""
