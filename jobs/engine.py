@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hpc.allocation import Allocation
 from jobs import rendezvous
+from jobs.stepclock import StepClock
 
 _MEET_S = 600
 """Until all ranks have come; nodes may start minutes apart."""
@@ -66,6 +67,7 @@ class Engine:
         self.world_size = allocation.world_size
         self.device = device
         self.is_main = allocation.rank == 0
+        self.clock = StepClock(device)
         self._deterministic = deterministic
         self._control: Any = None  # the default group
         torch.set_num_threads(threads or _usable(allocation.cpus_per_task))

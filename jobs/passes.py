@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from datasets.loader import Batch
 from hpc.training import Train
 from jobs.engine import Engine
+from jobs.stepclock import StepClock
 from jobs.tasks.contract import Task
 from jobs.tasks.counts import Counts, Kept
 from jobs.virtual import BatchNorms, Gradients, VirtualRanks
@@ -19,6 +20,8 @@ from jobs.virtual import BatchNorms, Gradients, VirtualRanks
 
 class Passes(Protocol):
     """What a step and an evaluation are made of."""
+
+    clock: StepClock
 
     def backward(self, batch: Batch, step: int) -> Counts:
         """Fill .grad with the gradient of the global batch's mean loss; counts of this rank's share."""
@@ -65,6 +68,7 @@ class _Common:
     ) -> None:
         self._settings, self._engine, self._model, self._task = settings, engine, model, task
         self._evaluated, self._still = evaluated, still
+        self.clock = engine.clock
 
     def _train(self) -> None:
         """Training mode, but for the layers that are still."""
@@ -123,10 +127,12 @@ class RankPasses(_Common):
         return counts
 
     def _part(self, x: Tensor, y: Tensor, counts: Counts) -> None:
-        with self._autocast():
-            outputs = self._parallel(x)
-        loss = self._task.loss(outputs, y)
-        torch.autograd.backward(loss / self._settings.accumulate)
+        with self.clock.phase("forward"):
+            with self._autocast():
+                outputs = self._parallel(x)
+            loss = self._task.loss(outputs, y)
+        with self.clock.phase("backward"):
+            torch.autograd.backward(loss / self._settings.accumulate)
         counts.add(self._task, outputs, y, loss)
 
     def forward(self, batch: Batch, counts: Counts, kept: Kept) -> None:
@@ -167,13 +173,16 @@ class VirtualPasses(_Common):
         counts = self.counts()
         for v, (x, y) in self._ranks.parts(batch.inputs, batch.targets):
             self._seed(step, v)
-            with self._norms.capture(v), self._autocast():
-                outputs = self._model(x)
-            loss = self._task.loss(outputs, y)
-            torch.autograd.backward(loss / self._ranks.count)
-            self._gradients.add()
+            with self.clock.phase("forward"):
+                with self._norms.capture(v), self._autocast():
+                    outputs = self._model(x)
+                loss = self._task.loss(outputs, y)
+            with self.clock.phase("backward"):
+                torch.autograd.backward(loss / self._ranks.count)
+                self._gradients.add()
             counts.add(self._task, outputs, y, loss, v)
-        self._gradients.reduce()
+        with self.clock.phase("backward"):
+            self._gradients.reduce()
         return counts
 
     def forward(self, batch: Batch, counts: Counts, kept: Kept) -> None:

@@ -34,14 +34,18 @@ class Updater:
         for group, rate in zip(self._optimizer.param_groups, self._rates(step), strict=True):
             group["lr"] = rate
         counts = self._passes.backward(batch, step)
-        return counts, not (math.isfinite(counts.total_loss()) and math.isfinite(self._norm()))
+        if not math.isfinite(counts.total_loss()):
+            return counts, True
+        with self._passes.clock.phase("optimizer"):
+            return counts, not math.isfinite(self._norm())
 
     def apply(self) -> None:
         """Change the weights."""
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self._passes.commit()
-        self._changed()
+        with self._passes.clock.phase("optimizer"):
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            self._passes.commit()
+            self._changed()
 
     def drop(self) -> None:
         """Leave the weights as they were before the step, and running statistics too."""

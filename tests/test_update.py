@@ -15,6 +15,7 @@ from jobs.ema import Ema
 from jobs.engine import Engine
 from jobs.optimize import build_optimizer
 from jobs.passes import RankPasses, make_passes
+from jobs.stepclock import StepClock
 from jobs.update import Updater
 from tests.toy_tasks import CPU, samples, toy
 
@@ -23,7 +24,7 @@ TASKS = ("classification", "multilabel", "segmentation")
 
 def engine() -> Engine:
     """Of one rank, without the process's settings."""
-    found: Any = SimpleNamespace(device=CPU, rank=0, world_size=1, wrap=lambda model: model)
+    found: Any = SimpleNamespace(device=CPU, rank=0, world_size=1, wrap=lambda model: model, clock=StepClock(CPU))
     found.without_sync = lambda model: torch.enable_grad()
     return found
 
