@@ -1,7 +1,7 @@
 """train.profile: a torch profiler trace of some steps, in the run's folder of TensorBoard events.
 
-Rank 0 alone. A stop inside the window leaves the trace of the steps so far; the next attempt traces the rest into a file
-of its own. Whatever fails here is one warning, never the end of the run.
+Rank 0 alone. A stop inside the window leaves the trace of the steps so far; the next attempt traces the rest into a
+file of its own. Whatever fails here is one warning, never the end of the run.
 """
 
 from __future__ import annotations
