@@ -15,6 +15,7 @@ from hpc.training import Train
 from jobs import acceleration
 from jobs.engine import Engine
 from jobs.precision import Precision
+from jobs.stepclock import StepClock
 from jobs.strategies import Strategy
 from jobs.tasks.contract import Task
 from jobs.tasks.counts import Counts, Kept
@@ -25,6 +26,7 @@ class Passes(Protocol):
     """What a step and an evaluation are made of."""
 
     precision: Precision
+    clock: StepClock
 
     def backward(self, batch: Batch, step: int) -> Counts:
         """Fill .grad with the gradient of the global batch's mean loss; counts of this rank's share."""
@@ -81,6 +83,7 @@ class _Common:
         self._settings, self._engine, self._strategy = held.settings, held.engine, held.strategy
         self.precision, self._model, self._task = held.precision, held.model, held.task
         self._evaluated, self._still = held.evaluated, held.still
+        self.clock = held.engine.clock
         self.layout = acceleration.layout(held.settings)
         """of inputs in memory"""
 
@@ -126,10 +129,12 @@ class RankPasses(_Common):
         return counts
 
     def _part(self, x: Tensor, y: Tensor, counts: Counts) -> None:
-        with self.precision.autocast():
-            outputs = self._strategy.forward(self.layout(x))
-        loss = self._task.loss(outputs, y)
-        self._strategy.backward(self.precision.scale(loss / self._settings.accumulate))
+        with self.clock.phase("forward"):
+            with self.precision.autocast():
+                outputs = self._strategy.forward(self.layout(x))
+            loss = self._task.loss(outputs, y)
+        with self.clock.phase("backward"):
+            self._strategy.backward(self.precision.scale(loss / self._settings.accumulate))
         counts.add(self._task, outputs, y, loss)
 
     def forward(self, batch: Batch, counts: Counts, kept: Kept) -> None:
@@ -166,13 +171,16 @@ class VirtualPasses(_Common):
         counts = self.counts()
         for v, (x, y) in self._ranks.parts(batch.inputs, batch.targets):
             self._seed(step, v)
-            with self._norms.capture(v), self.precision.autocast():
-                outputs = self._model(self.layout(x))
-            loss = self._task.loss(outputs, y)
-            torch.autograd.backward(self.precision.scale(loss / self._ranks.count))
-            self._gradients.add()
+            with self.clock.phase("forward"):
+                with self._norms.capture(v), self.precision.autocast():
+                    outputs = self._model(self.layout(x))
+                loss = self._task.loss(outputs, y)
+            with self.clock.phase("backward"):
+                torch.autograd.backward(self.precision.scale(loss / self._ranks.count))
+                self._gradients.add()
             counts.add(self._task, outputs, y, loss, v)
-        self._gradients.reduce()
+        with self.clock.phase("backward"):
+            self._gradients.reduce()
         return counts
 
     def forward(self, batch: Batch, counts: Counts, kept: Kept) -> None:

@@ -35,15 +35,18 @@ class Updater:
             group["lr"] = rate
         counts = self._passes.backward(batch, step)
         precision = self._passes.precision
-        precision.unscale(self._strategy.gradients(), step + 1)
-        return counts, precision.fault(counts.total_loss(), self._norm())
+        with self._passes.clock.phase("optimizer"):
+            precision.unscale(self._strategy.gradients(), step + 1)
+            norm = self._norm()  # of all ranks together, even where this rank's loss says enough
+        return counts, precision.fault(counts.total_loss(), norm)
 
     def apply(self) -> None:
         """Change the weights."""
-        self._strategy.step()
-        self._passes.commit()
-        self._passes.precision.update(overflow=False)
-        self._changed()
+        with self._passes.clock.phase("optimizer"):
+            self._strategy.step()
+            self._passes.commit()
+            self._passes.precision.update(overflow=False)
+            self._changed()
 
     def drop(self, overflow: bool = False) -> None:
         """Leave the weights as they were before the step, and running statistics too; an overflow lowers the scale."""

@@ -16,6 +16,7 @@ from jobs.engine import Engine
 from jobs.optimize import build_optimizer
 from jobs.passes import RankPasses, make_passes
 from jobs.precision import Precision
+from jobs.stepclock import StepClock
 from jobs.strategies import Strategy, make_strategy
 from jobs.update import Updater
 from tests.toy_tasks import CPU, samples, toy
@@ -25,7 +26,7 @@ TASKS = ("classification", "multilabel", "segmentation")
 
 def engine() -> Engine:
     """Of one rank, without the process's settings."""
-    found: Any = SimpleNamespace(device=CPU, rank=0, world_size=1)
+    found: Any = SimpleNamespace(device=CPU, rank=0, world_size=1, clock=StepClock(CPU))
     return found
 
 
