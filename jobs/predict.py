@@ -20,16 +20,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from datasets.sources import Source
-from hpc.allocation import Allocation
 from hpc.errors import UserError
-from hpc.experiment import load
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, write_bytes
 from jobs import checkpoint
-from jobs.engine import BadNode, choose_device
 from jobs.inference.journal import REQUEST, PredictJournal, identity
 from jobs.inference.members import Manner, Member, load_members
-from jobs.inference.options import Parser, add_options, check_options, manner_of
+from jobs.inference.options import Parser, add_options, check_options, device_of, manner_of
+from jobs.inference.places import make_folder, remove_empty
 from jobs.inference.predicting import Answer, Predictor
 from jobs.inference.tables import as_csv, named, number, probability_head
 
@@ -42,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
         return _predict(options)
-    except (UserError, ValueError, BadNode) as error:
+    except (UserError, ValueError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return ExitCode.BAD_INPUT
     except (checkpoint.StorageError, OSError) as error:
@@ -69,8 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _predict(options: argparse.Namespace) -> int:
     runs, manner = [RunDir(path) for path in options.run], manner_of(options)
-    wanted = options.device or load(runs[0].experiment)[0].train.device
-    members = load_members(runs, options.checkpoint, choose_device(wanted, Allocation.current()))
+    members = load_members(runs, options.checkpoint, device_of(options, runs[0]))
     check_options(members, options, manner)
     predictor = Predictor(members, manner)
     if options.probabilities and not predictor.maps:
@@ -79,9 +76,12 @@ def _predict(options: argparse.Namespace) -> int:
     _protect_inputs(options, predictor, found)
     journal = PredictJournal(options.out, _request(members, options, manner), (PREDICTIONS, VOLUMES), options.force)
     _protect(options, predictor, found, journal)
-    journal.begin()
-    bad = _work(options, predictor, found, journal)
-    paths = _write_tables(options.out, predictor, journal)
+    made = make_folder(options.out, "name a folder of yours by -o DIR")
+    try:
+        bad = _work(options, predictor, found, journal)
+    finally:
+        remove_empty(made)
+    paths = _write_tables(options.out, predictor, journal) if journal.lines() else []
     for source, reason in bad:
         print(f"{PROG}: bad: {source.path}: {reason}", file=sys.stderr)
     who = members[0].run.name if len(members) == 1 else f"{len(members)} runs"
@@ -97,10 +97,7 @@ def _request(members: Sequence[Member], options: argparse.Namespace, manner: Man
         "runs": [{"run": member.run.name, "checkpoint": member.checkpoint} for member in members],
         "task": facts.task,
         "labels": {name: number for number, name in enumerate(facts.class_names)},
-        "flips": list(manner.flips),
-        "window": manner.window and list(manner.window),
-        "windows": manner.windows,
-        "overlap": manner.overlap,
+        **manner.told(),
         "probabilities": options.probabilities,
         "packing": facts.packing,
     }
@@ -109,24 +106,26 @@ def _request(members: Sequence[Member], options: argparse.Namespace, manner: Man
 def _protect_inputs(options: argparse.Namespace, predictor: Predictor, found: dict[str, Source]) -> None:
     """Raises UserError where predictions would replace sources, or be sources the next time."""
     out = options.out.resolve()
-    if not_folder := next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None):
-        raise UserError(f"-o {options.out}: {not_folder} is a file; name a folder")
     if around := next((path for path in options.files if path.is_dir() and out.is_relative_to(path.resolve())), None):
         raise UserError(f"-o {options.out} lies in {around}, whose files are predicted: name a folder beside it")
     inputs = {file.resolve() for source in found.values() for file in source.files}
-    for source in found.values() if predictor.maps else ():
-        if predictor.output(options.out, source).resolve() in inputs:
-            raise UserError(f"the label map of {source.path} would replace an input: name another folder by -o")
+    taken: dict[Path, Source] = {}
+    for source in found.values():
+        for path in predictor.outputs(options.out, source, options.probabilities):
+            if path.resolve() in inputs:
+                raise UserError(f"the label map of {source.path} would replace an input: name another folder by -o")
+            if (other := taken.setdefault(path, source)) is not source:
+                raise UserError(f"{other.path} and {source.path} would both give {path}: predict one of them apart")
 
 
 def _protect(
     options: argparse.Namespace, predictor: Predictor, found: dict[str, Source], journal: PredictJournal
 ) -> None:
     """Raises UserError before a file is replaced that is of nobody here."""
-    for source in found.values() if predictor.maps and not options.force else ():
-        path = predictor.output(options.out, source)
-        if path.exists() and not journal.owns(path):
-            raise UserError(f"{path} is there already, and not of this command: -o another folder, or --force")
+    for source in found.values() if not options.force else ():
+        for path in predictor.outputs(options.out, source, options.probabilities):
+            if path.exists() and not journal.owns(path):
+                raise UserError(f"{path} is there already, and not of this command: -o another folder, or --force")
 
 
 def _work(
@@ -136,14 +135,10 @@ def _work(
     bad: list[tuple[Source, str]] = []
     seen = {id: identity(source) for id, source in found.items()}
     todo = [source for id, source in found.items() if not journal.finished(id, seen[id])]
-    inputs = {file.resolve() for source in found.values() for file in source.files}
-    if predictor.maps and (
-        own := next((s for s in todo if predictor.output(options.out, s).resolve() in inputs), None)
-    ):
-        raise UserError(f"the label map of {own.path} would replace an input: name another folder by -o")
     with _progress(len(found), len(found) - len(todo)) as step:
         for told in predictor.answers(todo):
             if isinstance(told, Answer):
+                journal.begin(predictor.outputs(options.out, told.source, options.probabilities))
                 line: dict[str, Any] = {"id": told.source.id, "identity": seen[told.source.id]}
                 if predictor.maps:
                     line |= predictor.save_map(options.out, told, options.probabilities)

@@ -20,6 +20,8 @@ __all__ = ["PRETRAINED", "Pretrained", "fetch", "pretrained"]
 
 PRETRAINED = ("timm", "torchvision", "smp")
 """Prefixes whose libraries have weights."""
+_ANSWER_S = 10
+"""until the hub must have answered: its own download would ask five times more, and tell each"""
 _HUB_FILE = "model" + ".safetensors"  # Hugging Face's usual name; ours for a checkpoint's is spelt elsewhere
 
 
@@ -100,9 +102,10 @@ def fetch(name: str, tag: str | bool = True, options: dict[str, Any] | None = No
             torch.hub.download_url_to_file(place.url, str(place.file))
             path = place.file
         else:
-            from huggingface_hub import hf_hub_download
+            from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
             repo, revision, filename = place.repo
+            get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), timeout=_ANSWER_S)  # asks once
             path = Path(hf_hub_download(repo, filename, revision=revision))
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]

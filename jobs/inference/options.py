@@ -5,7 +5,13 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
+import torch
+
+from hpc.allocation import Allocation
 from hpc.errors import UserError
+from hpc.experiment import load
+from hpc.rundir import RunDir
+from jobs.engine import BadNode, choose_device
 from jobs.inference.members import Manner, Member, check_manner
 
 
@@ -38,6 +44,17 @@ def manner_of(options: argparse.Namespace) -> Manner:
         batch=options.batch or 0,
         windows=options.windows,
     )
+
+
+def device_of(options: argparse.Namespace, run: RunDir) -> torch.device:
+    """As --device says, else as the run was trained. Raises UserError where torch sees no such device."""
+    wanted = options.device or load(run.experiment)[0].train.device
+    try:
+        return choose_device(wanted, Allocation.current())
+    except BadNode as error:
+        asked = f"--device {wanted}" if options.device else f"{run.name} has train.device {wanted}"
+        seen = str(error).partition(" (")[0]
+        raise UserError(f"{asked}, but {seen} (see nvidia-smi): add --device cpu") from None
 
 
 def whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:

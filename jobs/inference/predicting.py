@@ -127,22 +127,22 @@ class Predictor:
 
     # What is left of an answer.
 
-    def output(self, folder: Path, source: Source) -> Path:
-        """The label map of a source."""
-        return folder / f"{source.id}{exporting.suffix_of(source, self.facts.spatial_axes == 2)}"
+    def outputs(self, folder: Path, source: Source, probabilities: bool) -> list[Path]:
+        """The label map of a source, and with `probabilities` the file of those; none of a classification."""
+        if not self.maps:
+            return []
+        label, values = exporting.suffixes_of(source, self.facts.spatial_axes == 2)
+        return [folder / f"{source.id}{label}", folder / f"{source.id}_probabilities{values}"][: 1 + probabilities]
 
     def save_map(self, folder: Path, answer: Answer, probabilities: bool) -> dict[str, Any]:
         """Write the label map, and with `probabilities` those; what the tables say of it. Raises OSError."""
         place, source, affine = answer.sample.place, answer.source, answer.sample.source_affine
         labels, outside = place.labels(answer.probabilities)
-        path = self.output(folder, source)
-        files = [path]
+        files = self.outputs(folder, source, probabilities)
         if probabilities:
             back = np.stack([place.undo(one, float(number == 0)) for number, one in enumerate(answer.probabilities)])
-            suffix, content = exporting.probability_file(source, back, affine)
-            files.append(folder / f"{source.id}_probabilities{suffix}")
-            write_bytes(files[1], content)
-        write_bytes(path, exporting.label_file(source, labels, affine))
+            write_bytes(files[1], exporting.probability_file(source, back, affine))
+        write_bytes(files[0], exporting.label_file(source, labels, affine))
         counts = np.bincount(labels.reshape(-1), minlength=len(self.facts.class_names))
         return {
             "files": [str(one.relative_to(folder)) for one in files],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,6 +150,11 @@ def _open(team: Sequence[Member], data: str | None) -> tuple[VolumeFile, list[st
         raise UserError(
             f"{first} was trained on {one} and {second} on {other}, of which each may hold what the other is scored "
             f"on: name a file that none of them has seen: --data FILE.h5"
+        )
+    if not Path(file := team[0].experiment.data.file).exists():
+        raise UserError(
+            f"{file}, which {team[0].run.name} was trained on, is gone: say where it lies now, or name another file "
+            f"packed alike, by --data FILE.h5"
         )
     return open_data(team[0].experiment), []
 
