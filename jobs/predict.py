@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import isnan
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ from hpc.errors import UserError
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, write_bytes
 from jobs import checkpoint
+from jobs.inference.centres import AXES, Centres
 from jobs.inference.journal import REQUEST, PredictJournal, identity
 from jobs.inference.members import Manner, Member, load_members
 from jobs.inference.options import Parser, add_options, check_options, device_of, manner_of
@@ -59,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--run", action="append", required=True, metavar="RUN", help="folder of a run; several are an ensemble")
     add("-o", "--out", type=Path, required=True, metavar="DIR")
+    add("--centres", type=Path, metavar="TABLE", help="classifiers of patches: of places (columns id, x, y, z in mm)")
     add("--probabilities", action="store_true", help="of a segmentation, write those of each class and voxel, too")
     add("--force", action="store_true", help="replace what the folder holds")
     add_options(parser)
@@ -69,12 +72,16 @@ def _predict(options: argparse.Namespace) -> int:
     runs, manner = [RunDir(path) for path in options.run], manner_of(options)
     members = load_members(runs, options.checkpoint, device_of(options, runs[0]))
     check_options(members, options, manner)
-    predictor = Predictor(members, manner)
+    centres = Centres.read(options.centres) if options.centres else None
+    predictor = Predictor(members, manner, centres)
     if options.probabilities and not predictor.maps:
         raise UserError("--probabilities belongs to a segmentation: those of a classification are in the table anyway")
     found = predictor.replay.find(options.files)
+    if centres:
+        centres.check(found)
     _protect_inputs(options, predictor, found)
-    journal = PredictJournal(options.out, _request(members, options, manner), (PREDICTIONS, VOLUMES), options.force)
+    request = _request(members, options, manner, centres)
+    journal = PredictJournal(options.out, request, (PREDICTIONS, VOLUMES), options.force)
     _protect(options, predictor, found, journal)
     made = make_folder(options.out, "name a folder of yours by -o DIR")
     try:
@@ -90,7 +97,9 @@ def _predict(options: argparse.Namespace) -> int:
     return ExitCode.CRASH if bad else ExitCode.DONE
 
 
-def _request(members: Sequence[Member], options: argparse.Namespace, manner: Manner) -> dict[str, Any]:
+def _request(
+    members: Sequence[Member], options: argparse.Namespace, manner: Manner, centres: Centres | None
+) -> dict[str, Any]:
     """What decides the predictions, for the folder and its readers; the key `labels` is what `--classes` reads."""
     facts = members[0].facts
     return {
@@ -98,6 +107,7 @@ def _request(members: Sequence[Member], options: argparse.Namespace, manner: Man
         "task": facts.task,
         "labels": {name: number for number, name in enumerate(facts.class_names)},
         **manner.told(),
+        **({"centres": centres.digest} if centres else {}),
         "probabilities": options.probabilities,
         "packing": facts.packing,
     }
@@ -133,6 +143,7 @@ def _work(
 ) -> list[tuple[Source, str]]:
     """Ask about all files that are not done; those that could not be."""
     bad: list[tuple[Source, str]] = []
+    wide = 0
     seen = {id: identity(source) for id, source in found.items()}
     todo = [source for id, source in found.items() if not journal.finished(id, seen[id])]
     with _progress(len(found), len(found) - len(todo)) as step:
@@ -144,15 +155,22 @@ def _work(
                     line |= predictor.save_map(options.out, told, options.probabilities)
                 else:
                     line["probabilities"] = told.probabilities.tolist()
+                if predictor.centres:
+                    line["centres"] = predictor.centres.places_of(told.source.id).tolist()
                 journal.add(line)
+                wide += predictor.manner.wider(told.sample.data.shape[1:])
             else:
                 bad.append(told)
             step()
+    if wide:
+        print(f"{PROG}: note: --window is larger than {wide} files: their edges are repeated around them", file=sys.stderr)
     return bad
 
 
 def _write_tables(folder: Path, predictor: Predictor, journal: PredictJournal) -> list[Path]:
     names, lines = predictor.facts.class_names, journal.lines()
+    if predictor.centres:
+        return [_write_places(folder, predictor, lines)]
     if not predictor.maps:
         task = predictor.facts.task
         told = [(line["id"], line["probabilities"]) for line in lines]
@@ -169,6 +187,22 @@ def _write_tables(folder: Path, predictor: Predictor, journal: PredictJournal) -
             print(f"{PROG}: note: {line['id']}: {share:.0%} lies outside of what --size keeps: {names[0]} there")
     write_bytes(folder / VOLUMES, as_csv(("id", "class", "voxels", "ml", "file"), table))
     return [folder / VOLUMES, folder / REQUEST]
+
+
+def _write_places(folder: Path, predictor: Predictor, lines: Sequence[dict[str, Any]]) -> Path:
+    """A line for each place; those without a whole patch in the file are told, and empty."""
+    names, task, rows = predictor.facts.class_names, predictor.facts.task, []
+    for line in lines:
+        told = list(zip(line["centres"], line["probabilities"], strict=True))
+        rows += [
+            [line["id"], *map(number, place), "" if isnan(values[0]) else named(task, names, values), *map(number, values)]
+            for place, values in told
+        ]
+        if empty := sum(isnan(values[0]) for _, values in told):
+            print(f"{PROG}: note: {line['id']}: {empty} of {len(told)} places have no whole patch in it: no class there")
+    head = probability_head(names)
+    write_bytes(folder / PREDICTIONS, as_csv(["id", *AXES, *head[1:]], rows))
+    return folder / PREDICTIONS
 
 
 class _Step(Protocol):

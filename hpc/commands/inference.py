@@ -69,6 +69,10 @@ def predict(
         list[str], typer.Argument(help="Runs or a sweep, and files or folders of them.", metavar="RUN... FILE...")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of tables and label maps.", metavar="DIR")],
+    centres: Annotated[
+        Path | None,
+        typer.Option(help="Classifiers of patches: of these places (columns id, x, y, z in mm).", metavar="TABLE"),
+    ] = None,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Of a segmentation, those of each voxel, too.")
     ] = False,
@@ -90,7 +94,8 @@ def predict(
 
     mine, files = _apart(names, runs)
     given = {"checkpoint": checkpoint, "flips": flips, "window": window, "overlap": overlap, "batch": batch}
-    words = _words({"out": out, **given, "device": device}, windows=windows, probabilities=probabilities, force=force)
+    given |= {"centres": centres, "device": device}
+    words = _words({"out": out, **given}, windows=windows, probabilities=probabilities, force=force)
     chosen = [word for run in mine for word in ("--run", str(run.path))]
     raise typer.Exit(payload.child("jobs.predict", [*chosen, *words, "--", *files]))
 

@@ -42,6 +42,10 @@ class Manner:
         window = self.window and list(self.window)
         return {"flips": list(self.flips), "window": window, "windows": self.windows, "overlap": self.overlap}
 
+    def wider(self, shape: Sequence[int]) -> bool:
+        """Whether a --window is longer than a volume of spatial `shape`, which is padded then."""
+        return self.window is not None and any(n < size for n, size in zip(shape, self.window, strict=True))
+
     def words(self) -> list[str]:
         """What differs from the default, for names of files: flips-0-2, window-64x64x64, windows, overlap-0.25."""
         found = [f"flips-{'-'.join(map(str, self.flips))}"] if self.flips else []

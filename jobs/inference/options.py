@@ -12,6 +12,7 @@ from hpc.errors import UserError
 from hpc.experiment import load
 from hpc.rundir import RunDir
 from jobs.engine import BadNode, choose_device
+from jobs.inference.fitting import check_window
 from jobs.inference.members import Manner, Member, check_manner
 
 
@@ -69,6 +70,7 @@ def whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
 def check_options(members: list[Member], options: argparse.Namespace, manner: Manner) -> None:
     """Raises UserError for what makes no sense for these networks, or would have no effect."""
     check_manner(members, manner)
+    check_window(members, manner)
     maps = members[0].facts.task == "segmentation"
     if options.overlap is not None and not (maps or manner.windows):
         raise UserError("--overlap has no effect on one window: it belongs to --windows, or to a segmentation")
