@@ -15,7 +15,7 @@ import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.sources import nrrd
+from datasets.sources import nifti, nrrd
 from datasets.sources.contract import Source, library
 from datasets.sources.voxels import turn_to_ras
 
@@ -68,10 +68,10 @@ def probability_file(source: Source, values: NDArray[np.float32], affine: Affine
 def _nifti(source: Source, values: NDArray[Any], affine: Affine, suffix: str) -> bytes:
     """values: (K, x, y, z); of one class the file has three axes."""
     if source.kind == "nifti":
-        found: Any = nibabel.load(source.files[0])
-        turn = turn_to_ras(np.asarray(found.affine, np.float64), found.shape[:3])
-        stored, header, place = turn.undo(values), found.header.copy(), found.affine
-        header.extensions.clear()
+        header = nifti.own_header(source.files[0])
+        place = header.get_best_affine()
+        turn = turn_to_ras(np.asarray(place, np.float64), header.get_data_shape()[:3])
+        stored = turn.undo(values)
         header["pixdim"][4:] = 1
     else:
         stored, header, place = values, nifti1.Nifti1Header(), affine

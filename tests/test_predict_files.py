@@ -109,3 +109,14 @@ def test_a_device_that_is_not_here_is_told_with_the_option_of_this_command(class
     told = capsys.readouterr().err
     assert "cuda has train.device cuda, but" in told and "add --device cpu" in told
     assert evaluate.main([str(trained.path), "--device", "cpu", "--bootstrap", "0"]) == ExitCode.DONE
+
+
+@pytest.mark.parametrize("name", ["plain.nii.gz", "packed.nii"])
+def test_a_suffix_that_lies_about_compression(maps, tmp_path, name):  # noqa: F811
+    """As downloads come that a browser has unpacked; what is written is what its name says."""
+    real = save(tmp_path / ("a.nii" if name.startswith("plain") else "a.nii.gz"), noise((7, 8, 9), 3), "LIP")
+    (tmp_path / name).write_bytes(real.read_bytes())
+    assert ask(tmp_path / name, "--run", maps.path, "-o", tmp_path / "out") == ExitCode.DONE
+    mask, image = nibabel.load(tmp_path / "out" / name), nibabel.load(real)
+    assert np.array_equal(mask.affine, image.affine)
+    assert np.array_equal(np.asarray(mask.dataobj), bright(np.asarray(image.dataobj)))
