@@ -24,7 +24,7 @@ from jobs import checkpoint
 from jobs.inference import bootstrap
 from jobs.inference.bootstrap import Intervals
 from jobs.inference.members import Manner, Member, load_members
-from jobs.inference.options import Parser, add_options, check_options, device_of, manner_of
+from jobs.inference.options import Parser, add_options, check_options, device_of, manner_of, runs_of, tell_unfinished
 from jobs.inference.places import make_folder, remove_empty
 from jobs.inference.scoring import ALL, Scored, score
 from jobs.inference.tables import scored_arrays, scored_table
@@ -88,10 +88,11 @@ def _evaluate(options: argparse.Namespace) -> tuple[list[Member], Manner, Scored
     """Raises UserError, ValueError, OSError."""
     _check_bootstrap(options)
     options.split = options.split or (ALL if options.data else "validation")
-    runs, manner = [RunDir(path) for path in options.runs], manner_of(options)
+    runs, manner = runs_of(options, options.runs), manner_of(options)
     members = load_members(runs, options.checkpoint, device_of(options, runs[0]))
     check_options(members, options, manner)
     found = score(members, options.split, manner, options.data)
+    found = replace(found, notes=(*tell_unfinished(runs), *found.notes))
     if not options.bootstrap:
         return members, manner, found, None
     if len(set(found.groups)) < 2:  # every resample would be the same: an interval of no width

@@ -23,12 +23,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from datasets.sources import Source
 from hpc.errors import UserError
 from hpc.preempt import ExitCode
-from hpc.rundir import RunDir, write_bytes
+from hpc.rundir import write_bytes
 from jobs import checkpoint
 from jobs.inference.centres import AXES, Centres
 from jobs.inference.journal import REQUEST, PredictJournal, identity
 from jobs.inference.members import Manner, Member, load_members
-from jobs.inference.options import Parser, add_options, check_options, device_of, manner_of
+from jobs.inference.options import Parser, add_options, check_options, device_of, manner_of, runs_of, tell_unfinished
 from jobs.inference.places import make_folder, remove_empty
 from jobs.inference.predicting import Answer, Predictor
 from jobs.inference.tables import as_csv, named, number, probability_head
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    runs, manner = [RunDir(path) for path in options.run], manner_of(options)
+    runs, manner = runs_of(options, options.run), manner_of(options)
     members = load_members(runs, options.checkpoint, device_of(options, runs[0]))
     check_options(members, options, manner)
     centres = Centres.read(options.centres) if options.centres else None
@@ -91,6 +91,8 @@ def _predict(options: argparse.Namespace) -> int:
     paths = _write_tables(options.out, predictor, journal) if journal.lines() else []
     for source, reason in bad:
         print(f"{PROG}: bad: {source.path}: {reason}", file=sys.stderr)
+    for note in tell_unfinished(runs):
+        print(f"{PROG}: note: {note}", file=sys.stderr)
     who = members[0].run.name if len(members) == 1 else f"{len(members)} runs"
     print(f"{who}: {len(found) - len(bad)} of {len(found)} files predicted")
     print("".join(f"  {path}\n" for path in paths), end="")
@@ -163,7 +165,9 @@ def _work(
                 bad.append(told)
             step()
     if wide:
-        print(f"{PROG}: note: --window is larger than {wide} files: their edges are repeated around them", file=sys.stderr)
+        print(
+            f"{PROG}: note: --window is larger than {wide} files: their edges are repeated around them", file=sys.stderr
+        )
     return bad
 
 
@@ -195,11 +199,18 @@ def _write_places(folder: Path, predictor: Predictor, lines: Sequence[dict[str, 
     for line in lines:
         told = list(zip(line["centres"], line["probabilities"], strict=True))
         rows += [
-            [line["id"], *map(number, place), "" if isnan(values[0]) else named(task, names, values), *map(number, values)]
+            [
+                line["id"],
+                *map(number, place),
+                "" if isnan(values[0]) else named(task, names, values),
+                *map(number, values),
+            ]
             for place, values in told
         ]
         if empty := sum(isnan(values[0]) for _, values in told):
-            print(f"{PROG}: note: {line['id']}: {empty} of {len(told)} places have no whole patch in it: no class there")
+            print(
+                f"{PROG}: note: {line['id']}: {empty} of {len(told)} places have no whole patch in it: no class there"
+            )
     head = probability_head(names)
     write_bytes(folder / PREDICTIONS, as_csv(["id", *AXES, *head[1:]], rows))
     return folder / PREDICTIONS

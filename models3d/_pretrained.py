@@ -246,7 +246,9 @@ def _smp(name: str, in_channels: int, options: dict[str, Any], tag: str | bool, 
     encoder = str(options.get("encoder_name", ""))
     if encoder.startswith(TIMMS):  # timm loads them, and converts the first layer
         chosen = options if tag is True else {**options, "encoder_name": f"{encoder.partition('.')[0]}.{tag}"}
-        donor = kind(encoder_weights=True, in_channels=in_channels, pretrained_cfg_overlay={"file": str(path)}, **chosen)
+        donor = kind(
+            encoder_weights=True, in_channels=in_channels, pretrained_cfg_overlay={"file": str(path)}, **chosen
+        )
     else:
         donor = kind(encoder_weights=None, in_channels=3, **options)
         donor.encoder.load_state_dict(safetensors.torch.load_file(path))

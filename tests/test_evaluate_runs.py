@@ -266,3 +266,26 @@ def test_where_the_data_file_is_gone_data_is_named(tmp_path, capsys):
     assert not known.predictions.exists(), "a refusal leaves nothing behind"
     assert answer(capsys, known.path, "--data", tmp_path / "elsewhere.h5", "--split", "validation")["samples"] == 5
     assert "/proc/nope cannot be made" in mistake(capsys, known.path, "-o", "/proc/nope")
+
+
+def test_an_unfinished_fold_is_named_refused_or_left_out(folds, tmp_path, capsys):
+    """One that has saved answers, and is told; one that has not is refused, with the option that goes on without."""
+    from jobs import predict
+
+    paths = [one.path for one in folds]
+    new = save(tmp_path / "new.nii.gz", noise((4, 5, 6), 1))
+    files = [str(new), "-o", str(tmp_path / "out"), *(word for path in paths for word in ("--run", str(path)))]
+    folds[1].result.unlink()
+    told = answer(capsys, *paths)
+    assert told["notes"][0] == (
+        "not finished, and asked as saved so far: fold1 (--skip-unfinished leaves such runs out)"
+    )
+    assert predict.main(files) == ExitCode.DONE and "asked as saved so far: fold1" in capsys.readouterr().err
+    told = answer(capsys, *paths, "--skip-unfinished")
+    assert told["samples"] == 4 and [one["run"] for one in told["runs"]] == ["fold0", "fold2"]
+    assert "1 of 3 folds have no run here: their samples are left out" in told["notes"]
+    folds[1].checkpoints.rename(tmp_path / "moved")
+    assert "fold1 of these 3 runs: no checkpoint yet; --skip-unfinished" in mistake(capsys, *paths)
+    assert answer(capsys, *paths, "--skip-unfinished")["samples"] == 4
+    assert "has no effect on one run" in mistake(capsys, paths[0], "--skip-unfinished")
+    assert "fold1 has no checkpoint yet" in mistake(capsys, paths[1])

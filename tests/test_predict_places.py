@@ -32,7 +32,10 @@ def patches(tmp_path):
     data = pack_classes(tmp_path, *options, shape=(9, 9, 9))
     volumes = open_volumes(data)
     middles = volumes.affine @ np.array([2, 2, 1, 1.0])
-    rows = [f"{id.partition('/')[0]},{x!r},{y!r},{z!r}" for id, (x, y, z, _) in zip(volumes.ids, middles.tolist())]
+    rows = [
+        f"{id.partition('/')[0]},{x!r},{y!r},{z!r}"
+        for id, (x, y, z, _) in zip(volumes.ids, middles.tolist(), strict=True)
+    ]
     return make_run(tmp_path / "parts", data, "Mean"), table(tmp_path / "places.csv", rows, "id,x,y,z")
 
 

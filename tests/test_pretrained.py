@@ -138,7 +138,7 @@ MISSING = [
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "message"), MISSING, ids=[f"{row[0]} {' '.join(row[1].values())}" for row in MISSING])
+@pytest.mark.parametrize(("name", "options", "message"), MISSING, ids=[row[2][-20:] for row in MISSING])
 def test_a_missing_file_says_what_to_put_where(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         pretrained(name, 3, options)
@@ -193,7 +193,9 @@ def test_fetch(caches: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert cli.main(["--fetch"]) == 2 and "--fetch needs the NAME" in capsys.readouterr().err
 
 
-def test_a_hub_that_is_not_there_is_asked_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hub_that_is_not_there_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = []
 
     def nothing(url: str, timeout: float) -> None:

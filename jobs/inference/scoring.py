@@ -136,7 +136,9 @@ def _score_team(team: Sequence[Member], split: str, manner: Manner, data: str | 
         notes.append(_tell_windows(team, volumes, manner))
         samples = [int(sample) for name in splits for sample in volumes.indices(name)]
         if manner.window and (wide := sum(manner.wider(volumes.sample_shape(sample)[1:]) for sample in samples)):
-            notes.append(f"--window is larger than {wide} of {len(samples)} samples: their edges are repeated around them")
+            notes.append(
+                f"--window is larger than {wide} of {len(samples)} samples: their edges are repeated around them"
+            )
     return _Part(team, task, counts.cells.cpu().numpy(), stored, volumes, tuple(notes))
 
 
