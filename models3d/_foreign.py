@@ -110,7 +110,8 @@ class Smp:
         timm, theirs = library("timm"), str(encoder).removeprefix("tu-")
         if theirs != encoder and not timm.is_model(theirs):
             raise ValueError(
-                f"smp:{name} has no encoder {encoder!r}: timm has no model {theirs!r}{nearest(theirs, timm.list_models())}"
+                f"smp:{name} has no encoder {encoder!r}, as timm has no model {theirs!r}"
+                f"{nearest(theirs, timm.list_models())}"
             )
 
         def build(**chosen: Any) -> nn.Module:

@@ -110,7 +110,7 @@ def test_timms_weights_of_an_encoder_of_smp(tag: str | bool) -> None:
 
 
 def test_an_unknown_encoder_of_timm_is_told_with_the_near_ones() -> None:
-    with pytest.raises(ValueError, match=r"no encoder 'tu-resnetxx': timm has no model 'resnetxx'.*resnet"):
+    with pytest.raises(ValueError, match=r"no encoder 'tu-resnetxx', as timm has no model 'resnetxx'.*resnet"):
         create_model("smp:Unet", 3, 2, encoder_name="tu-resnetxx")
 
 

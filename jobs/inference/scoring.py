@@ -134,10 +134,9 @@ def _score_team(team: Sequence[Member], split: str, manner: Manner, data: str | 
     stored = Stored(order, None if task.name == "segmentation" else targets, rows, own)
     if windowed:
         notes.append(_tell_windows(team, volumes, manner))
-        samples = [int(sample) for name in splits for sample in volumes.indices(name)]
-        if manner.window and (wide := sum(manner.wider(volumes.sample_shape(sample)[1:]) for sample in samples)):
+        if wide := sum(manner.wider(volumes.sample_shape(int(sample))[1:]) for sample in order):
             notes.append(
-                f"--window is larger than {wide} of {len(samples)} samples: their edges are repeated around them"
+                f"--window is larger than {wide} of {len(order)} samples: their edges are repeated around them"
             )
     return _Part(team, task, counts.cells.cpu().numpy(), stored, volumes, tuple(notes))
 
