@@ -7,7 +7,6 @@ it. Exit code 0: done; 2: bad usage or input; 74: storage.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import signal
 import sys
@@ -20,8 +19,9 @@ from datasets.partition import SPLITS
 from hpc.allocation import Allocation
 from hpc.errors import UserError
 from hpc.experiment import load
+from hpc.metrics import decimals
 from hpc.preempt import ExitCode
-from hpc.rundir import RunDir, write_bytes, write_json
+from hpc.rundir import RunDir, dumps, write_bytes, write_json
 from jobs import checkpoint
 from jobs.engine import BadNode, choose_device
 from jobs.inference import bootstrap
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("hpc evaluate: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     if options.json:
-        print(json.dumps(summary(options.split, members, found, bounds), indent=1))
+        print(dumps(summary(options.split, members, found, bounds), indent=1))
         return ExitCode.DONE
     _show(_title(members, options, found), found, bounds)
     told = [f"{path}\n" for path in files[:3]] + [f"{len(files) - 3} figures in {path.parent}\n" for path in files[3:4]]
@@ -156,8 +156,8 @@ def _show(title: str, found: Scored, bounds: Intervals | None) -> None:
         alone, bracket = scores.baseline.get(key), ""
         if key in known:
             bracket = "  [{:.4f}, {:.4f}]".format(*known[key])
-        told = "" if alone is None else f"   (commonest class alone {alone:.4f})"
-        print(f"  {key:<20}{value:.4f}{bracket}{told}")
+        told = "" if alone is None else f"   (commonest class alone {decimals(alone)})"
+        print(f"  {key:<20}{decimals(value)}{bracket}{told}")
     _show_classes(scores.per_class())
 
 
@@ -166,8 +166,8 @@ def _show_classes(table: list[dict[str, Any]]) -> None:
     last = "dice" if "dice" in table[0] else "f1"
     print(f"  {'class':<20}{'support':>8}{'precision':>11}{'recall':>9}{last:>9}")
     for row in sorted(table, key=lambda row: float(row["recall"])):
-        own = float("nan") if row[last] is None else row[last]
-        print(f"  {row['name']:<20}{row['support']:>8}{row['precision']:>11.3f}{row['recall']:>9.3f}{own:>9.3f}")
+        own = decimals(row[last], 3)
+        print(f"  {row['name']:<20}{row['support']:>8}{row['precision']:>11.3f}{row['recall']:>9.3f}{own:>9}")
 
 
 def _write(

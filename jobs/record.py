@@ -13,7 +13,7 @@ from datasets.layout import VolumeFile
 from hpc import usage
 from hpc.errors import UserError
 from hpc.experiment import Experiment
-from hpc.metrics import DIRECTIONS, STEP_METRIC
+from hpc.metrics import DIRECTIONS, STEP_METRIC, decimals, defined
 from hpc.rundir import DATA_CHANGED, RunDir, read_json, write_json
 from jobs.drawing import LOSS_TAG, RATE_TAG, Drawer
 from jobs.samples import FEW
@@ -71,7 +71,8 @@ class Recorder:
     def step(self, step: int, scores: Scores, rate: float) -> None:
         """One optimizer step, over all ranks."""
         name = self._step_metric
-        values = {LOSS_TAG: scores.loss, f"step/{name}": scores.metrics()[name], RATE_TAG: rate}
+        found = {f"step/{key}": value for key, value in defined(scores.metrics()).items() if key == name}
+        values = {LOSS_TAG: scores.loss, **found, RATE_TAG: rate}
         self._shown = (step, values)
         self._tracker.scalars(step, values)
 
@@ -159,8 +160,8 @@ class Recorder:
         line = {"epoch": epoch, "step": step, "split": "validation", "metrics": metrics}
         extra = {"train": train, "waiting_share": waiting, "samples_per_second": speed}
         self._tracker.evaluation({**line, **extra})
-        scalars = {f"train/{key}": value for key, value in train.items()}
-        scalars |= {f"validation/{key}": value for key, value in metrics.items()}
+        scalars = {f"train/{key}": value for key, value in defined(train).items()}
+        scalars |= {f"validation/{key}": value for key, value in defined(metrics).items()}
         scalars |= {f"speed/{key}_samples_per_second": value for key, value in speed.items() if value}
         self._tracker.scalars(step, {**scalars, "speed/waiting_share": waiting, "epoch": epoch})
         self._drawer.evaluated(step, f"validation, epoch {epoch}", found, is_best)
@@ -229,4 +230,4 @@ def _brief(best: dict[str, Any]) -> dict[str, Any]:
 
 def _shown(metrics: dict[str, float], names: Sequence[str]) -> str:
     """Those that there are, each once."""
-    return ", ".join(f"{name} {metrics[name]:.4f}" for name in dict.fromkeys(names) if name in metrics)
+    return ", ".join(f"{name} {decimals(metrics[name])}" for name in dict.fromkeys(names) if name in metrics)
