@@ -193,7 +193,7 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
         ),
         (
             "scheduler: {name: cosine, warmup_epochs: 2}, stages: [{epochs: 9}, {epochs: 2}]",
-            "no shorter than the 2 epochs that it begins; use less than 2, or more epochs (of stages.1: give it a scheduler",
+            "no shorter than the 2 epochs that it begins; use less than 2, or more epochs (of stages.1: give it",
         ),
         ("monitor: ''", "train.monitor '' is no metric of task classification; use accuracy, balanced_accuracy, "),
     ],
