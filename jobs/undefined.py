@@ -52,7 +52,7 @@ def _undefined(experiment: Experiment, volumes: VolumeFile) -> dict[str, str]:
         return {"roc_auc": "all validation samples are of one class"} if one else {}
     why = "no label is both there and not there in the validation samples"
     undefined = {"roc_auc": why} if (labels == labels[0]).all() else {}
-    return undefined | ({} if labels.any() else {"map": "no validation sample has a label"})
+    return undefined | ({} if labels.any() else {"map": "no label in the validation samples"})
 
 
 def _counted(experiment: Experiment, volumes: VolumeFile) -> list[str]:
