@@ -169,7 +169,7 @@ def test_batches_of_one_sample_are_refused_where_a_layer_cannot_normalise_them(t
 
 def test_a_network_too_deep_for_the_samples_is_told_by_name(tmp_path: Path) -> None:
     run = tiny_tasks.make_run(tmp_path / "run", tiny_tasks.make_data(tmp_path, "segmentation"), "segmentation")
-    with pytest.raises(UserError, match=r"^unet2d: .* one voxel left of 6 x 8 .* of 6: use model\.depth=3, ") as caught:
+    with pytest.raises(UserError, match=r"^unet2d: .* one voxel left of 6 x 8 .* of 8: use model\.depth=3, ") as caught:
         check(load(run.experiment, ["model.name=unet2d"])[0])
     assert "\n" not in str(caught.value)
     assert check(load(run.experiment, ["model.name=unet2d", "model.depth=3"])[0])
