@@ -18,6 +18,7 @@ from hpc.errors import UserError
 from hpc.experiment import Experiment, load, validate
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir
+from jobs import undefined
 
 _MOST_DRAWN = 10**8
 """Samples of an epoch, views and all: their order is held in memory."""
@@ -54,25 +55,8 @@ def open_data(experiment: Experiment, files: Sequence[Path] = ()) -> VolumeFile:
         )
     if not len(validation):
         raise UserError(f"{experiment.data.file} has no validation samples: pack it with --split 70/15/15")
-    _refuse_undefined(experiment, volumes)
+    undefined.refuse(experiment, volumes)
     return volumes
-
-
-def _refuse_undefined(experiment: Experiment, volumes: VolumeFile) -> None:
-    """UserError where a metric that the run follows is undefined whatever the model says: all its epochs are equal."""
-    if experiment.task == "segmentation":
-        return
-    labels = volumes.targets[volumes.indices("validation")]
-    if experiment.task == "classification":
-        undefined = {"roc_auc"} if len(set(labels.tolist())) < 2 else set()
-        why = "all validation samples are of one class"
-    else:
-        undefined = {"roc_auc"} if (labels == labels[0]).all() else set()
-        undefined |= set() if labels.any() else {"map"}
-        why = "no label is both there and not there in the validation samples"
-    for key, metric in {"train.monitor": experiment.monitor, **experiment.train.metrics()}.items():
-        if metric in undefined:
-            raise UserError(f"{key} {metric} is undefined: {why} of {experiment.data.file}; use loss, or pack it again")
 
 
 def report(source: str) -> ExitCode:

@@ -176,12 +176,20 @@ def _check_model(experiment: Experiment, parts: Parts) -> nn.Module:
     with torch.device("meta"):
         model = parts.build_model(experiment.model.name)
         inputs = torch.empty(2, *parts.shape)
-        outputs = model(inputs)
+        try:
+            outputs = model(inputs)
+        except (UserError, ValueError) as error:
+            raise UserError(_of_model(experiment, error)) from None
     try:
         check_outputs(experiment, parts.volumes, outputs, inputs.shape)
     except UserError as error:
-        raise UserError(f"model {experiment.model.name}: {error}") from None
+        raise UserError(_of_model(experiment, error)) from None
     return model
+
+
+def _of_model(experiment: Experiment, error: Exception) -> str:
+    name = experiment.model.name
+    return str(error) if str(error).startswith(name) else f"model {name}: {error}"
 
 
 def _check_single(experiment: Experiment, parts: Parts, model: nn.Module) -> None:
