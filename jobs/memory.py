@@ -41,6 +41,9 @@ class Shards:
     """1: the optimizer's state; 2: gradients too, each as soon as it is made; 3: weights too (fully_shard)."""
     offload: bool = False
     """The optimizer's state, and from stage 2 on the gradients, are in the node's memory."""
+    by_block: bool = False
+    """As jobs/strategies/fsdp.py does it: what is in no repeated block stays gathered for the whole pass, its gradients
+    whole until the end of the backward pass, and of several passes all gradients until the last one."""
 
     @property
     def gradients(self) -> float:
@@ -337,7 +340,9 @@ class _Run:
         shards = step.shards or Shards(1, 0)
         live.share = 1 / shards.processes if shards.stage == 3 else 1.0
         parameters = self._counted(model.parameters())
-        gathered = _largest_two(model, live) if shards.stage == 3 else 0
+        gathered = 0
+        if shards.stage == 3:
+            gathered = _gathered(model, live) if shards.by_block else _largest_two(model, live)
         live.share = 1.0
         buffers = self._counted(model.buffers())
         self._optimizer = _optimizer(model, step)
@@ -347,7 +352,8 @@ class _Run:
         optimizer = self._counted(_state(self._optimizer))
         live.share = 1.0
         ema, copies = (parameters + buffers) * step.ema, gradients * step.gradient_copies + gathered
-        live.add(ema + copies)
+        blocks = _blocks(model) if shards.by_block else [list(model.parameters())]
+        self._at_once = {id(parameter) for block in blocks for parameter in block}
         self._inputs = torch.empty(shape[0] * step.passes, *shape[1:])
         self._targets = step.targets(len(self._inputs)) if step.targets else torch.empty(0)
         inputs = self._counted([self._inputs, self._targets])
@@ -369,7 +375,10 @@ class _Run:
             if step.passes > 1:
                 parameter.grad = torch.empty_like(parameter)
                 live.count([parameter.grad])
-                self._reduced(parameter)
+                if not self._shards.by_block:
+                    self._reduced(parameter)
+            if id(parameter) not in self._at_once:
+                continue
             parameter.register_post_accumulate_grad_hook(self._reduced)  # type: ignore[no-untyped-call]
         before = live.bytes
         self._cast(self._model)
@@ -379,6 +388,8 @@ class _Run:
             live.settle()
             activations = live.bytes - before
             torch.autograd.backward(self._loss(outputs, self._batch))
+            for parameter in self._trained:
+                self._reduced(parameter)
             self._update()
         del outputs
         self.found = replace(self.found, activations=activations, peak=live.peak, groups=dict(live.kept))
@@ -429,6 +440,24 @@ class _Run:
         if self._step.loss is None:
             return _cross_entropy(outputs)
         return self._step.loss(outputs, (self._targets if targets is None else targets)[:batch])
+
+
+def _gathered(model: nn.Module, live: _Live) -> int:
+    """Bytes of what is in no block, and of two of the largest block: one computes and the next is fetched."""
+    sizes = [sum(live.size(p.untyped_storage()) for p in block) for block in _blocks(model)]
+    whole = sum(live.size(p.untyped_storage()) for p in model.parameters())
+    return whole - sum(sizes) + 2 * max(sizes, default=0)
+
+
+def _blocks(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The parameters of each repeated block, of nested ones the inner one's."""
+    from jobs.strategies.fsdp import repeated_blocks  # torch's distributed part takes its time to import
+
+    blocks, taken = [], set[int]()
+    for block in repeated_blocks(model):
+        blocks.append([p for p in block.parameters() if id(p) not in taken])
+        taken |= {id(p) for p in blocks[-1]}
+    return blocks
 
 
 def _largest_two(model: nn.Module, live: _Live) -> int:

@@ -287,7 +287,7 @@ class _Look:
 def _shards(experiment: Experiment, world: int) -> Shards | None:
     train = experiment.train
     if train.strategy == "fsdp" and world > 1:
-        return Shards(world, 3)
+        return Shards(world, 3, by_block=True)
     if train.strategy != "deepspeed":
         return None
     stage, offload = (2, False) if train.zero is None else (train.zero.stage, train.zero.offload)

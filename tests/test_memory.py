@@ -287,6 +287,22 @@ def test_gradients_in_shards_by_hand() -> None:
     assert buckets.peak == pytest.approx(6 * layer, rel=0.01)
 
 
+def test_fully_shard_gathers_what_is_in_no_block_and_keeps_gradients_whole_between_passes() -> None:
+    shape = (2, 1, 24, 24, 24)
+    by_block = Shards(4, 3, by_block=True)
+    found = estimated("resnet3d", shape, Step(optimizer=ADAMW, shards=by_block))
+    with torch.device("meta"):
+        model = create_model("resnet3d", 1, 3)
+    block = sum(p.numel() for p in model.layers.layer4[0].parameters())
+    rest = sum(p.numel() for part in (model.stem, model.head) for p in part.parameters())
+    assert found.copies == 4 * (2 * block + rest)
+    several = estimated("resnet3d", shape, Step(optimizer=ADAMW, shards=by_block, passes=2))
+    reduced = estimated("resnet3d", shape, Step(optimizer=ADAMW, shards=Shards(4, 3), passes=2))
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    assert several.peak > several.parameters + several.optimizer + several.copies + whole
+    assert several.peak > reduced.peak
+
+
 def test_a_validation_of_the_whole_batch_may_be_the_peak() -> None:
     shape = (1, 1, 32, 32, 32)
     plain = estimated("unet3d_tiny", shape, Step(passes=64), checkpoint=True)
