@@ -354,6 +354,7 @@ class _Run:
         ema, copies = (parameters + buffers) * step.ema, gradients * step.gradient_copies + gathered
         blocks = _blocks(model) if shards.by_block else [list(model.parameters())]
         self._at_once = {id(parameter) for block in blocks for parameter in block}
+        live.add(ema + copies)
         self._inputs = torch.empty(shape[0] * step.passes, *shape[1:])
         self._targets = step.targets(len(self._inputs)) if step.targets else torch.empty(0)
         inputs = self._counted([self._inputs, self._targets])
