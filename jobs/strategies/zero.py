@@ -84,6 +84,7 @@ class Zero(Strategy):
             "train_micro_batch_size_per_gpu": 1,  # all that it is used for is figures in DeepSpeed's log
             "gradient_accumulation_steps": 1,
             "steps_per_print": 10**12,
+            "gradient_clipping": 0.0,  # it would be 1
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # torch's own optimizers: nothing is compiled
