@@ -37,6 +37,8 @@ UNDISTURBED = {
             "$ hpc train tiny.yaml launch.cluster=local model.pause=0",
         ),
         Row("two-tasks", "an undisturbed run of two ranks here", TWO_TASKS),
+        Row("fsdp", "the same with weights in shards", f"{TWO_TASKS} train.strategy=fsdp"),
+        Row("zero", "the same by ZeRO 3", f"{TWO_TASKS} train.strategy=deepspeed train.zero.stage=3"),
         Row(
             "spoilt",
             "of two ranks, the second of which meets a loss that is no number: at step 65, and at 85 to 89",

@@ -7,7 +7,7 @@ model (`repeated_blocks`), and one of all that is left. Weights stay fp32: autoc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
