@@ -116,7 +116,15 @@ class Zero(Strategy):
 
     def part(self, last: bool) -> AbstractContextManager[None]:
         self._wrapped.set_gradient_accumulation_boundary(last)
+        if self._stage == 3 and not all(p.requires_grad for p in self._model.parameters()):
+            self._fetch_untraced()
         return nullcontext()
+
+    def _fetch_untraced(self) -> None:
+        """Gather weights as they are asked for: the order that ZeRO 3 has traced is wrong where layers are frozen."""
+        coordinator = self._zero._get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
 
     def backward(self, loss: Tensor) -> None:
         self._wrapped.backward(loss, scale_wrt_gas=False)
@@ -149,15 +157,11 @@ class Zero(Strategy):
     def weights(self, model: nn.Module) -> Mapping[str, Tensor]:
         if self._stage < 3:
             return dict(model.state_dict())
-        parameters, found = dict(model.named_parameters(remove_duplicate=False)), {}
+        parameters, found = dict(model.named_parameters(remove_duplicate=False)), dict[str, Tensor]()
         for name, value in model.state_dict().items():
-            if name in parameters:
-                with self._gathered(parameters[name]):
-                    whole = parameters[name].detach().to("cpu", copy=True) if self._engine.is_main else None
-            else:
-                whole = value.detach().to("cpu", copy=True)
-            if self._engine.is_main:
-                found[name] = whole
+            with self._gathered(parameters[name]) if name in parameters else nullcontext():
+                if self._engine.is_main:
+                    found[name] = parameters.get(name, value).detach().to("cpu", copy=True)
         return found
 
     def load_weights(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
