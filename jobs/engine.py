@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hpc.allocation import Allocation
 from jobs import rendezvous
+from jobs.stepclock import StepClock
 
 _MEET_S = 600
 """Until all ranks have come; nodes may start minutes apart."""
@@ -63,6 +64,7 @@ class Engine:
         self.world_size = allocation.world_size
         self.device = device
         self.is_main = allocation.rank == 0
+        self.clock = StepClock(device)
         self.deterministic = deterministic
         """Whether a resumed run is to be the undisturbed one, bit by bit."""
         self._control: Any = None  # the default group

@@ -17,13 +17,14 @@ from torch.optim import Optimizer
 
 from hpc.experiment import Experiment
 from hpc.metrics import DIRECTIONS
-from jobs import history, rates, strategies
+from jobs import acceleration, history, rates, strategies
 from jobs.checkpoint import Checkpoint
 from jobs.ema import Ema
 from jobs.engine import Engine
 from jobs.layers import Layers, resolve
 from jobs.optimize import build_optimizer
 from jobs.passes import make_passes
+from jobs.precision import Precision
 from jobs.saving import estimated_bytes
 from jobs.stages import Stages
 from jobs.tasks.contract import Task
@@ -44,6 +45,7 @@ class Learner:
         self._layers = resolve_all(experiment, self.stages, model)
         self.ema = Ema(self._train.ema, model) if self._train.ema else None
         self._history: list[dict[str, Any]] = []
+        self.precision = Precision(self._train, engine.device)
         self._begun = False
         self.checkpoint_bytes = self._checkpoint_bytes()
         """Of the large files of a checkpoint, in the stage with the largest ones."""
@@ -57,9 +59,10 @@ class Learner:
         self._scheduler = stage.scheduler or self._train.scheduler
         self._share = rates.share(self._scheduler, self.stages.steps(number), self._per_epoch)
         self._follow()
+        self._fresh = True
         self.strategy.begin(partial(self._build, layers))
         self._highest = [group["lr"] for group in self.strategy.optimizer.param_groups]
-        held = (self._train, self._engine, self.strategy)
+        held = (self._train, self._engine, self.strategy, self.precision)
         self.passes = make_passes(*held, self.model, self._task, self.evaluated, layers.norms)
         self.update = Updater(self.strategy, self.passes, self._rates, self._train.clip_norm, self._average)
 
@@ -77,6 +80,11 @@ class Learner:
             return False
         self._begin(due)
         return True
+
+    def begun(self) -> bool:
+        """Whether this is the first step of a stage, in this attempt; asked once for each step."""
+        begun, self._fresh = self._fresh, False
+        return begun
 
     @property
     def evaluated(self) -> nn.Module:
@@ -156,7 +164,8 @@ class Learner:
     def state(self) -> dict[str, Any]:
         """Plain JSON."""
         updates = self.ema.updates if self.ema else 0
-        return {"stage": self.number, "history": list(self._history), "averaged": updates}
+        found = {"stage": self.number, "history": list(self._history), "averaged": updates}
+        return {**found, "precision": self.precision.state()}
 
     def restore(self, found: Checkpoint) -> None:
         """All of it as it was when the checkpoint was saved."""
@@ -168,6 +177,8 @@ class Learner:
         self._follow()
         self.strategy.load_weights(self.model, found.trained())
         self.strategy.load_optimizer_state(found.optimizer())
+        acceleration.lay_out_state(self.strategy.optimizer)
+        self.precision.load(state.get("precision", {}))
         if self.ema:
             self.strategy.load_weights(self.ema.model, found.model())
             self.ema.updates = int(state.get("averaged", 0))

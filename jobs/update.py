@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 from datasets.loader import Batch
 from jobs.passes import Passes
+from jobs.precision import Fault
 from jobs.strategies import Strategy
 from jobs.tasks.counts import Counts
 
@@ -29,23 +29,31 @@ class Updater:
         self._strategy, self._passes = strategy, passes
         self._rates, self._clip_norm, self._changed = rates, clip_norm, changed
 
-    def gradients(self, batch: Batch, step: int) -> tuple[Counts, bool]:
+    def gradients(self, batch: Batch, step: int) -> tuple[Counts, Fault]:
         """The gradients of the step after `step` others, and whether a loss or they are not finite on this rank."""
         for group, rate in zip(self._strategy.optimizer.param_groups, self._rates(step), strict=True):
             group["lr"] = rate
         counts = self._passes.backward(batch, step)
-        return counts, not (math.isfinite(counts.total_loss()) and math.isfinite(self._norm()))
+        precision = self._passes.precision
+        with self._passes.clock.phase("optimizer"):
+            precision.unscale(self._strategy.gradients(), step + 1)
+            norm = self._norm()  # of all ranks together, even where this rank's loss says enough
+        return counts, precision.fault(counts.total_loss(), norm)
 
     def apply(self) -> None:
         """Change the weights."""
-        self._strategy.step()
-        self._passes.commit()
-        self._changed()
+        with self._passes.clock.phase("optimizer"):
+            self._strategy.step()
+            self._passes.commit()
+            self._passes.precision.update(overflow=False)
+            self._changed()
 
-    def drop(self) -> None:
-        """Leave the weights as they were before the step, and running statistics too."""
+    def drop(self, overflow: bool = False) -> None:
+        """Leave the weights as they were before the step, and running statistics too; an overflow lowers the scale."""
         self._strategy.drop()
         self._passes.drop()
+        if overflow:
+            self._passes.precision.update(overflow)
 
     def _norm(self) -> float:
         """The norm of all gradients, before they are clipped to clip_norm; the same on all ranks."""

@@ -15,6 +15,8 @@ from jobs.ema import Ema
 from jobs.engine import Engine
 from jobs.optimize import build_optimizer
 from jobs.passes import RankPasses, make_passes
+from jobs.precision import Precision
+from jobs.stepclock import StepClock
 from jobs.strategies import Strategy, make_strategy
 from jobs.update import Updater
 from tests.toy_tasks import CPU, samples, toy
@@ -24,7 +26,7 @@ TASKS = ("classification", "multilabel", "segmentation")
 
 def engine() -> Engine:
     """Of one rank, without the process's settings."""
-    found: Any = SimpleNamespace(device=CPU, rank=0, world_size=1)
+    found: Any = SimpleNamespace(device=CPU, rank=0, world_size=1, clock=StepClock(CPU))
     return found
 
 
@@ -50,7 +52,7 @@ def make(task: str, parts: int = 1, clip: float | None = None, **loss: Any) -> t
     model = network(task)
     settings = Train(accumulate=parts, device="cpu")
     strategy = begun(model, settings)
-    passes = make_passes(settings, engine(), strategy, model, toy(task, **loss))
+    passes = make_passes(settings, engine(), strategy, Precision(settings, engine().device), model, toy(task, **loss))
     rates = [0.1] * len(strategy.optimizer.param_groups)
     assert isinstance(passes, RankPasses)
     return model, passes, Updater(strategy, passes, lambda step: rates, clip)
@@ -89,7 +91,7 @@ def test_the_norm_of_the_whole_gradient_is_bounded(task: str, parts: int) -> Non
 def test_only_a_step_that_counts_changes_weights_and_average(task: str) -> None:
     model, settings = network(task), Train(device="cpu")
     ema, strategy = Ema(EmaSettings(decay=0.5), model), begun(model, settings)
-    passes = make_passes(settings, engine(), strategy, model, toy(task))
+    passes = make_passes(settings, engine(), strategy, Precision(settings, engine().device), model, toy(task))
     rates = [0.1] * len(strategy.optimizer.param_groups)
     update = Updater(strategy, passes, lambda step: rates, None, ema.update)
     before = [p.detach().clone() for p in model.parameters()]
@@ -110,7 +112,8 @@ def test_only_a_step_that_counts_changes_weights_and_average(task: str) -> None:
 def test_layers_that_are_still_keep_their_statistics_in_a_training_step() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     settings, task = Train(device="cpu"), toy("classification")
-    passes = make_passes(settings, engine(), begun(model, settings), model, task, still=[model[1]])
+    strategy, precision = begun(model, settings), Precision(settings, engine().device)
+    passes = make_passes(settings, engine(), strategy, precision, model, task, still=[model[1]])
     before = model[1].running_mean.clone(), model[2].running_mean.clone()
     passes.backward(batch("classification"), 0)
     assert torch.equal(model[1].running_mean, before[0]) and not torch.equal(model[2].running_mean, before[1])
