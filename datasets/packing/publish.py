@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,18 @@ def reserve(plan: Plan, labelling: Labelling, options: PackOptions, folder: Path
     return rows
 
 
-def publish(options: PackOptions, plan: Plan, labelling: Labelling, packed: Packed, folder: Path) -> list[Path]:
-    """Complete and rename the files; each is there whole or not at all."""
+def publish(
+    options: PackOptions,
+    plan: Plan,
+    labelling: Labelling,
+    packed: Packed,
+    folder: Path,
+    report: Callable[[int], None],
+) -> list[Path]:
+    """Complete and rename the files; each is there whole or not at all. `report` is told samples written, file by file.
+
+    Samples that were not written in place are copied, which takes as long as the disk does.
+    """
     sizes = [plan.bytes_of(entry.shape) for _, entry in packed.samples]
     parts = into_files(sizes, options.shard_bytes)
     paths = file_names(options.output, len(parts), options.shard_bytes is not None)
@@ -67,8 +77,11 @@ def publish(options: PackOptions, plan: Plan, labelling: Labelling, packed: Pack
             class_names=packed.class_names,
             packing=about,
             source=_manifest(packed, part),
-            chunks=_chunks(form, entries, folder) if form.box is not None else (),
+            chunks=_chunks(form, entries, folder, lambda row, before=part[0]: report(before + row))  # type: ignore[misc]
+            if form.box is not None
+            else (),
         )
+        report(part[-1] + 1)
     for draft, path in zip(drafted, paths, strict=True):
         draft.replace(path)
     if options.shard_bytes is not None:
@@ -128,10 +141,13 @@ def _copy(source: int, start: int, size: int, target: int, to: int) -> None:
         done += os.pwrite(target, content, to + done)
 
 
-def _chunks(form: drafts.Plan, entries: Sequence[Entry], folder: Path) -> Iterator[EncodedChunk]:
+def _chunks(
+    form: drafts.Plan, entries: Sequence[Entry], folder: Path, report: Callable[[int], None]
+) -> Iterator[EncodedChunk]:
     assert form.box is not None
     with _Files(folder) as files:
         for row, entry in enumerate(entries):
+            report(row)
             grid = np.ndindex(*chunk_grid(entry.shape[1:], form.box))
             for number, place in enumerate(grid):
                 inputs = _read(files[entry.file], *entry.inputs[number])

@@ -231,6 +231,8 @@ class Appender:
         self._own = f"p{os.getpid()}-{time.time_ns():x}.dat"
         self._end = 0
         self._open: dict[str, int] = {}
+        self._sum = 0
+        """CRC-32 of what was written of this sample"""
 
     def write(
         self,
@@ -244,6 +246,7 @@ class Appender:
         checksum = crc32(_bytes(inputs))
         if maps is not None:
             checksum = crc32(_bytes(maps), checksum)
+        self._sum = 0
         places = self._place(inputs, maps, row)
         noted = None if drawn is None else (self._own, *self._append([_bytes(drawn)])[0])
         return Entry(
@@ -252,6 +255,7 @@ class Appender:
             maps=places[1],
             drawn=noted,
             checksum=checksum,
+            written=self._sum,
             shape=inputs.shape,
             affine=tuple(affine.reshape(-1).tolist()),
             label=label,
@@ -262,8 +266,8 @@ class Appender:
     ) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
         """Write a sample's bytes and say where: its inputs', its label map's."""
         if row is not None:
-            there = () if maps is None or row.maps is None else self._put(row.file, row.maps, [_bytes(maps)])
-            return self._put(row.file, row.inputs, [_bytes(inputs)]), there
+            here = self._put(row.file, row.inputs, [_bytes(inputs)])
+            return here, () if maps is None or row.maps is None else self._put(row.file, row.maps, [_bytes(maps)])
         form = self._bench.form
         if form is None or form.box is None:
             return self._append([_bytes(inputs)]), ()
@@ -286,6 +290,7 @@ class Appender:
                 done = 0
                 while done < buffer.nbytes:
                     done += os.pwrite(self._open[name], buffer[done:], offset + done)
+                self._sum = crc32(buffer, self._sum)
                 places.append((offset, buffer.nbytes))
                 offset += buffer.nbytes
         except OSError as error:
