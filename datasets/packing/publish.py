@@ -64,23 +64,8 @@ def publish(
     about = stored(options, plan.dtype) | {layout.PACK: _pack_id(packed)}
     drafted = []
     for number, part in enumerate(parts):
-        entries = [packed.samples[number][1] for number in part]
-        form = plan.form(labelling.task, [entry.shape for entry in entries])
-        ids = [packed.samples[number][0].id for number in part]
-        draft = _in_place(plan, form, ids, entries, folder) or _copied(form, entries, folder)
         drafted.append(folder / f"ready-{number}.h5")
-        drafts.complete(
-            draft,
-            drafted[-1],
-            form,
-            _columns(labelling, packed, part, folder),
-            class_names=packed.class_names,
-            packing=about,
-            source=_manifest(packed, part),
-            chunks=_chunks(form, entries, folder, lambda row, before=part[0]: report(before + row))  # type: ignore[misc]
-            if form.box is not None
-            else (),
-        )
+        _complete(drafted[-1], plan, labelling, packed, part, folder, about, report)
         report(part[-1] + 1)
     for draft, path in zip(drafted, paths, strict=True):
         draft.replace(path)
@@ -90,6 +75,34 @@ def publish(
                 path.unlink()
     drafts.sync(options.output.parent)
     return paths
+
+
+def _complete(
+    path: Path,
+    plan: Plan,
+    labelling: Labelling,
+    packed: Packed,
+    part: Sequence[int],
+    folder: Path,
+    about: dict[str, Any],
+    report: Callable[[int], None],
+) -> None:
+    """One file, of the samples in `part`, in the work folder."""
+    entries = [packed.samples[number][1] for number in part]
+    form = plan.form(labelling.task, [entry.shape for entry in entries])
+    ids = [packed.samples[number][0].id for number in part]
+    draft = _in_place(plan, form, ids, entries, folder) or _copied(form, entries, folder)
+    chunked = form.box is not None
+    drafts.complete(
+        draft,
+        path,
+        form,
+        _columns(labelling, packed, part, folder),
+        class_names=packed.class_names,
+        packing=about,
+        source=_manifest(packed, part),
+        chunks=_chunks(form, entries, folder, lambda row: report(part[0] + row)) if chunked else (),
+    )
 
 
 def _pack_id(packed: Packed) -> str:
