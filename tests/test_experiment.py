@@ -100,7 +100,10 @@ def test_a_binary_file_a_missing_one_and_a_folder_are_refused(tmp_path: Path) ->
         ("train: {optimizer: {lr: .inf}}", "train.optimizer.lr: Input should be a finite number"),
         ("train: {optimizer: {lr: .nan}}", "train.optimizer.lr: Input should be"),
         ("train: {optimizer: {lr: 0}}", "train.optimizer.lr: Input should be greater than 0"),
-        ("train: {precision: fp8}", "train.precision: Input should be 'fp32', 'tf32', 'bf16', 'fp16' or 'auto' (got 'fp8')"),
+        (
+            "train: {precision: fp8}",
+            "train.precision: Input should be 'fp32', 'tf32', 'bf16', 'fp16' or 'auto' (got 'fp8')",
+        ),
         (
             "train: {loss: {class_weights: some}}",
             "train.loss.class_weights: Input should be 'balanced' or a list (got 'some')",

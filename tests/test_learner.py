@@ -19,6 +19,7 @@ from hpc.experiment import load
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, read_json
 from jobs import checkpoint, evaluate
+from jobs.precision import Fault
 from jobs.setup import check
 from tests import tiny_run
 from tests.tiny_run import CONTEXT, STEPS_PER_EPOCH, Outcome, assert_same, free_port, in_child, outcome, play, run_ranks
@@ -157,6 +158,7 @@ def compare_with_evaluate(folder: Path) -> None:
 def skip_a_step(folder: Path) -> None:
     """Step 6 is not finite: the average must not move."""
     trainer = tiny_run.make_trainer(RunDir(folder))
+    trainer.resume()
     update, ema, seen = trainer.learner.update, trainer.learner.ema, {}
     assert ema
     gradients = update.gradients
@@ -164,10 +166,9 @@ def skip_a_step(folder: Path) -> None:
     def spoilt(batch: Any, step: int) -> Any:
         counts, bad = gradients(batch, step)
         seen[step] = [value.clone() for value in ema.model.state_dict().values()]
-        return counts, bad or step == 5
+        return counts, Fault.NOT_FINITE if step == 5 else bad
 
     update.gradients = spoilt  # type: ignore[method-assign]
-    trainer.resume()
     trainer.fit()
     assert ema.updates == 11 and trainer.step == 12
     assert all(torch.equal(a, b) for a, b in zip(seen[5], seen[6], strict=True))
