@@ -183,10 +183,13 @@ def _check_payload(experiments: Sequence[Experiment], findings: Findings) -> Non
     """The job checks itself in one child process: data file, classes, model (on the meta device)."""
     groups = list(_groups(experiments, _payload_key))
     text = "---\n".join(yamlfile.dump(group.experiment.as_dict()) for group in groups)
-    answer = ask("jobs.check", ["-"], text)
+    answer = ask("jobs.check", ["-", "--json"], text)
     words = answer.stderr.strip().splitlines()
     if answer.returncode == ExitCode.DONE:
-        findings.passed += answer.stdout.strip().splitlines()
+        found = json.loads(answer.stdout)
+        findings.passed += found["passed"]
+        findings.unchecked += found["unchecked"]
+        findings.cautions += found["cautions"]
     elif answer.returncode == ExitCode.BAD_INPUT:
         findings.refusals += [_name_rows(line, groups) for line in words]
     elif "ModuleNotFoundError" in answer.stderr:
@@ -204,7 +207,7 @@ UNCHECKED: dict[str, Any] = {
         **dict.fromkeys(("hang_after", "ledger", "figures"), True),
         "optimizer": {"lr", "weight_decay"},
     },
-    "launch": set(Launch.model_fields) - {"nodes", "gpus", "tasks_per_node"},
+    "launch": set(Launch.model_fields) - {"instance", "nodes", "gpus", "tasks_per_node"},
 }
 """What jobs.check does not look at."""
 

@@ -7,9 +7,11 @@ of its experiment, from 0. The data files are opened first: a missing one is tol
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import open_volumes
 from datasets.layout import VolumeFile
@@ -19,6 +21,7 @@ from hpc.experiment import Experiment, load, validate
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir
 
+_WORDS = {"take care": "cautions", "not checked": "unchecked"}
 _MOST_DRAWN = 10**8
 """Samples of an epoch, views and all: their order is held in memory."""
 
@@ -75,10 +78,10 @@ def _refuse_undefined(experiment: Experiment, volumes: VolumeFile) -> None:
             raise UserError(f"{key} {metric} is undefined: {why} of {experiment.data.file}; use loss, or pack it again")
 
 
-def report(source: str) -> ExitCode:
+def report(source: str, as_json: bool = False) -> ExitCode:
     """Check the experiment in a file, in a run folder, or each of those on standard input (-); print what was found."""
     texts = sys.stdin.read().split("\n---\n") if source == "-" else [source]
-    passed: dict[str, None] = {}
+    found: dict[str, Any] = {}
     faults: dict[int, str] = {}
     experiments: dict[int, Experiment] = {}
     for number, text in enumerate(texts):
@@ -87,18 +90,18 @@ def report(source: str) -> ExitCode:
             open_data(experiments[number])
         except (UserError, ValueError) as error:
             faults[number] = str(error)
-    for number in [number for number in experiments if number not in faults]:
-        from jobs.setup import check
+    if fitting := {number: one for number, one in experiments.items() if number not in faults}:
+        from jobs.checked import look_at
 
-        try:
-            passed |= dict.fromkeys(check(experiments[number]))
-        except (UserError, ValueError) as error:
-            faults[number] = str(error)
+        found = look_at(fitting, faults)
     for number, fault in sorted(faults.items()):
         for line in fault.splitlines():
             print(f"{number}: {line}" if len(texts) > 1 else line, file=sys.stderr)
-    if passed and not faults:
-        print("\n".join(passed))
+    if as_json:
+        print(json.dumps(found))
+    elif found and not faults:
+        told = [f"{word}: {line}" for word, kind in _WORDS.items() for line in found[kind]]
+        print("\n".join([*found["passed"], *told]))
     return ExitCode.BAD_INPUT if faults else ExitCode.DONE
 
 
@@ -112,7 +115,9 @@ def _read(text: str, source: str) -> Experiment:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.check", description=__doc__)
     parser.add_argument("file", metavar="FILE", help="experiment (YAML) or run folder; - for stdin")
-    return report(parser.parse_args().file)
+    parser.add_argument("--json", action="store_true", help="what was found as JSON")
+    given = parser.parse_args()
+    return report(given.file, given.json)
 
 
 if __name__ == "__main__":

@@ -224,7 +224,16 @@ def test_what_fits_is_told_once_for_several_experiments(
 
 def test_the_payloads_check_looks_at_nothing_that_the_rows_are_not_told_apart_by() -> None:
     """Rows equal in what `_payload_key` names are checked once: the check must not look at more."""
-    files = ("check.py", "setup.py", "tasks/__init__.py", "tasks/options.py")
+    files = (
+        "check.py",
+        "checked.py",
+        "setup.py",
+        "measured.py",
+        "waiting.py",
+        "flops.py",
+        "tasks/__init__.py",
+        "tasks/options.py",
+    )
     text = "".join((ROOT / "jobs" / file).read_text() for file in files)
     unchecked = {"name", *UNCHECKED["train"], *UNCHECKED["launch"]} - {"optimizer"}
     read = set(re.findall(r"(?:experiment|train|launch)\.(?:train\.|launch\.)?([a-z]\w*)", text))
