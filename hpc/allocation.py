@@ -93,6 +93,11 @@ def scratch_folders(environ: Mapping[str, str] = os.environ) -> list[str]:
     return [place for place in (*named, "/tmp") if place]
 
 
+def instance_scratch(environ: Mapping[str, str] = os.environ) -> str | None:
+    """The instance's own scratch, where it has one: it is there for the next job, as the job's own is not."""
+    return environ.get("HPC_SCRATCH") or None
+
+
 def cluster_name(environ: Mapping[str, str] = os.environ) -> str:
     """SLURM's name of the cluster of this job; empty outside one."""
     return environ.get("SLURM_CLUSTER_NAME", "")

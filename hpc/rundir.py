@@ -44,6 +44,8 @@ class RunDir:
         self.usage = self.path / "usage"
         self.ledger = self.path / "ledger"
         self.result = self.path / "result.json"
+        self.autotune = self.path / "autotune.json"
+        self.compiled = self.path / "compiled"
 
     @property
     def name(self) -> str:

@@ -151,6 +151,8 @@ class Train(Section):
         return self
 
     def _check_speed(self) -> None:
+        if self.precision == "tf32" and self.device == "cpu":
+            raise ValueError("precision tf32 has no effect on device cpu; use fp32, or bf16")
         if self.precision == "auto" and not self.autotune:
             raise ValueError("precision auto is what train.autotune finds: add train.autotune=true")
         if self.deterministic == "layout" and self.strategy in ("fsdp", "deepspeed"):

@@ -68,10 +68,10 @@ class Recorder:
             _LOG.warning("progress is not recorded for now: %s", error)
         self._refused = True
 
-    def step(self, step: int, scores: Scores, rate: float) -> None:
-        """One optimizer step, over all ranks."""
+    def step(self, step: int, scores: Scores, rate: float, more: Mapping[str, float] | None = None) -> None:
+        """One optimizer step, over all ranks; more: other scalars of it."""
         name = self._step_metric
-        values = {LOSS_TAG: scores.loss, f"step/{name}": scores.metrics()[name], RATE_TAG: rate}
+        values = {LOSS_TAG: scores.loss, f"step/{name}": scores.metrics()[name], RATE_TAG: rate, **(more or {})}
         self._shown = (step, values)
         self._tracker.scalars(step, values)
 
@@ -96,6 +96,11 @@ class Recorder:
         """A step whose loss or gradient was not finite on some rank: the weights are as before it."""
         self.event("skipped", step=step, samples=list(samples)[:FEW])
         _LOG.warning("step %d is skipped: its loss or gradient is not finite", step)
+
+    def overflow(self, step: int, scaler: dict[str, Any]) -> None:
+        """A step whose gradients did not fit into fp16: the weights are as before it, and the loss scale is halved."""
+        self.event("overflow", step=step, scale=scaler["scale"])
+        _LOG.info("step %d overflows in fp16 and is skipped; the loss scale is %g now", step, scaler["scale"])
 
     def data_changed(self, before: str, now: str) -> None:
         """Other data than the checkpoint was trained on, as the user has agreed."""
@@ -229,6 +234,7 @@ class Recorder:
             "waiting_share": statistics.median([m["waiting_share"] for m in lines]) if lines else None,
             **steptimes.typical(lines),
             "attempts": self._generation,
+            **({"autotune": chosen} if (chosen := read_json(self._run.autotune).get("choice")) else {}),
             "per_class": best["per_class"],
             "confusion_matrix": best["matrix"],
         }

@@ -21,7 +21,7 @@ from hpc.allocation import scratch_folders
 from hpc.errors import UserError
 from hpc.experiment import Experiment
 from hpc.settings import Data
-from jobs import foreign_weights, learner
+from jobs import acceleration, foreign_weights, learner
 from jobs.check import open_data
 from jobs.stages import Stages
 from jobs.tasks import check_loss, check_outputs
@@ -215,6 +215,7 @@ def check(experiment: Experiment) -> list[str]:
     patch = "" if experiment.data.patch is None else f", in patches of {' x '.join(map(str, experiment.data.patch))}"
     model = _check_model(experiment, parts)
     _check_single(experiment, parts, model)
+    acceleration.targets(model, experiment.train.compile)
     count = sum(p.numel() for p in model.parameters())
     weights, stages = load_weights(experiment, parts, model), learner.check(experiment, model)
     return [

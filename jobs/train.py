@@ -12,6 +12,8 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -23,7 +25,7 @@ from hpc.errors import UserError
 from hpc.experiment import Experiment
 from hpc.preempt import StopFlag
 from hpc.rundir import RunDir
-from jobs import check, checkpoint, resuming, validation
+from jobs import acceleration, autotune, check, checkpoint, precision, resuming, validation
 from jobs.engine import Engine
 from jobs.epoch import EpochSums, Pace
 from jobs.flops import Work, work_of
@@ -31,6 +33,7 @@ from jobs.guards import LossGuard, SpikeDetector, Verdict
 from jobs.inference.facts import remember
 from jobs.learner import Learner
 from jobs.ledger import StepLedger
+from jobs.precision import Fault
 from jobs.profiling import Profiling
 from jobs.record import Recorder
 from jobs.samples import SampleEvents
@@ -73,6 +76,7 @@ class Trainer:
             if self.staged:
                 self.parts = prepare(experiment, self.staged.paths)
             self.deterministic = wants_determinism(experiment, engine.device)
+            self._settle()
             self._build()
         except BaseException:
             if self.staged:
@@ -89,10 +93,20 @@ class Trainer:
         self.schedule = Schedule(self.settings.checkpoint_every, engine.allocation, self._save_seconds)
         self._saved_step = -1
 
+    def _settle(self) -> None:
+        """What train.autotune finds takes the place of the file's settings."""
+        if fault := self.experiment.batch_fault(self.engine.world_size):
+            raise UserError(fault)
+        acceleration.use_cache(self.run, self.settings)
+        with self.watchdog.phase("autotune", autotune.LIMIT_S):
+            given = (self.run, self.experiment, self.engine, self.parts, self.deterministic)
+            self.experiment = autotune.settle(*given)
+        self.settings = self.experiment.train
+        self.parts = replace(self.parts, model_options=self.parts.model_options | self.experiment.model.options)
+        precision.say_idle(self.settings, self.engine.device)
+
     def _build(self) -> None:
         settings, engine = self.settings, self.engine
-        if fault := self.experiment.batch_fault(engine.world_size):
-            raise UserError(fault)
         torch.manual_seed(settings.seed)
         self.model = self.parts.build_model(self.experiment.model.name, self.deterministic).to(engine.device)
         self.task = make_task(self.experiment, self.parts.volumes, engine.device)
@@ -100,8 +114,10 @@ class Trainer:
         self.loader, self.validation = make_loaders(self.experiment, self.parts, *place)
         self.steps_per_epoch = min(len(self.loader), settings.limit_steps or len(self.loader))
         self.total_steps = settings.epochs * self.steps_per_epoch
+        acceleration.prepare(self.model, settings, engine, self.loader, self.watchdog)
         self.learner = Learner(self.experiment, engine, self.model, self.task, self.steps_per_epoch)
-        self.ledger = StepLedger(self.run, self.generation, engine.rank, self.model) if settings.ledger else None
+        weights = partial(self.learner.strategy.weights, self.model)
+        self.ledger = StepLedger(self.run, self.generation, engine.rank, weights) if settings.ledger else None
 
     # Where a run goes on.
 
@@ -129,7 +145,7 @@ class Trainer:
             self.recorder = Recorder(self.run, self.experiment, names, self.generation, steps, self.parts.volumes)
             if self._evaluation_due():
                 self.recorder.evaluates_again(self.step, self.state["shown"])
-            resuming.check_room(folder, self.learner.checkpoint_bytes(), fresh=found is None)
+            resuming.check_room(folder, self.learner.checkpoint_bytes, fresh=found is None)
             self._open_saver()
             remember(self.run, self.parts.volumes)
             self.work = work_of(self.experiment, self.parts, self.engine)
@@ -206,10 +222,15 @@ class Trainer:
         """One optimizer step, or none where a loss is not finite on any rank. Raises Diverged."""
         step, counts, verdict = self.step + 1, self.learner.passes.counts(), Verdict.SKIP
         if not self.guard.skipped(step):
-            counts, bad = self.learner.update.gradients(batch, self.step)
-            verdict = self.guard.verdict(step, bool(self.engine.max([bad])[0]))
-            self.learner.update.apply() if verdict is Verdict.OK else self.learner.update.drop()
-            if verdict is not Verdict.OK:
+            with self._first_of_stage():
+                counts, fault = self.learner.update.gradients(batch, self.step)
+            fault = Fault(self.engine.max([fault])[0])
+            overflow = fault is Fault.OVERFLOW
+            verdict = Verdict.SKIP if overflow else self.guard.verdict(step, bool(fault))
+            self.learner.update.apply() if verdict is Verdict.OK else self.learner.update.drop(overflow)
+            if overflow and self.recorder:
+                self.recorder.overflow(step, self.learner.precision.state())
+            elif verdict is not Verdict.OK and not overflow:
                 own = [] if math.isfinite(counts.total_loss()) else self.samples.ids(batch)
                 tell = self.recorder or self.samples
                 tell.skipped(step, own)
@@ -226,6 +247,12 @@ class Trainer:
         if self.sums.full:
             self._flush(newest=False)
         return verdict
+
+    def _first_of_stage(self) -> AbstractContextManager[None]:
+        """A stage trains other parameters: what is compiled is compiled once more."""
+        if self.settings.compile == "off" or not self.learner.begun():
+            return nullcontext()
+        return self.watchdog.phase("compile", acceleration.COMPILE_LIMIT_S)
 
     def _roll_back(self) -> None:
         """Load a checkpoint from before the bad steps, and pass over these from there. Raises Diverged without one."""
@@ -262,7 +289,7 @@ class Trainer:
         self.samples.tell_replaced(self.step, self.loader, self.validation)
         for step, scores in self.sums.flush():
             assert self.recorder  # rank 0 alone has any
-            self.recorder.step(step, scores, self.learner.rate(step - 1))
+            self.recorder.step(step, scores, self.learner.rate(step - 1), self.learner.precision.shown(step))
             if self.spikes.seen(step, scores.loss):
                 self.recorder.spike(step, scores.loss)
         seconds = self.clock.flush(self.engine, newest)
@@ -375,15 +402,17 @@ class Trainer:
         with self.clock.phase("save"), self.watchdog.phase("save", _SAVE_LIMIT_S):
             if self._saved_step != self.step:
                 self._flush()
-                if self.saver:
-                    self._snapshot(self.saver)
+                self._snapshot()
                 self._saved_step = self.step
                 self.schedule.saved()
             if wait and self.saver:
                 self.saver.wait()
         self.pace.aside += time.monotonic() - started
 
-    def _snapshot(self, saver: Saver) -> None:
+    def _snapshot(self) -> None:
+        (weights, trained), moments = self.learner.weights(), self.learner.strategy.optimizer_state()
+        if (saver := self.saver) is None:
+            return
         if self.step % self.steps_per_epoch or self._evaluation_due():
             self.state["sums"] = self.sums.state()
         if self._evaluation_due() and self.recorder:
@@ -392,7 +421,6 @@ class Trainer:
         self._forget_best(lambda name: name not in saver.failed)
         best = self.state["best"]
         protect = {best["checkpoint"]} if best and best["checkpoint"] else set()
-        (weights, trained), moments = self.learner.weights(), self.learner.optimizer.state_dict()
         saver.save(self.step, weights, moments, self.state, self._facts(), protect, trained=trained)
 
     def _forget_best(self, there: Callable[[str], bool]) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-
-import torch
-from torch import nn
 
 from datasets.loader import Batch
 from jobs.passes import Passes
+from jobs.precision import Fault
+from jobs.strategies import Strategy
 from jobs.tasks.counts import Counts
+
+_TINY = 1e-6
+"""Beside a norm that is divided by, as torch's clip_grad_norm_ has it."""
 
 
 class Updater:
@@ -18,42 +19,44 @@ class Updater:
 
     def __init__(
         self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        strategy: Strategy,
         passes: Passes,
         rates: Callable[[int], Sequence[float]],
         clip_norm: float | None,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         """`rates`: of each of the optimizer's groups; `changed` is called when the weights are those after a step."""
-        self._model, self._optimizer, self._passes = model, optimizer, passes
+        self._strategy, self._passes = strategy, passes
         self._rates, self._clip_norm, self._changed = rates, clip_norm, changed
 
-    def gradients(self, batch: Batch, step: int) -> tuple[Counts, bool]:
+    def gradients(self, batch: Batch, step: int) -> tuple[Counts, Fault]:
         """The gradients of the step after `step` others, and whether a loss or they are not finite on this rank."""
-        for group, rate in zip(self._optimizer.param_groups, self._rates(step), strict=True):
+        for group, rate in zip(self._strategy.optimizer.param_groups, self._rates(step), strict=True):
             group["lr"] = rate
         counts = self._passes.backward(batch, step)
-        if not math.isfinite(counts.total_loss()):
-            return counts, True
+        precision, loss = self._passes.precision, counts.total_loss()
         with self._passes.clock.phase("optimizer"):
-            return counts, not math.isfinite(self._norm())
+            precision.unscale(self._strategy.gradients(), step + 1)
+            return counts, precision.fault(loss, self._norm())
 
     def apply(self) -> None:
         """Change the weights."""
         with self._passes.clock.phase("optimizer"):
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
+            self._strategy.step()
             self._passes.commit()
+            self._passes.precision.update(overflow=False)
             self._changed()
 
-    def drop(self) -> None:
-        """Leave the weights as they were before the step, and running statistics too."""
-        self._optimizer.zero_grad(set_to_none=True)
+    def drop(self, overflow: bool = False) -> None:
+        """Leave the weights as they were before the step, and running statistics too; an overflow lowers the scale."""
+        self._strategy.drop()
         self._passes.drop()
+        if overflow:
+            self._passes.precision.update(overflow)
 
     def _norm(self) -> float:
-        """The norm of all gradients, before they are clipped to clip_norm; they are averaged: the same on all ranks."""
-        if self._clip_norm is not None:
-            return float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm))
-        return float(torch.nn.utils.get_total_norm([p.grad for p in self._model.parameters() if p.grad is not None]))
+        """The norm of all gradients, before they are clipped to clip_norm; the same on all ranks."""
+        norm = self._strategy.norm()
+        if self._clip_norm is not None and norm > self._clip_norm - _TINY:
+            self._strategy.scale_gradients(self._clip_norm / (norm + _TINY))
+        return norm

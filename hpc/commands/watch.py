@@ -101,7 +101,8 @@ def _show_run(run: RunDir, as_json: bool) -> None:
     status, metrics, events = ledger.status(run), run.read_metrics(), run.read_events()
     if as_json:
         state = read_json(run.state)
-        print_json({"status": status.as_dict(), "state": state, "metrics": metrics, "events": events})
+        found = {"status": status.as_dict(), "state": state, "metrics": metrics, "events": events}
+        print_json({**found, "autotune": read_json(run.autotune)})
         return
     say(f"{run.path}\n{status.state}  {status.detail}".rstrip())
     names = sorted(metrics[0]["metrics"] if metrics else [], key=lambda name: (name != status.monitor, name != "loss"))
@@ -116,6 +117,8 @@ def _show_run(run: RunDir, as_json: bool) -> None:
         say(f"{clock}  {event['event']:<10}  {fields}")
     for line in [*steptimes.lines(steptimes.typical(metrics)), *usage.card(run)]:
         say(line)
+    if choice := read_json(run.autotune).get("choice"):
+        say("autotune: " + ", ".join(f"{key} {value}" for key, value in choice.items()))
 
 
 def _show_sweep(sweep: SweepDir, as_json: bool) -> None:

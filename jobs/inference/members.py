@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from hpc.errors import UserError, nearest
 from hpc.experiment import Experiment, load
 from hpc.rundir import RunDir, read_json
-from jobs import checkpoint
+from jobs import checkpoint, choice
 from jobs.inference.facts import DataFacts, recall
 from jobs.inference.flips import check_axes, flipped
 from jobs.inference.windows import Predict, Windows, centre, mean_over_windows, slide
+from jobs.precision import Precision
 from models3d import create_model, takes
 
 _WINDOWS = 4
@@ -69,9 +70,9 @@ class Member:
 
     def logits(self, inputs: Tensor) -> Tensor:
         """(B, C, *spatial) on the device -> (B, K, ...) float32, in the precision of the training. Raises UserError."""
-        bf16, name = self.experiment.train.precision == "bf16", self.experiment.model.name
+        name = self.experiment.model.name
         try:
-            with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            with torch.inference_mode(), Precision(self.experiment.train, self.device).autocast():
                 outputs: Tensor = self.model(inputs).float()
         except torch.OutOfMemoryError:
             raise UserError(
@@ -130,7 +131,7 @@ def load_members(runs: Sequence[RunDir], wanted: str, device: torch.device) -> l
     """
     members: list[Member] = []
     for run in runs:
-        experiment, _ = load(run.experiment)
+        experiment = choice.chosen(run, load(run.experiment)[0])
         facts = recall(run, experiment)
         if members and (fault := members[0].facts.unlike(facts)):
             raise UserError(
