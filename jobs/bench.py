@@ -226,12 +226,12 @@ def show(found: dict[str, Any]) -> None:
         computing = steptimes.compute(step)
         speed = f"{waiting.number(step['samples_per_second'])} samples/s{f', {computing}' if computing else ''}"
         print(f"step {whole} (mean of {step['steps']}): {speed}\n{_memory_line(step['memory'])}")
-    if rows := found.get("loader"):
+    if loaded := found.get("loader"):
         print()
         named = {"samples_per_second": "samples/s", "gb_per_second": "GB/s"}
         cells = [
             {"loader threads": str(row["threads"]), **{title: f"{row[key]:.3g}" for key, title in named.items()}}
-            for row in rows
+            for row in loaded
         ]
         tables.print_rows(cells, 100, ())
     if verdict := found.get("verdict"):

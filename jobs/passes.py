@@ -25,8 +25,8 @@ from jobs.virtual import BatchNorms, Gradients, VirtualRanks
 class Passes(Protocol):
     """What a step and an evaluation are made of."""
 
-    clock: StepClock
     precision: Precision
+    clock: StepClock
 
     def backward(self, batch: Batch, step: int) -> Counts:
         """Fill .grad with the gradient of the global batch's mean loss; counts of this rank's share."""
@@ -83,9 +83,9 @@ class _Common:
         self._settings, self._engine, self._strategy = held.settings, held.engine, held.strategy
         self.precision, self._model, self._task = held.precision, held.model, held.task
         self._evaluated, self._still = held.evaluated, held.still
+        self.clock = held.engine.clock
         self.layout = acceleration.layout(held.settings)
         """of inputs in memory"""
-        self.clock = held.engine.clock
 
     def _train(self) -> None:
         """Training mode, but for the layers that are still."""

@@ -34,10 +34,11 @@ class Updater:
         for group, rate in zip(self._strategy.optimizer.param_groups, self._rates(step), strict=True):
             group["lr"] = rate
         counts = self._passes.backward(batch, step)
-        precision, loss = self._passes.precision, counts.total_loss()
+        precision = self._passes.precision
         with self._passes.clock.phase("optimizer"):
             precision.unscale(self._strategy.gradients(), step + 1)
-            return counts, precision.fault(loss, self._norm())
+            norm = self._norm()  # of all ranks together, even where this rank's loss says enough
+        return counts, precision.fault(counts.total_loss(), norm)
 
     def apply(self) -> None:
         """Change the weights."""

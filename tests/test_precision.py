@@ -17,6 +17,7 @@ from jobs.guards import Verdict
 from jobs.optimize import build_optimizer
 from jobs.passes import make_passes
 from jobs.precision import SCALE_TAG, Fault, Precision, Scaler
+from jobs.stepclock import StepClock
 from jobs.strategies import make_strategy
 from jobs.update import Updater
 from tests import tiny_run
@@ -55,7 +56,7 @@ def test_the_scale_goes_as_torch_s_does_and_goes_on_from_its_state() -> None:
 def make(task: str = "classification") -> tuple[nn.Module, Updater, Precision]:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
-    engine: Any = SimpleNamespace(device=CPU, rank=0, world_size=1)
+    engine: Any = SimpleNamespace(device=CPU, rank=0, world_size=1, clock=StepClock(CPU))
     settings = Train(precision="fp16", device="cpu")
     precision = Precision(settings, CPU)
     strategy = make_strategy(settings, engine, model)
