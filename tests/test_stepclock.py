@@ -75,7 +75,7 @@ def plant(time: Time, trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer.model.register_forward_pre_hook(time.during(PLANTED["forward"], lambda *_: None))
     first = next(trainer.model.parameters())
     first.register_hook(time.during(PLANTED["backward"], lambda gradient: gradient))
-    trainer.learner.optimizer.register_step_pre_hook(time.during(PLANTED["optimizer"], lambda *_: None))
+    trainer.learner.strategy.optimizer.register_step_pre_hook(time.during(PLANTED["optimizer"], lambda *_: None))
     trainer._snapshot = time.during(PLANTED["save"], trainer._snapshot)
     tiny_run._save_at_each_step(trainer)
 
