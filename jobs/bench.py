@@ -66,6 +66,7 @@ def make_engine(experiment: Experiment, allocation: Allocation) -> Engine:
 
 def measure_step(trainer: Trainer, seconds: float, steps: int) -> dict[str, Any]:
     """Training steps on one batch, after a few that do not count: times by part, samples/s, FLOP/s, peak memory."""
+    trainer.learner.started()
     update, clock, device = trainer.learner.update, trainer.clock, trainer.engine.device
     iterator = iter(trainer.loader)
     batch = next(iterator)

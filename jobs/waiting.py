@@ -20,7 +20,7 @@ et al., arXiv 2204.02311)."""
 _NEAR = 1.1
 """A loader that is less than this faster than the model leaves no room for a slow moment of the file system."""
 
-REMEDY = "more data.threads (and launch.cpus), patches, or a file packed with smaller numbers would help"
+REMEDY = "more data.threads (with cores for them), patches, or a file packed with smaller numbers would help"
 
 
 @dataclass(frozen=True)
