@@ -22,6 +22,7 @@ from hpc.preempt import ExitCode
 from hpc.rundir import RunDir
 from jobs import undefined
 
+_WORDS = {"take care": "cautions", "not checked": "unchecked"}
 _MOST_DRAWN = 10**8
 """Samples of an epoch, views and all: their order is held in memory."""
 
@@ -67,6 +68,7 @@ def report(source: str, details: bool = False, as_json: bool = False) -> ExitCod
     details: of a single one the largest batch that fits the memory, and which switch buys what.
     """
     texts = sys.stdin.read().split("\n---\n") if source == "-" else [source]
+    found: dict[str, Any] = {}
     faults: dict[int, str] = {}
     experiments: dict[int, Experiment] = {}
     for number, text in enumerate(texts):
@@ -75,9 +77,7 @@ def report(source: str, details: bool = False, as_json: bool = False) -> ExitCod
             open_data(experiments[number])
         except (UserError, ValueError) as error:
             faults[number] = str(error)
-    fitting = {number: one for number, one in experiments.items() if number not in faults}
-    found: dict[str, Any] = {}
-    if fitting:
+    if fitting := {number: one for number, one in experiments.items() if number not in faults}:
         from jobs.checked import look_at
 
         found = look_at(fitting, faults, details and len(texts) == 1)
@@ -87,7 +87,8 @@ def report(source: str, details: bool = False, as_json: bool = False) -> ExitCod
     if as_json:
         print(json.dumps(found))
     elif found and not faults:
-        print("\n".join([*found["passed"], *(f"not checked: {line}" for line in found["unchecked"])]))
+        told = [f"{word}: {line}" for word, kind in _WORDS.items() for line in found[kind]]
+        print("\n".join([*found["passed"], *told]))
     return ExitCode.BAD_INPUT if faults else ExitCode.DONE
 
 

@@ -1,4 +1,4 @@
-"""What jobs.check finds beyond the data files: models and tasks, and the memory of their training steps."""
+"""What jobs.check finds beyond the data files: models, tasks, memory of a step, and whether the loader keeps up."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from hpc.errors import UserError
 from hpc.experiment import Experiment
+from jobs import waiting
 from jobs.memory_plan import MemoryPlan, NotPlanned, plan_memory
 from jobs.setup import look
 
@@ -20,20 +21,24 @@ def look_at(experiments: Mapping[int, Experiment], faults: dict[int, str], detai
 
     Plain JSON. details: see jobs.memory_plan.
     """
-    passed: dict[str, None] = {}
-    unchecked: dict[str, None] = {}
+    found: dict[str, dict[str, None]] = {"passed": {}, "unchecked": {}, "cautions": {}}
     plans: list[MemoryPlan] = []
-    deadline, late = time.monotonic() + _LONG_S, 0
+    unmeasured, late, deadline = "", 0, time.monotonic() + _LONG_S
     for number, experiment in experiments.items():
         try:
-            found = look(experiment)
-            passed |= dict.fromkeys(found.lines)
+            seen = look(experiment)
+            found["passed"] |= dict.fromkeys(seen.lines)
+            word = waiting.compare(experiment, seen.parts)
+            if word and word.kind == "unchecked":
+                unmeasured = unmeasured or word.text  # of many rows the first says enough
+            elif word:
+                found[word.kind] |= {word.text: None}
             if time.monotonic() > deadline:
                 late += 1
                 continue
-            plan = plan_memory(experiment, found.parts, found.model, details)
+            plan = plan_memory(experiment, seen.parts, seen.model, details)
         except NotPlanned as error:
-            unchecked |= {str(error): None}
+            found["unchecked"] |= {str(error): None}
         except (UserError, ValueError) as error:
             faults[number] = str(error)
         else:
@@ -41,11 +46,17 @@ def look_at(experiments: Mapping[int, Experiment], faults: dict[int, str], detai
             if plan.refusal:
                 faults[number] = plan.refusal
     if late:
-        unchecked |= {f"memory of {late} more rows, as each takes a second or so": None}
+        found["unchecked"] |= {f"memory of {late} more rows, as each takes a second or so": None}
+    if unmeasured:
+        found["unchecked"] |= {unmeasured: None}
+    return _told(found, plans, len(experiments) == 1)
+
+
+def _told(found: dict[str, dict[str, None]], plans: list[MemoryPlan], alone: bool) -> dict[str, Any]:
+    """With the memory of the fullest."""
     fullest = max(plans, key=lambda one: one.peak / one.capacity, default=None)
-    return {
-        "passed": [*passed, *(fullest.lines() if fullest else [])],
-        "unchecked": list(unchecked),
-        "cautions": [fullest.caution] if fullest and fullest.caution else [],
-        "memory": fullest.as_dict() if fullest and len(experiments) == 1 else None,
-    }
+    lines = {kind: list(lines) for kind, lines in found.items()}
+    if fullest:
+        lines["passed"] += fullest.lines()
+        lines["cautions"] += [fullest.caution] if fullest.caution else []
+    return {**lines, "memory": fullest.as_dict() if fullest and alone else None}

@@ -78,7 +78,8 @@ class Recorder:
 
     def times(self, step: int, timing: Mapping[str, Any]) -> None:
         """Where the time of the steps up to this one has gone, see jobs.flops.Work.timing."""
-        values = _time_tags(timing)
+        if not (values := _time_tags(timing)):
+            return  # the first event opens the file, which may wait for the clock's next second
         if self._shown[0] == step:
             self._shown = (step, {**self._shown[1], **values})
         self._tracker.scalars(step, values)

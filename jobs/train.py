@@ -285,10 +285,7 @@ class Trainer:
             self._open_saver()
 
     def _flush(self, newest: bool = True) -> None:
-        """Sum the last steps over the ranks, log them, and add them to the epoch's sums.
-
-        newest: the time of the newest step, too, which the device may still be busy with.
-        """
+        """Sum the last steps over the ranks, log them, and add them to the epoch's sums; newest: see StepClock."""
         self.samples.tell_replaced(self.step, self.loader, self.validation)
         for step, scores in self.sums.flush():
             assert self.recorder  # rank 0 alone has any
