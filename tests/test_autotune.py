@@ -17,6 +17,7 @@ from hpc.rundir import RunDir, read_json
 from jobs import autotune, choice
 from jobs.autotune import Search
 from jobs.choice import Choice
+from jobs.precision import Scaler
 from jobs.probe import Measured, Probe
 from tests import tiny_run
 
@@ -252,3 +253,22 @@ def test_a_model_out_of_memory_is_left_out(data: Path, tmp_path: Path, monkeypat
 
     monkeypatch.setattr(probe, "_measure", full)
     assert probe.measure(PLAIN).fault == "out of memory"
+
+
+def test_ranks_choose_and_overflow_together(tmp_path: Path, data: Path) -> None:
+    """Stopped and resumed on two ranks: one choice, one scale, and the bits of the undisturbed run."""
+    overrides = planted(tmp_path, "first", "train.autotune=true", "train.precision=fp16")
+    whole, parts = make(tmp_path / "whole", data, *overrides), make(tmp_path / "parts", data, *overrides)
+    rows = [(whole.path, 1, None), (parts.path, 1, 5), (parts.path, 2, None)]
+    ports = [(*row, tiny_run.free_port()) for row in rows]
+    assert tiny_run.run_ranks(one_rank, [(rank, ports, tmp_path) for rank in range(2)]) == [0, 0]
+    found = [tiny_run.outcome(run) for run in (whole, parts)]
+    tiny_run.assert_same(found[1], found[0])
+    assert found[0]["learner"]["precision"]["overflows"] > 0
+    assert [choice.recall(run) for run in (whole, parts)] == [Choice("fp16", True, threads=1)] * 2
+
+
+def one_rank(rank: int, rows: list[Any], folder: Path) -> None:
+    os.environ["XDG_CACHE_HOME"], autotune._COMPILE_S = str(folder / "cache"), 1e6
+    Scaler.__init__.__defaults__ = (2.0**40, 2000)  # type: ignore[misc]
+    tiny_run.play_rank(rank, 2, rows)
