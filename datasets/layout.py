@@ -163,6 +163,15 @@ class Shard:
         shape, dtype = table_specs(self.num_samples, sample, self.task, len(self.class_names))[name]
         return read_bytes(self.path, self.on_demand[name], shape, dtype)
 
+    def read_classes_held(self) -> NDArray[np.bool_]:
+        """(n, K) whether each label map has a voxel of the class. VolumeFileError where no places are stored."""
+        if self.foreground is None:
+            raise VolumeFileError(f"{self.path} has no stored voxels of each class; pack it again with its masks")
+        self.require_unchanged()
+        with opened(self.path) as file:
+            held: NDArray[np.bool_] = file[FOREGROUND][:, :, 0] >= 0
+        return held
+
     def read_source(self) -> list[dict[str, Any]]:
         """Manifest of the packed files: name, size in bytes, sha256."""
         self.require_unchanged()
@@ -253,6 +262,13 @@ class VolumeFile:
         if self.task == "segmentation":
             raise ValueError(f"{self.name} holds label maps, which are read per sample: use read(sample)")
         return self._table(TARGETS)
+
+    @cached_property
+    def labels(self) -> NDArray[Any]:
+        """What samples are told apart by: (N,) class numbers, or (N, K) nonzero where a sample has a class."""
+        if self.task != "segmentation":
+            return self.targets
+        return np.concatenate([shard.read_classes_held() for shard in self.shards])
 
     @property
     def ids(self) -> Names:

@@ -1,7 +1,8 @@
 """Which samples an epoch is made of, and in which order: a function of (seed, epoch), whatever the ranks.
 
 uniform    each sample once (or `views` times), shuffled or in file order
-balanced   each class equally often; of a class no sample comes again before all others of it have come
+balanced   each class equally often; of a class no sample comes again before all others of it have come. Samples of
+           several labels, and label maps, come in inverse proportion to their rarest class
 weighted   each sample in proportion to its weight, rounded up or down and never further off (systematic resampling)
 """
 
@@ -143,10 +144,8 @@ def make_sampler(
         return Uniform(seed, len(samples), views, shuffle=True)
     if name == "weighted":
         return Weighted(seed, _checked(np.asarray(weights, np.float64), volumes, samples), total)
-    if volumes.task == "segmentation":
-        raise ValueError(f"sampler 'balanced' needs classes, but {volumes.name} holds label maps; use foreground")
-    targets = volumes.targets[samples]
-    return Balanced(seed, targets, total) if targets.ndim == 1 else Weighted(seed, rarity(targets), total)
+    labels = volumes.labels[samples]
+    return Balanced(seed, labels, total) if labels.ndim == 1 else Weighted(seed, rarity(labels), total)
 
 
 def _checked(weights: NDArray[np.float64], volumes: VolumeFile, samples: Numbers) -> NDArray[np.float64]:
@@ -167,14 +166,15 @@ def rarity(targets: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def class_weights(volumes: VolumeFile, weights: dict[str, float]) -> NDArray[np.float64]:
-    """(N,) sample weights by class name; 1 for classes not named; of several labels the highest. ValueError."""
-    if volumes.task == "segmentation":
-        raise ValueError(f"weights by class need a class for each sample, but {volumes.name} holds label maps")
+    """(N,) sample weights by class name; 1 for classes not named; of several that a sample has, the highest one.
+
+    Raises ValueError.
+    """
     unknown: Sequence[str] = [name for name in weights if name not in volumes.class_names]
     if unknown:
         raise ValueError(f"weights: there is no class {unknown[0]!r}; classes are {', '.join(volumes.class_names)}")
     by_class = np.array([weights.get(name, 1.0) for name in volumes.class_names])
-    targets = volumes.targets
+    targets = volumes.labels
     own = targets[volumes.indices("train")]
     counts = own.sum(axis=0) if own.ndim > 1 else np.bincount(own, minlength=len(by_class))
     absent = [name for name, count in zip(volumes.class_names, counts.tolist(), strict=True) if not count]

@@ -52,6 +52,22 @@ class Request:
         return self.cpus // self.tasks_per_node
 
 
+class Tflops(BaseModel):
+    """Peak of one GPU's matrix products by precision, in TFLOP/s without sparsity, as the maker gives it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    fp32: Annotated[float, Field(gt=0)] | None = None
+    tf32: Annotated[float, Field(gt=0)] | None = None
+    bf16: Annotated[float, Field(gt=0)] | None = None
+    fp16: Annotated[float, Field(gt=0)] | None = None
+
+    def of(self, precision: str) -> float | None:
+        """None where it is not known."""
+        found: float | None = getattr(self, precision, None)
+        return found
+
+
 class Instance(BaseModel):
     """One kind of allocation. `auto` for cpus and mem_gb means this machine."""
 
@@ -68,6 +84,9 @@ class Instance(BaseModel):
     gpu_type: str | None = None
     """SLURM's GRES type: --gres=gpu:TYPE:N."""
     gpu_mem_gb: Gigabytes | None = None
+    gpu_tflops: Tflops | None = None
+    gpu_bandwidth_gb_s: Annotated[float, Field(gt=0)] | None = None
+    """Peak of one GPU's memory, decimal GB/s."""
     nodes: Annotated[int, Field(ge=1)] = 1
     """The most that one job may have."""
     time_limit: Duration
@@ -182,7 +201,8 @@ def read(path: Path) -> Instance:
 
 def _sentence(fault: Any) -> str:
     key = ".".join(str(part) for part in fault["loc"])
-    valid = Container.model_fields if fault["loc"][:1] == ("container",) else Instance.model_fields
+    sections: dict[str, type[BaseModel]] = {"container": Container, "gpu_tflops": Tflops}
+    valid = (sections.get(fault["loc"][0], Instance) if fault["loc"][1:] else Instance).model_fields
     hint = f"; {nearest(str(fault['loc'][-1]), valid)}" if fault["type"] == "extra_forbidden" else ""
     return f"{key}{': ' * bool(key)}{fault['msg'].removeprefix('Value error, ')}{hint}"
 

@@ -75,6 +75,10 @@ class RunDir:
     def figure(self, name: str) -> Path:
         return self.figures / f"{name}.png"
 
+    def trace(self, generation: int, first: int, end: int) -> Path:
+        """A profiler trace of steps [first, end), where TensorBoard's plugin looks and under a name that it knows."""
+        return self.tensorboard / f"g{generation:03d}-s{first:08d}-{end:08d}.pt.trace.json"
+
     def prediction(self, split: str, suffix: str = ".npz") -> Path:
         return self.predictions / f"{split}{suffix}"
 

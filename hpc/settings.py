@@ -101,9 +101,11 @@ class Data(Section):
     batch_size: Positive = 8
     """Global: of one optimizer step, over all ranks and accumulated parts."""
     sampler: Literal["uniform", "balanced", "weighted"] = "uniform"
-    """balanced: all classes equally often; weighted: by `weights`."""
+    """balanced: all classes equally often (of several labels and of label maps: by the rarest class that a sample has);
+    weighted: by `weights`."""
     weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    """How often a sample is drawn, by its class, relative to a class that is not named (1); 0 leaves a class out."""
+    """How often a sample is drawn, by its class, relative to a class that is not named (1); 0 leaves a class out. Of
+    several, the highest counts."""
     views: Positive = 1
     """An epoch has each training sample so many times, each time augmented anew, from another patch."""
     patch: Annotated[list[Positive], Field(min_length=2, max_length=3)] | None = None

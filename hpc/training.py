@@ -26,6 +26,9 @@ LOSSES: dict[str, dict[str, set[str]]] = {
 }
 """task -> loss -> the options that take effect; the first loss is the default."""
 
+MOST_PROFILED = 100
+"""Steps of a trace, which is held in memory until it is written."""
+
 Weights = Literal["balanced"] | list[float] | None
 
 
@@ -105,7 +108,7 @@ class Train(Section):
     sync_batchnorm: bool = False
     """BatchNorm over the samples of all ranks."""
     profile: tuple[Count, Count] | None = None
-    """Steps [start, stop) of which a torch profiler trace is written, for TensorBoard."""
+    """Steps [start, stop), from 0 over the whole run, of which a torch profiler trace is written, for TensorBoard."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where the allocation has a GPU (one that torch cannot see is a bad node), else the CPU."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -158,6 +161,12 @@ class Train(Section):
             raise ValueError("sync_batchnorm has statistics of the layout, which deterministic: layout excludes")
         if self.profile and self.profile[0] >= self.profile[1]:
             raise ValueError(f"profile {list(self.profile)} must be [start, stop) with start before stop")
+        if self.profile and self.profile[1] - self.profile[0] > MOST_PROFILED:
+            start = self.profile[0]
+            raise ValueError(
+                f"profile {list(self.profile)} traces {self.profile[1] - start} steps, up to some MB each: trace "
+                f"{MOST_PROFILED} at most, [{start}, {start + MOST_PROFILED}]"
+            )
 
     def metrics(self) -> dict[str, str]:
         """Those that the rate and the end of the run follow, by their keys in the file."""

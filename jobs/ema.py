@@ -38,11 +38,6 @@ class Ema:
                 mine.copy_(theirs)
         self.updates = 0
 
-    def load(self, weights: dict[str, Tensor], updates: int) -> None:
-        """As they were when a checkpoint was saved."""
-        self.model.load_state_dict(weights)
-        self.updates = updates
-
     @torch.no_grad()
     def update(self) -> None:
         """After a step that counts."""

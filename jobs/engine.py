@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from hpc.allocation import Allocation
 from jobs import rendezvous
+from jobs.stepclock import StepClock
 
 _MEET_S = 600
 """Until all ranks have come; nodes may start minutes apart."""
@@ -66,7 +64,9 @@ class Engine:
         self.world_size = allocation.world_size
         self.device = device
         self.is_main = allocation.rank == 0
-        self._deterministic = deterministic
+        self.clock = StepClock(device)
+        self.deterministic = deterministic
+        """Whether a resumed run is to be the undisturbed one, bit by bit."""
         self._control: Any = None  # the default group
         torch.set_num_threads(threads or _usable(allocation.cpus_per_task))
         self.store: Any = None
@@ -86,22 +86,6 @@ class Engine:
         dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world_size)
         if backend == "nccl":
             self._control = dist.new_group(backend="gloo")
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as the training step calls it; gradients are averaged over the ranks.
-
-        Under `deterministic: run` DDP must not rebuild its buckets after the first step: a resumed run would sum in
-        another order than the undisturbed one at 3 or more ranks. find_unused_parameters keeps the first buckets.
-        """
-        if self.world_size == 1:
-            return model
-        warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-        devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=self._deterministic)
-
-    def without_sync(self, model: nn.Module) -> AbstractContextManager[None]:
-        """For all but the last part of an accumulated step: no all-reduce."""
-        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def max(self, values: Sequence[int]) -> list[int]:
         """Each value's maximum over the ranks."""
@@ -150,9 +134,20 @@ class Engine:
 
     def share_buffers(self, model: nn.Module) -> None:
         """Rank 0's running statistics on every rank, as DDP does it before each training step."""
-        if self.world_size > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
+        self.share(list(model.buffers()))
+
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Rank 0's numbers on every rank, a message for each kind of number; all of them on the device."""
+        if self.world_size == 1:
+            return
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            kinds.setdefault(tensor.dtype, []).append(tensor.detach())
+        for same in kinds.values():
+            flat = torch.cat([tensor.flatten() for tensor in same])
+            dist.broadcast(flat, 0)
+            for tensor, piece in zip(same, torch.split(flat, [tensor.numel() for tensor in same]), strict=True):
+                tensor.copy_(piece.view(tensor.shape))
 
     def barrier(self) -> None:
         if self.world_size > 1:

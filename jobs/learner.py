@@ -8,11 +8,12 @@ average goes on, and the layers that a stage freezes keep their weights and, whe
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from hpc.experiment import Experiment
 from hpc.metrics import DIRECTIONS
@@ -26,6 +27,7 @@ from jobs.passes import make_passes
 from jobs.precision import Precision
 from jobs.saving import estimated_bytes
 from jobs.stages import Stages
+from jobs.strategies import make_strategy
 from jobs.tasks.contract import Task
 from jobs.update import Updater
 
@@ -36,33 +38,38 @@ class Learner:
     def __init__(
         self, experiment: Experiment, engine: Engine, model: nn.Module, task: Task, steps_per_epoch: int
     ) -> None:
-        """In its first stage. Raises UserError for what the model does not have."""
+        """To be `started` or `restore`d before anything else. Raises UserError for what the model does not have."""
         self._experiment, self._train, self._engine = experiment, experiment.train, engine
         self.model, self._task, self._per_epoch = model, task, steps_per_epoch
         self.stages = Stages(self._train, steps_per_epoch)
+        self.strategy = make_strategy(self._train, engine, model)
         self._layers = resolve_all(experiment, self.stages, model)
         self.ema = Ema(self._train.ema, model) if self._train.ema else None
         self._history: list[dict[str, Any]] = []
         self.precision = Precision(self._train, engine.device)
-        self._begin(0)
+        self._begun = False
+        self.checkpoint_bytes = self._checkpoint_bytes()
+        """Of the large files of a checkpoint, in the stage with the largest ones."""
 
     def _begin(self, number: int) -> None:
-        self.number, stage, layers = number, self.stages[number], self._layers[number]
+        if not self._begun:
+            self.strategy.shard(*([self.model, self.ema.model] if self.ema else [self.model]))
+        self._begun, self.number = True, number
+        stage, layers = self.stages[number], self._layers[number]
         self._lr = stage.lr or self._train.optimizer.lr
         self._scheduler = stage.scheduler or self._train.scheduler
         self._share = rates.share(self._scheduler, self.stages.steps(number), self._per_epoch)
         self._follow()
         self._fresh = True
+        self.strategy.begin(partial(self._build, layers))
+        self._highest = [group["lr"] for group in self.strategy.optimizer.param_groups]
+        held = (self._train, self._engine, self.strategy, self.precision)
+        self.passes = make_passes(*held, self.model, self._task, self.evaluated, layers.norms)
+        self.update = Updater(self.strategy, self.passes, self._rates, self._train.clip_norm, self._average)
+
+    def _build(self, layers: Layers) -> Optimizer:
         layers.freeze(self.model)
-        self.optimizer = build_optimizer(self._train.optimizer, self.model, layers.rates)
-        self._highest = [group["lr"] for group in self.optimizer.param_groups]
-        self.passes: Any = None
-        gc.collect()  # DDP's hooks on the parameters go with it
-        self.passes = make_passes(
-            self._train, self._engine, self.model, self._task, self.evaluated, layers.norms, self.precision
-        )
-        clip = self._train.clip_norm
-        self.update = Updater(self.model, self.optimizer, self.passes, self._rates, clip, self._average)
+        return build_optimizer(self._train.optimizer, self.model, layers.rates)
 
     def _average(self) -> None:
         if self.ema:
@@ -86,9 +93,10 @@ class Learner:
         return self.ema.model if self.ema else self.model
 
     def started(self) -> None:
-        """The model has got its first weights from elsewhere."""
+        """The model has its first weights."""
         if self.ema:
             self.ema.restart()
+        self._begin(0)
 
     # Rates, and what follows from the metrics.
 
@@ -149,10 +157,10 @@ class Learner:
 
     # What a checkpoint holds of it.
 
-    def weights(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """Those that are evaluated, and those that are trained where they are others."""
-        trained = self.model.state_dict()
-        return (self.ema.model.state_dict(), trained) if self.ema else (trained, None)
+    def weights(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor] | None]:
+        """Those that are evaluated, and those that are trained where they are others; of all ranks together."""
+        trained = self.strategy.weights(self.model)
+        return (self.strategy.weights(self.ema.model), trained) if self.ema else (trained, None)
 
     def state(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -165,18 +173,18 @@ class Learner:
         state = found.state().get("learner", {})
         self._history = list(state.get("history", []))
         number = int(state.get("stage", 0))
-        if number != self.number:
+        if not self._begun or number != self.number:
             self._begin(number)
         self._follow()
-        self.model.load_state_dict(found.trained())
-        self.optimizer.load_state_dict(found.optimizer())
-        acceleration.lay_out_state(self.optimizer)
+        self.strategy.load_weights(self.model, found.trained())
+        self.strategy.load_optimizer_state(found.optimizer())
+        acceleration.lay_out_state(self.strategy.optimizer)
         self.precision.load(state.get("precision", {}))
         if self.ema:
-            self.ema.load(found.model(), int(state.get("averaged", 0)))
+            self.strategy.load_weights(self.ema.model, found.model())
+            self.ema.updates = int(state.get("averaged", 0))
 
-    def checkpoint_bytes(self) -> list[int]:
-        """Of the large files of a checkpoint, in the stage with the largest ones."""
+    def _checkpoint_bytes(self) -> list[int]:
         optimizers = [build_optimizer(self._train.optimizer, self.model, layers.rates) for layers in self._layers]
         sizes = [estimated_bytes(self.model, optimizer) for optimizer in optimizers]
         weights, moments = (max(column) for column in zip(*sizes, strict=True))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import zlib
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets.loader import Batch
 from hpc import stepledger
@@ -20,10 +21,11 @@ _WEIGHTS_EVERY = 10
 class StepLedger:
     """Lines reach the kernel one by one, so a killed process loses none of them; they are not fsync'd."""
 
-    def __init__(self, run: RunDir, generation: int, rank: int, model: nn.Module) -> None:
+    def __init__(self, run: RunDir, generation: int, rank: int, weights: Callable[[], Mapping[str, Tensor]]) -> None:
+        """`weights` are those that are trained; all ranks ask for them together, and some may get none."""
         run.ledger.mkdir(exist_ok=True)
         self._file = stepledger.path(run, generation, rank).open("ab", buffering=0)
-        self._model, self._rank = model, rank
+        self._weights_now, self._rank = weights, rank
         self._refused = False
 
     def write(self, step: int, batch: Batch, loss: float, skipped: bool) -> None:
@@ -31,9 +33,10 @@ class StepLedger:
         sums = [_crc(pixels) for pixels in batch.inputs]
         weights = None
         # Right after a rollback the others have rank 0's statistics, later, where a step is skipped, their own.
-        if step % _WEIGHTS_EVERY == 0 and not (skipped and self._rank):
+        now = self._weights_now() if step % _WEIGHTS_EVERY == 0 else {}
+        if now and not (skipped and self._rank):
             weights = 0
-            for value in self._model.state_dict().values():
+            for value in now.values():
                 weights = _crc(value, weights)
         samples = list(zip(batch.samples.tolist(), sums, strict=True))
         line = stepledger.line(step, samples, loss, weights, skipped)

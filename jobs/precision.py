@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hpc.errors import UserError
 from hpc.training import Train
@@ -94,14 +94,14 @@ class Precision:
         return loss * self.scaler.scale if self.scaler else loss
 
     @torch.no_grad()
-    def unscale(self, parameters: Iterable[nn.Parameter], step: int | None = None) -> None:
+    def unscale(self, gradients: Sequence[Tensor], step: int | None = None) -> None:
         """Gradients, summed over parts and ranks, as without a scale; before their norm is taken."""
         if self.scaler is None:
             return
         if step is not None:
             self._shown.append((step, self.scaler.scale))
-        if gradients := [p.grad for p in parameters if p.grad is not None]:
-            torch._foreach_mul_(gradients, 1 / self.scaler.scale)
+        if gradients:
+            torch._foreach_mul_(list(gradients), 1 / self.scaler.scale)
 
     def fault(self, loss: float, norm: float) -> Fault:
         """Of this rank's loss and the norm of the unscaled gradients. At scale 1 an overflow is no scale's matter."""

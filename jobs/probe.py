@@ -106,8 +106,9 @@ class Probe:
             model = self.model(choice)
             precision = Precision(choice.put_into(self._experiment).train, self._inputs.device)
             first_s, loss = self._timed(model, precision, choice)
-            precision.unscale(model.parameters())
-            norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            precision.unscale(gradients)
+            norm = float(torch.nn.utils.get_total_norm(gradients))
             taken: list[float] = []
             while len(taken) < _TIMED or (len(taken) < _MOST_TIMED and sum(taken) < _TIMED_S):
                 model.zero_grad(set_to_none=True)

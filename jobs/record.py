@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from datasets.layout import VolumeFile
-from hpc import usage
+from hpc import steptimes, usage
 from hpc.errors import UserError
 from hpc.experiment import Experiment
 from hpc.metrics import DIRECTIONS, STEP_METRIC
@@ -73,6 +73,13 @@ class Recorder:
         name = self._step_metric
         values = {LOSS_TAG: scores.loss, f"step/{name}": scores.metrics()[name], RATE_TAG: rate, **(more or {})}
         self._shown = (step, values)
+        self._tracker.scalars(step, values)
+
+    def times(self, step: int, timing: Mapping[str, Any]) -> None:
+        """Where the time of the steps up to this one has gone, see jobs.flops.Work.timing."""
+        values = _time_tags(timing)
+        if self._shown[0] == step:
+            self._shown = (step, {**self._shown[1], **values})
         self._tracker.scalars(step, values)
 
     def shown(self, step: int) -> dict[str, float]:
@@ -150,11 +157,12 @@ class Recorder:
         train: dict[str, float],
         speed: dict[str, float],
         waiting: float,
+        timing: Mapping[str, Any],
         is_best: bool = False,
     ) -> None:
         """The end of an epoch: `train` are its training metrics, `speed` samples/s by split, `waiting` a share.
 
-        is_best: better than all before.
+        timing: of its steps (jobs.flops.Work.timing); is_best: better than all before.
         """
         epoch, metrics, names = step // self._per_epoch, found.metrics, ("loss", self._step_metric, self._monitor)
         _LOG.info(
@@ -162,7 +170,7 @@ class Recorder:
             *(epoch, self._epochs, _shown(train, names), _shown(metrics, names), speed["train"], 100 * waiting),
         )
         line = {"epoch": epoch, "step": step, "split": "validation", "metrics": metrics}
-        extra = {"train": train, "waiting_share": waiting, "samples_per_second": speed}
+        extra = {"train": train, "waiting_share": waiting, "samples_per_second": speed, **timing}
         self._tracker.evaluation({**line, **extra})
         scalars = {f"train/{key}": value for key, value in train.items()}
         scalars |= {f"validation/{key}": value for key, value in metrics.items()}
@@ -197,6 +205,8 @@ class Recorder:
         )
         for line in usage.lines(used):
             _LOG.info(line)
+        for line in steptimes.lines(steptimes.typical(lines)):
+            _LOG.info(line)
         if stopped_early:
             _LOG.info("stopped early: %s got no better for %d epochs", *list(stopped_early.values())[:2])
         _LOG.info("finished: best %s %.4f at epoch %d", self._monitor, best["metrics"][self._monitor], best["epoch"])
@@ -222,6 +232,7 @@ class Recorder:
             "last": last,
             "samples_per_second": {split: statistics.median(values) for split, values in speeds.items() if values},
             "waiting_share": statistics.median([m["waiting_share"] for m in lines]) if lines else None,
+            **steptimes.typical(lines),
             "attempts": self._generation,
             **({"autotune": chosen} if (chosen := read_json(self._run.autotune).get("choice")) else {}),
             "per_class": best["per_class"],
@@ -231,6 +242,16 @@ class Recorder:
 
 def _brief(best: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in best.items() if key not in ("matrix", "per_class", "baseline")}
+
+
+def _time_tags(timing: Mapping[str, Any]) -> dict[str, float]:
+    """Tags of TensorBoard: seconds by part of a step, TFLOP/s, the share of the peak."""
+    tags = {f"time/{phase}": seconds for phase, seconds in timing.get(steptimes.SECONDS, {}).items()}
+    if steptimes.FLOPS in timing:
+        tags["speed/tflops"] = timing[steptimes.FLOPS] / 1e12
+    if steptimes.MFU in timing:
+        tags["speed/mfu"] = timing[steptimes.MFU]
+    return tags
 
 
 def _shown(metrics: dict[str, float], names: Sequence[str]) -> str:

@@ -28,11 +28,13 @@ from hpc.rundir import RunDir
 from jobs import acceleration, autotune, check, checkpoint, precision, resuming, validation
 from jobs.engine import Engine
 from jobs.epoch import EpochSums, Pace
+from jobs.flops import Work, work_of
 from jobs.guards import LossGuard, SpikeDetector, Verdict
 from jobs.inference.facts import remember
 from jobs.learner import Learner
 from jobs.ledger import StepLedger
 from jobs.precision import Fault
+from jobs.profiling import Profiling
 from jobs.record import Recorder
 from jobs.samples import SampleEvents
 from jobs.saving import Saver
@@ -84,6 +86,8 @@ class Trainer:
         self.state: dict[str, Any] = {"evaluated_step": 0, "best": None, "sums": None, "shown": {}, "last": None}
         self.samples = SampleEvents(run, engine, self.parts.volumes)
         self.guard, self.spikes = LossGuard(), SpikeDetector()
+        self.clock, self.work = engine.clock, Work()
+        self.profiling = Profiling(run, self.settings.profile, engine, self.watchdog)
         self.recorder: Recorder | None = None
         self.saver: Saver | None = None
         self.schedule = Schedule(self.settings.checkpoint_every, engine.allocation, self._save_seconds)
@@ -112,7 +116,8 @@ class Trainer:
         self.total_steps = settings.epochs * self.steps_per_epoch
         acceleration.prepare(self.model, settings, engine, self.loader, self.watchdog)
         self.learner = Learner(self.experiment, engine, self.model, self.task, self.steps_per_epoch)
-        self.ledger = StepLedger(self.run, self.generation, engine.rank, self.model) if settings.ledger else None
+        weights = partial(self.learner.strategy.weights, self.model)
+        self.ledger = StepLedger(self.run, self.generation, engine.rank, weights) if settings.ledger else None
 
     # Where a run goes on.
 
@@ -140,9 +145,10 @@ class Trainer:
             self.recorder = Recorder(self.run, self.experiment, names, self.generation, steps, self.parts.volumes)
             if self._evaluation_due():
                 self.recorder.evaluates_again(self.step, self.state["shown"])
-            resuming.check_room(folder, self.learner.checkpoint_bytes(), fresh=found is None)
+            resuming.check_room(folder, self.learner.checkpoint_bytes, fresh=found is None)
             self._open_saver()
             remember(self.run, self.parts.volumes)
+            self.work = work_of(self.experiment, self.parts, self.engine)
             if before:
                 self.recorder.data_changed(before, self.parts.volumes.fingerprint)
             where = f"goes on from {found.name}" if found else "starts"
@@ -198,7 +204,9 @@ class Trainer:
             _LOG.info("stage %d begins at step %d", self.learner.number, self.step)
         self.loader.seek(*divmod(self.step, self.steps_per_epoch))
         for batch in islice(self.loader, self.steps_per_epoch - self.step % self.steps_per_epoch):
-            if self._train_step(batch) is Verdict.ROLL_BACK:
+            with self.profiling.step(self.step):
+                verdict = self._train_step(batch)
+            if verdict is Verdict.ROLL_BACK:
                 self._roll_back()
                 return False
             self._boundary()
@@ -208,6 +216,7 @@ class Trainer:
     def _begin_epoch(self) -> None:
         self.sums = EpochSums(self.engine, self.task, self.state["sums"])
         self.pace = Pace(self.step, self.loader.waited)
+        self.clock.begin(self.loader.waited)
 
     def _train_step(self, batch: Batch) -> Verdict:
         """One optimizer step, or none where a loss is not finite on any rank. Raises Diverged."""
@@ -234,8 +243,9 @@ class Trainer:
             raise Diverged(self.guard.reason([] if math.isfinite(loss) else self.samples.ids(batch)))
         self.step = step
         self.sums.add(step, counts)
+        self.clock.end(self.loader.waited)
         if self.sums.full:
-            self._flush()
+            self._flush(newest=False)
         return verdict
 
     def _first_of_stage(self) -> AbstractContextManager[None]:
@@ -271,15 +281,20 @@ class Trainer:
                 self.recorder.evaluates_again(self.step, self.state["shown"])
             self._open_saver()
 
-    def _flush(self) -> None:
-        """Sum the last steps over the ranks, log them, and add them to the epoch's sums."""
+    def _flush(self, newest: bool = True) -> None:
+        """Sum the last steps over the ranks, log them, and add them to the epoch's sums.
+
+        newest: the time of the newest step, too, which the device may still be busy with.
+        """
         self.samples.tell_replaced(self.step, self.loader, self.validation)
         for step, scores in self.sums.flush():
             assert self.recorder  # rank 0 alone has any
             self.recorder.step(step, scores, self.learner.rate(step - 1), self.learner.precision.shown(step))
             if self.spikes.seen(step, scores.loss):
                 self.recorder.spike(step, scores.loss)
+        seconds = self.clock.flush(self.engine, newest)
         if self.recorder:
+            self.recorder.times(self.step, self.work.timing(self.learner.number, seconds))
             self.recorder.state("training", self.step, self.state["best"])
 
     def _boundary(self, saving: bool = True) -> None:
@@ -310,6 +325,7 @@ class Trainer:
         self.engine.barrier()
         if self.recorder:
             self.recorder.stop(self.step, cause)
+        self.profiling.close()
         self.engine.barrier()
         raise Stopped(cause)
 
@@ -324,6 +340,7 @@ class Trainer:
 
     def leave_data(self) -> None:
         """End reading; the last rank of a node to leave removes the copy on it."""
+        self.profiling.close()
         self.loader.close()
         self.validation.close()
         if self.staged:
@@ -351,7 +368,8 @@ class Trainer:
             if self.recorder:
                 seen = self.sums.scores().metrics()
                 best = bool(self.state["best"]) and self.state["best"]["step"] == self.step
-                self.recorder.evaluation(self.step, found, seen, speed, self.pace.waiting_share, best)
+                timing = self.work.timing(self.learner.number, self.clock.epoch())
+                self.recorder.evaluation(self.step, found, seen, speed, self.pace.waiting_share, timing, best)
             if self.experiment.data.on_bad_sample == "skip":
                 self.samples.count_replaced()
         self.state.update(evaluated_step=self.step, sums=None, shown={})
@@ -381,18 +399,20 @@ class Trainer:
     def _save(self, wait: bool = False) -> None:
         """Every rank; rank 0 writes beside the training. With `wait`: until all is durable."""
         started = time.monotonic()
-        with self.watchdog.phase("save", _SAVE_LIMIT_S):
+        with self.clock.phase("save"), self.watchdog.phase("save", _SAVE_LIMIT_S):
             if self._saved_step != self.step:
                 self._flush()
-                if self.saver:
-                    self._snapshot(self.saver)
+                self._snapshot()
                 self._saved_step = self.step
                 self.schedule.saved()
             if wait and self.saver:
                 self.saver.wait()
         self.pace.aside += time.monotonic() - started
 
-    def _snapshot(self, saver: Saver) -> None:
+    def _snapshot(self) -> None:
+        (weights, trained), moments = self.learner.weights(), self.learner.strategy.optimizer_state()
+        if (saver := self.saver) is None:
+            return
         if self.step % self.steps_per_epoch or self._evaluation_due():
             self.state["sums"] = self.sums.state()
         if self._evaluation_due() and self.recorder:
@@ -401,7 +421,6 @@ class Trainer:
         self._forget_best(lambda name: name not in saver.failed)
         best = self.state["best"]
         protect = {best["checkpoint"]} if best and best["checkpoint"] else set()
-        (weights, trained), moments = self.learner.weights(), self.learner.optimizer.state_dict()
         saver.save(self.step, weights, moments, self.state, self._facts(), protect, trained=trained)
 
     def _forget_best(self, there: Callable[[str], bool]) -> None:

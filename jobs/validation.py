@@ -51,7 +51,7 @@ def evaluate(
     model.eval()
     counts, kept = passes.counts(), Kept(task)
     loader.seek(0, 0)
-    with torch.inference_mode():
+    with torch.no_grad():  # weights in shards are gathered into tensors that the next step uses again
         for batch in islice(loader, limit):
             passes.forward(batch, counts, kept)
             between()

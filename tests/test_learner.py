@@ -157,6 +157,7 @@ def compare_with_evaluate(folder: Path) -> None:
 def skip_a_step(folder: Path) -> None:
     """Step 6 is not finite: the average must not move."""
     trainer = tiny_run.make_trainer(RunDir(folder))
+    trainer.resume()
     update, ema, seen = trainer.learner.update, trainer.learner.ema, {}
     assert ema
     gradients = update.gradients
@@ -167,7 +168,6 @@ def skip_a_step(folder: Path) -> None:
         return counts, bad or step == 5
 
     update.gradients = spoilt  # type: ignore[method-assign]
-    trainer.resume()
     trainer.fit()
     assert ema.updates == 11 and trainer.step == 12
     assert all(torch.equal(a, b) for a, b in zip(seen[5], seen[6], strict=True))

@@ -244,7 +244,6 @@ REFUSED = [
     ("contiguous", {"patch": (4, 0, 4)}, r"patch \[4, 0, 4\] must be 3 sizes of 1 or more"),
     ("contiguous", {"patch": PATCH, "foreground": 1.5}, "foreground 1.5 is a share"),
     ("contiguous", {"patch": PATCH, "foreground": 0.5, "split": "validation"}, "foreground 0.5 has no effect where"),
-    ("contiguous", {"sampler": "balanced"}, "holds label maps; use foreground"),
     ("contiguous", {"on_bad_sample": "pass"}, "on_bad_sample 'pass' is unknown; use stop or skip"),
 ]
 

@@ -17,6 +17,8 @@ from jobs.guards import Verdict
 from jobs.optimize import build_optimizer
 from jobs.passes import make_passes
 from jobs.precision import SCALE_TAG, Fault, Precision, Scaler
+from jobs.stepclock import StepClock
+from jobs.strategies import make_strategy
 from jobs.update import Updater
 from tests import tiny_run
 from tests.toy_tasks import CPU, samples, toy
@@ -54,12 +56,14 @@ def test_the_scale_goes_as_torch_s_does_and_goes_on_from_its_state() -> None:
 def make(task: str = "classification") -> tuple[nn.Module, Updater, Precision]:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
-    engine: Any = SimpleNamespace(device=CPU, rank=0, world_size=1, wrap=lambda model: model)
-    precision = Precision(Train(precision="fp16", device="cpu"), CPU)
-    passes = make_passes(Train(precision="fp16", device="cpu"), engine, model, toy(task), precision=precision)
-    optimizer = build_optimizer(Optimizer(name="adamw", lr=0.1), model)
-    rates = [0.1] * len(optimizer.param_groups)
-    return model, Updater(model, optimizer, passes, lambda step: rates, None), precision
+    engine: Any = SimpleNamespace(device=CPU, rank=0, world_size=1, clock=StepClock(CPU))
+    settings = Train(precision="fp16", device="cpu")
+    precision = Precision(settings, CPU)
+    strategy = make_strategy(settings, engine, model)
+    strategy.begin(lambda: build_optimizer(Optimizer(name="adamw", lr=0.1), model))
+    passes = make_passes(settings, engine, strategy, precision, model, toy(task))
+    rates = [0.1] * len(strategy.optimizer.param_groups)
+    return model, Updater(strategy, passes, lambda step: rates, None), precision
 
 
 def batch() -> Any:

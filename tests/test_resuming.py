@@ -154,6 +154,7 @@ def rolls_back_to_an_epochs_end(folder: Path) -> None:
     """Goes on at step 8, whose evaluation is due, does not improve there, and meets bad losses at steps 14 to 18."""
     run = RunDir(folder)
     trainer = tiny_run.make_trainer(run, 2)
+    trainer.resume()
     gradients, judge, sums = trainer.learner.update.gradients, trainer._judge, []
     bad = set(range(14, 19))
 
@@ -170,7 +171,6 @@ def rolls_back_to_an_epochs_end(folder: Path) -> None:
             trainer.state["best"] = trainer.state["best"] | {"step": 4}
 
     trainer.learner.update.gradients, trainer._judge = spoilt, no_better  # type: ignore[method-assign]
-    trainer.resume()
     trainer.fit()
     trainer.close()
     (folder / "sums").write_text(" ".join(map(str, sums)))
@@ -191,6 +191,7 @@ def bad_on_one_rank(folder: Path, rank: int, port: int) -> None:
     """Rank 1 alone has a loss that is no number, at step 3."""
     place = Allocation(rank, 2, rank, cpus_per_task=1, master_port=port)
     trainer = tiny_run.make_trainer(RunDir(folder), 1, None, place)
+    trainer.resume()
     backward = trainer.learner.passes.backward
 
     def spoilt(batch: Any, step: int) -> Any:
@@ -200,7 +201,6 @@ def bad_on_one_rank(folder: Path, rank: int, port: int) -> None:
         return backward(batch, step)
 
     trainer.learner.passes.backward = spoilt  # type: ignore[method-assign]
-    trainer.resume()
     trainer.fit()
     os._exit(0)
 

@@ -136,6 +136,53 @@ def test_weights_by_class_are_how_often_a_sample_comes(volumes):
             assert abs(counts[sample] - 2 * weights[sample]) <= 1
 
 
+@pytest.fixture(scope="module")
+def maps(tmp_path_factory):
+    """12 label maps in two shards: ground in all, `often` in the first 8, `rare` in numbers 3 and 9."""
+    folder = tmp_path_factory.mktemp("maps")
+    for shard in range(2):
+        held = np.zeros((6, 3), bool)
+        for row in range(6):
+            number = 6 * shard + row
+            held[row] = True, number < 8, number in (3, 9)
+        places = np.where(held[:, :, None], 0, -1).astype(np.int32).repeat(2, axis=2)
+        options = {
+            "shape": (1, 2, 2, 2),
+            "dtype": "int16",
+            "num_samples": 6,
+            "class_names": ["ground", "often", "rare"],
+        }
+        with VolumeWriter(folder / f"m{shard}.h5", task="segmentation", foreground=places, **options) as writer:
+            for row in range(6):
+                image = np.full((1, 2, 2, 2), 6 * shard + row, np.int16)
+                writer.add(image, np.zeros((2, 2, 2), np.uint8), id=f"s{6 * shard + row}")
+    return open_volumes([folder / "m0.h5", folder / "m1.h5"])
+
+
+def test_label_maps_are_balanced_by_the_rarest_class_that_they_hold(maps):
+    loader = Loader(maps, batch_size=12, threads=0, sampler="balanced", seed=1)
+    for _ in range(3):
+        counts = np.bincount(drawn(loader), minlength=12)
+        wanted = np.full(12, 1 / 8)  # as often as `often` is there
+        wanted[8:], wanted[[3, 9]] = 1 / 12, 1 / 2
+        assert (np.abs(counts - wanted / wanted.sum() * 12) < 1).all()
+
+
+def test_label_maps_come_by_the_highest_weight_of_their_classes(maps):
+    assert class_weights(maps, {"rare": 5, "often": 2}).tolist() == [2, 2, 2, 5, 2, 2, 2, 2, 1, 5, 1, 1]
+    with pytest.raises(ValueError, match="no class 'rar'"):
+        class_weights(maps, {"rar": 5})
+
+
+def test_label_maps_without_stored_voxels_have_no_classes_to_draw_by(tmp_path):
+    options = {"shape": (1, 2, 2, 2), "dtype": "int16", "num_samples": 2, "class_names": ["ground", "rare"]}
+    with VolumeWriter(tmp_path / "m.h5", task="segmentation", **options) as writer:
+        for number in range(2):
+            writer.add(np.zeros((1, 2, 2, 2), np.int16), np.zeros((2, 2, 2), np.uint8), id=f"s{number}")
+    with pytest.raises(ValueError, match=r"m\.h5 has no stored voxels of each class; pack it again"):
+        Loader(open_volumes(tmp_path / "m.h5"), batch_size=1, sampler="balanced")
+
+
 def test_balanced_of_several_labels_goes_by_the_rarest(multilabel):
     assert np.allclose(rarity(multilabel.targets) * 11, [1] * 10 + [11, 11])
     counts = Counter(drawn(Loader(multilabel, batch_size=12, threads=0, sampler="balanced")))

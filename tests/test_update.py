@@ -15,6 +15,9 @@ from jobs.ema import Ema
 from jobs.engine import Engine
 from jobs.optimize import build_optimizer
 from jobs.passes import RankPasses, make_passes
+from jobs.precision import Precision
+from jobs.stepclock import StepClock
+from jobs.strategies import Strategy, make_strategy
 from jobs.update import Updater
 from tests.toy_tasks import CPU, samples, toy
 
@@ -23,9 +26,14 @@ TASKS = ("classification", "multilabel", "segmentation")
 
 def engine() -> Engine:
     """Of one rank, without the process's settings."""
-    found: Any = SimpleNamespace(device=CPU, rank=0, world_size=1, wrap=lambda model: model)
-    found.without_sync = lambda model: torch.enable_grad()
+    found: Any = SimpleNamespace(device=CPU, rank=0, world_size=1, clock=StepClock(CPU))
     return found
+
+
+def begun(model: nn.Module, settings: Train) -> Strategy:
+    strategy = make_strategy(settings, engine(), model)
+    strategy.begin(lambda: build_optimizer(Optimizer(name="sgd", lr=0.1), model))
+    return strategy
 
 
 def network(task: str) -> nn.Sequential:
@@ -42,11 +50,12 @@ def batch(task: str) -> Batch:
 
 def make(task: str, parts: int = 1, clip: float | None = None, **loss: Any) -> tuple[nn.Module, RankPasses, Updater]:
     model = network(task)
-    passes = make_passes(Train(accumulate=parts, device="cpu"), engine(), model, toy(task, **loss))
-    optimizer = build_optimizer(Optimizer(name="sgd", lr=0.1), model)
-    rates = [0.1] * len(optimizer.param_groups)
+    settings = Train(accumulate=parts, device="cpu")
+    strategy = begun(model, settings)
+    passes = make_passes(settings, engine(), strategy, Precision(settings, engine().device), model, toy(task, **loss))
+    rates = [0.1] * len(strategy.optimizer.param_groups)
     assert isinstance(passes, RankPasses)
-    return model, passes, Updater(model, optimizer, passes, lambda step: rates, clip)
+    return model, passes, Updater(strategy, passes, lambda step: rates, clip)
 
 
 def gradient(model: nn.Module) -> torch.Tensor:
@@ -80,9 +89,11 @@ def test_the_norm_of_the_whole_gradient_is_bounded(task: str, parts: int) -> Non
 
 @pytest.mark.parametrize("task", TASKS)
 def test_only_a_step_that_counts_changes_weights_and_average(task: str) -> None:
-    model, passes, _ = make(task)
-    ema, optimizer = Ema(EmaSettings(decay=0.5), model), build_optimizer(Optimizer(name="sgd", lr=0.1), model)
-    update = Updater(model, optimizer, passes, lambda step: [0.1] * len(optimizer.param_groups), None, ema.update)
+    model, settings = network(task), Train(device="cpu")
+    ema, strategy = Ema(EmaSettings(decay=0.5), model), begun(model, settings)
+    passes = make_passes(settings, engine(), strategy, Precision(settings, engine().device), model, toy(task))
+    rates = [0.1] * len(strategy.optimizer.param_groups)
+    update = Updater(strategy, passes, lambda step: rates, None, ema.update)
     before = [p.detach().clone() for p in model.parameters()]
     spoilt = batch(task)
     spoilt.inputs.fill_(float("nan"))
@@ -101,7 +112,8 @@ def test_only_a_step_that_counts_changes_weights_and_average(task: str) -> None:
 def test_layers_that_are_still_keep_their_statistics_in_a_training_step() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.Linear(4, 3))
     settings, task = Train(device="cpu"), toy("classification")
-    passes = make_passes(settings, engine(), model, task, still=[model[1]])
+    strategy, precision = begun(model, settings), Precision(settings, engine().device)
+    passes = make_passes(settings, engine(), strategy, precision, model, task, still=[model[1]])
     before = model[1].running_mean.clone(), model[2].running_mean.clone()
     passes.backward(batch("classification"), 0)
     assert torch.equal(model[1].running_mean, before[0]) and not torch.equal(model[2].running_mean, before[1])

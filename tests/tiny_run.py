@@ -28,6 +28,7 @@ from hpc.allocation import Allocation
 from hpc.experiment import load
 from hpc.preempt import StopFlag
 from hpc.rundir import RunDir, read_json
+from hpc.steptimes import TIMING
 from jobs import checkpoint
 from jobs.engine import Engine
 from jobs.schedule import Schedule
@@ -171,10 +172,8 @@ def _shown(run: RunDir, tag: str) -> list[Any]:
 def outcome(run: RunDir) -> Outcome:
     """All that must not depend on interruptions: final weights and optimizer byte by byte, metrics, best epoch."""
     found = newest(run)
-    lines = [
-        {key: value for key, value in line.items() if key not in ("generation", "samples_per_second", "waiting_share")}
-        for line in run.read_metrics()
-    ]
+    measured = ("generation", "samples_per_second", "waiting_share", *TIMING)
+    lines = [{key: value for key, value in line.items() if key not in measured} for line in run.read_metrics()]
     moments = found.optimizer()
     state = found.state()
     return {

@@ -95,7 +95,7 @@ def show(name: RunName, runs: Runs = None, as_json: AsJson = False) -> None:
 
 
 def _show_run(run: RunDir, as_json: bool) -> None:
-    from hpc import ledger, usage
+    from hpc import ledger, steptimes, usage
     from hpc.rundir import read_json
 
     status, metrics, events = ledger.status(run), run.read_metrics(), run.read_events()
@@ -115,7 +115,7 @@ def _show_run(run: RunDir, as_json: bool) -> None:
         fields = "  ".join(f"{key}={value}" for key, value in event.items() if key not in ("time", "event"))
         clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
         say(f"{clock}  {event['event']:<10}  {fields}")
-    for line in usage.card(run):
+    for line in [*steptimes.lines(steptimes.typical(metrics)), *usage.card(run)]:
         say(line)
     if choice := read_json(run.autotune).get("choice"):
         say("autotune: " + ", ".join(f"{key} {value}" for key, value in choice.items()))

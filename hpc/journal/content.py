@@ -8,11 +8,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from hpc import steptimes
 from hpc.journal import captions
 from hpc.journal.compare import difference, is_number, lower_is_better, number, tone
 from hpc.journal.rundata import RunData, Values, flatten, mapping
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_BAR = 20
 _SHOWN = 6  # differences of a run in the overview
 _CLASS_COLUMNS = {
     "recall": "Recall",
@@ -138,7 +140,8 @@ def _overview(runs: Sequence[RunData]) -> Table:
 def _section(run: RunData, first: RunData, notes: str) -> Section:
     figures = tuple(Figure(name, _read_png(run, name)) for name in sorted(run.figures, key=captions.place))
     drawn = any("confusion" in figure.name and figure.png for figure in figures)
-    tables = [_facts(run), _metrics(run, first), _per_class(run, first), None if drawn else _confusion(run)]
+    scores = [_metrics(run, first), _per_class(run, first), None if drawn else _confusion(run)]
+    tables = [_facts(run), *scores, _timing(run)]
     return Section(run.run, tuple(table for table in tables if table), figures, notes)
 
 
@@ -184,6 +187,7 @@ def _facts(run: RunData) -> Table:
         ("Train samples/s", run.speed.get("train")),
         ("Validation samples/s", run.speed.get("validation")),
         ("Waiting for data", f"{share:.1%} of the training time" if share is not None else None),
+        ("Computing", steptimes.compute(run.timing)),
         ("Attempts", f"{run.attempts} ({run.preemptions} stopped by a signal, {run.requeues} requeued)"),
         ("Instance", launch.get("instance")),
         ("Nodes", launch.get("nodes")),
@@ -265,6 +269,16 @@ def _label_counts(matrices: Sequence[Sequence[Any]], names: Sequence[str]) -> Ta
         return None
     rows = tuple(_cells(name, tp, fp, fn, tn) for name, ((tn, fp), (fn, tp)) in zip(names, matrices, strict=True))
     return Table("Labels, counted apart", _heads("Label", "Found", "False alarms", "Missed", "Rightly not named"), rows)
+
+
+def _timing(run: RunData) -> Table | None:
+    """The parts of a step, with a bar of 20 signs for all of it."""
+    rows = [
+        _cells(part, "#" * round(_BAR * share), steptimes.milliseconds(seconds), f"{share:.1%}")
+        for part, seconds, share in steptimes.rows(run.timing)
+    ]
+    title = "Where the time of a training step goes"
+    return Table(title, _heads("Part", "", "Time", "Share"), tuple(rows), words=(0, 1)) if rows else None
 
 
 def _metric_names(runs: Iterable[RunData]) -> list[str]:

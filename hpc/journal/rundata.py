@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from hpc import steptimes
 from hpc.journal.compare import better, is_number, lower_is_better
 from hpc.metrics import DEFAULT_MONITOR
 
@@ -128,6 +129,11 @@ class RunData:
             return given
         shares = [share for line in self.validations if is_number(share := line.get("waiting_share"))]
         return statistics.median(shares) if shares else None
+
+    @cached_property
+    def timing(self) -> Values:
+        """What is known of where the time of a step goes, see hpc.steptimes: the result's, else of the evaluations."""
+        return steptimes.typical([self.result]) or steptimes.typical(self.validations)
 
     @property
     def attempts(self) -> int:
