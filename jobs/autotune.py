@@ -25,10 +25,11 @@ import torch
 
 from hpc.experiment import Experiment
 from hpc.rundir import RunDir
+from jobs import acceleration
 from jobs import choice as choices
 from jobs.choice import Choice
 from jobs.engine import Engine
-from jobs.precision import Precision
+from jobs.precision import Precision, say_idle
 from jobs.probe import Measured, Probe
 from jobs.setup import Parts, make_loaders
 from jobs.tasks import make_task
@@ -147,13 +148,27 @@ def settle(
     parts: Parts,
     deterministic: bool,
     clock: Callable[[], float] = time.monotonic,
-) -> Experiment:
-    """The experiment with what was chosen for this run: by an earlier attempt, an earlier run of its like, or now.
+) -> tuple[Experiment, Parts]:
+    """Both with what was chosen for this run: by an earlier attempt, an earlier run of its like, or now.
 
     Called on every rank, before the model is built; nothing of the run is touched. Raises UserError.
     """
-    if not experiment.train.autotune:
-        return experiment
+    acceleration.use_cache(run, experiment.train)
+    if experiment.train.autotune:
+        experiment = _found(run, experiment, engine, parts, deterministic, clock).put_into(experiment)
+    say_idle(experiment.train, engine.device)
+    return experiment, replace(parts, model_options=parts.model_options | experiment.model.options)
+
+
+def _found(
+    run: RunDir,
+    experiment: Experiment,
+    engine: Engine,
+    parts: Parts,
+    deterministic: bool,
+    clock: Callable[[], float],
+) -> Choice:
+    """The same on every rank."""
     started, key = clock(), _key(experiment, engine, parts)
     known, origin = _known(run, key) if engine.is_main else (None, 0)
     origin, *codes = engine.max([origin, *(known.codes() if known else [0] * len(Choice().codes()))])
@@ -163,7 +178,7 @@ def settle(
             _LOG.info("autotune: %s, %s", found, _ORIGINS[origin])
             if origin == _CACHE:
                 choices.remember(run, found, {"from": str(choices.cache_folder())})
-        return found.put_into(experiment)
+        return found
     tuner = _Tuner(experiment, engine, parts, deterministic, lambda: BUDGET_S - (clock() - started))
     found = tuner.run()
     about = {"tried": tuner.lines(), "seconds": round(clock() - started, 1), "from": "measured"}
@@ -172,8 +187,7 @@ def settle(
         about |= {} if found == measured else {"from": "another run, which measured at the same time"}
         choices.remember(run, found, about)
         _tell(found, about)
-    found = Choice.decode(engine.max(found.codes() if engine.is_main else [0] * len(found.codes())))
-    return found.put_into(experiment)
+    return Choice.decode(engine.max(found.codes() if engine.is_main else [0] * len(found.codes())))
 
 
 _RUN, _CACHE = 1, 2

@@ -105,6 +105,8 @@ class Probe:
         with torch.random.fork_rng(self._devices), strict:
             model = self.model(choice)
             precision = Precision(choice.put_into(self._experiment).train, self._inputs.device)
+            if precision.scaler:
+                precision.scaler.scale = 1.0  # a run finds its own; an overflow here would leave fp16 out
             first_s, loss = self._timed(model, precision, choice)
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             precision.unscale(gradients)

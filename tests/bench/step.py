@@ -142,7 +142,7 @@ def tuned(options: argparse.Namespace) -> tuple[Choice, Probe]:
     """What autotune chooses, with its log, and the probe that builds models as it does."""
     with place(options, precision="auto", autotune=True) as (run, made, engine):
         parts = prepare(made)
-        found = Choice.of(autotune.settle(run, made, engine, parts, deterministic=False))
+        found = Choice.of(autotune.settle(run, made, engine, parts, deterministic=False)[0])
         x, y = torch.randn(options.batch, *parts.shape), torch.arange(options.batch) % CLASSES
         plain = PLAIN.put_into(made)
         return found, Probe(plain, parts, make_task(plain, parts.volumes, CPU), x, y, deterministic=False)
@@ -210,7 +210,7 @@ def bare_step(made: Experiment, trainer: Trainer) -> Callable[[Any], None]:
     """Forward, loss, backward, clipping, AdamW or what the run has, and reading the loss."""
     model = create_model("resnet3d", 1, CLASSES).train()
     model.load_state_dict(trainer.model.state_dict())
-    optimizer = type(trainer.learner.optimizer)(model.parameters(), lr=1e-3)
+    optimizer = type(trainer.learner.strategy.optimizer)(model.parameters(), lr=1e-3)
 
     def step(batch: Any) -> None:
         with torch.autocast("cpu", torch.bfloat16):
