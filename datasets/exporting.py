@@ -1,9 +1,10 @@
-"""Label maps and class probabilities as files that lie on their source's own grid: NIfTI for volumes, PNG for images.
+"""Label maps and class probabilities as files that lie on their source's own grid, and of its own format but for DICOM.
 
     suffix, content = label_file(source, labels, affine)    # bytes; who writes them is the caller's matter
 
-A NIfTI source gives its header: the orientation as stored, qform and sform with their codes, zooms and units. Of other
-volumes (DICOM, NRRD) the file is NIfTI in RAS; .npy gives .npy, a TIFF stack a stack with its spacing.
+A NIfTI source gives its header: the orientation as stored, qform and sform with their codes, zooms and units; so does
+NRRD, with its space, origin and directions. Of DICOM the file is NIfTI in RAS; .npy gives .npy, a TIFF stack a stack
+with its spacing.
 """
 
 import gzip
@@ -14,6 +15,7 @@ import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
+from datasets.sources import nifti, nrrd
 from datasets.sources.contract import Source, library
 from datasets.sources.voxels import turn_to_ras
 
@@ -22,16 +24,18 @@ Affine = NDArray[np.float64]
 GZIP_LEVEL = 4
 
 
-def suffix_of(source: Source, images: bool) -> str:
-    """Of the file that `label_file` makes for it; `images`: it has two axes."""
-    name = source.files[0].name.lower()
+def suffixes_of(source: Source, images: bool) -> tuple[str, str]:
+    """Of the files that `label_file` and `probability_file` make for it; `images`: it has two axes."""
+    if source.kind == "nrrd":
+        return ".nrrd", ".nrrd"
     if source.kind == "numpy":
-        return ".npy"
+        return ".npy", ".npy"
     if source.kind == "tiff":
-        return ".tif"
+        return ".tif", ".npy"
     if images:
-        return ".png"
-    return ".nii" if name.endswith(".nii") else ".nii.gz"
+        return ".png", ".npy"
+    suffix = ".nii" if source.files[0].name.lower().endswith(".nii") else ".nii.gz"
+    return suffix, suffix
 
 
 def label_file(source: Source, labels: NDArray[np.uint8], affine: Affine) -> bytes:
@@ -39,7 +43,9 @@ def label_file(source: Source, labels: NDArray[np.uint8], affine: Affine) -> byt
 
     affine: (4, 4) of the source, from voxels in RAS order to mm.
     """
-    suffix = suffix_of(source, labels.ndim == 2)
+    suffix, _ = suffixes_of(source, labels.ndim == 2)
+    if suffix == ".nrrd":
+        return nrrd.file_like(source.files[0], labels)
     if suffix == ".npy":
         return _numpy(labels)
     if suffix == ".tif":
@@ -49,23 +55,23 @@ def label_file(source: Source, labels: NDArray[np.uint8], affine: Affine) -> byt
     return _nifti(source, labels[None], affine, suffix)
 
 
-def probability_file(source: Source, values: NDArray[np.float32], affine: Affine) -> tuple[str, bytes]:
-    """(K, *spatial) as suffix and bytes: NIfTI with the classes on the fourth axis, or .npy (K, ...) where labels are
-    no NIfTI.
+def probability_file(source: Source, values: NDArray[np.float32], affine: Affine) -> bytes:
+    """(K, *spatial) as the bytes of a file: NIfTI with the classes on the fourth axis, NRRD with them on the first, or
+    .npy (K, ...) where labels are neither.
     """
-    suffix = suffix_of(source, values.ndim == 3)
-    if not suffix.startswith(".nii"):
-        return ".npy", _numpy(values)
-    return suffix, _nifti(source, values, affine, suffix)
+    _, suffix = suffixes_of(source, values.ndim == 3)
+    if suffix == ".nrrd":
+        return nrrd.file_like(source.files[0], values, classes=True)
+    return _numpy(values) if suffix == ".npy" else _nifti(source, values, affine, suffix)
 
 
 def _nifti(source: Source, values: NDArray[Any], affine: Affine, suffix: str) -> bytes:
     """values: (K, x, y, z); of one class the file has three axes."""
     if source.kind == "nifti":
-        found: Any = nibabel.load(source.files[0])
-        turn = turn_to_ras(np.asarray(found.affine, np.float64), found.shape[:3])
-        stored, header, place = turn.undo(values), found.header.copy(), found.affine
-        header.extensions.clear()
+        header = nifti.own_header(source.files[0])
+        place = header.get_best_affine()
+        turn = turn_to_ras(np.asarray(place, np.float64), header.get_data_shape()[:3])
+        stored = turn.undo(values)
         header["pixdim"][4:] = 1
     else:
         stored, header, place = values, nifti1.Nifti1Header(), affine

@@ -7,7 +7,6 @@ it. Exit code 0: done; 2: bad usage or input; 74: storage.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import signal
 import sys
@@ -17,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from datasets.partition import SPLITS
-from hpc.allocation import Allocation
 from hpc.errors import UserError
-from hpc.experiment import load
+from hpc.metrics import decimals
 from hpc.preempt import ExitCode
-from hpc.rundir import RunDir, write_bytes, write_json
+from hpc.rundir import RunDir, dumps, write_bytes, write_json
 from jobs import checkpoint
-from jobs.engine import BadNode, choose_device
 from jobs.inference import bootstrap
 from jobs.inference.bootstrap import Intervals
-from jobs.inference.members import Member, load_members
-from jobs.inference.options import Parser, add_options, check_options, manner_of
+from jobs.inference.members import Manner, Member, load_members
+from jobs.inference.options import Parser, add_options, check_options, device_of, manner_of, runs_of, tell_unfinished
+from jobs.inference.places import make_folder, remove_empty
 from jobs.inference.scoring import ALL, Scored, score
 from jobs.inference.tables import scored_arrays, scored_table
 
@@ -37,9 +35,13 @@ _RESAMPLES, _CONFIDENCE = 1000, 0.95
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
-        members, found, bounds = _evaluate(options)
-        files = _write(options, members, found, bounds)
-    except (UserError, ValueError, BadNode) as error:
+        made = _make_folders(options)
+        try:
+            members, manner, found, bounds = _evaluate(options)
+            files = _write(options, members, manner, found, bounds)
+        finally:
+            remove_empty(made)
+    except (UserError, ValueError) as error:
         print(error, file=sys.stderr)
         return ExitCode.BAD_INPUT
     except (checkpoint.StorageError, OSError) as error:
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("hpc evaluate: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     if options.json:
-        print(json.dumps(summary(options.split, members, found, bounds), indent=1))
+        print(dumps(summary(options.split, members, manner, found, bounds), indent=1))
         return ExitCode.DONE
     _show(_title(members, options, found), found, bounds)
     told = [f"{path}\n" for path in files[:3]] + [f"{len(files) - 3} figures in {path.parent}\n" for path in files[3:4]]
@@ -72,23 +74,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _evaluate(options: argparse.Namespace) -> tuple[list[Member], Scored, Intervals | None]:
+def _make_folders(options: argparse.Namespace) -> list[Path]:
+    """Where the evaluation goes; the folders that were made for it. Raises UserError before hours are spent."""
+    if options.out is not None:
+        return make_folder(options.out, "name a folder of yours by -o DIR")
+    if len(options.runs) > 1 or not RunDir(options.runs[0]).experiment.is_file():  # the latter is told in a moment
+        return []
+    run = RunDir(options.runs[0])
+    return [path for place in (run.predictions, run.figures) for path in make_folder(place, "add -o DIR")]
+
+
+def _evaluate(options: argparse.Namespace) -> tuple[list[Member], Manner, Scored, Intervals | None]:
     """Raises UserError, ValueError, OSError."""
     _check_bootstrap(options)
     options.split = options.split or (ALL if options.data else "validation")
-    runs, manner = [RunDir(path) for path in options.runs], manner_of(options)
-    wanted = options.device or load(runs[0].experiment)[0].train.device
-    members = load_members(runs, options.checkpoint, choose_device(wanted, Allocation.current()))
+    runs, manner = runs_of(options, options.runs), manner_of(options)
+    members = load_members(runs, options.checkpoint, device_of(options, runs[0]))
     check_options(members, options, manner)
     found = score(members, options.split, manner, options.data)
+    found = replace(found, notes=(*tell_unfinished(runs), *found.notes))
     if not options.bootstrap:
-        return members, found, None
+        return members, manner, found, None
     if len(set(found.groups)) < 2:  # every resample would be the same: an interval of no width
         alone = "no intervals: there is one group of samples, and one tells nothing of others"
-        return members, replace(found, notes=(*found.notes, alone)), None
+        return members, manner, replace(found, notes=(*found.notes, alone)), None
     confidence = _CONFIDENCE if options.confidence is None else options.confidence
     draws = (options.bootstrap, options.seed or 0, confidence)
-    return members, found, bootstrap.intervals(found.scores.task, found.stored, found.groups, found.counting, *draws)
+    known = bootstrap.intervals(found.scores.task, found.stored, found.groups, found.counting, *draws)
+    return members, manner, found, known
 
 
 def _check_bootstrap(options: argparse.Namespace) -> None:
@@ -102,11 +115,14 @@ def _check_bootstrap(options: argparse.Namespace) -> None:
         raise UserError(f"--seed {options.seed} is out of range; use 0 to 2**63 - 1")
 
 
-def summary(split: str, members: Sequence[Member], found: Scored, bounds: Intervals | None) -> dict[str, Any]:
+def summary(
+    split: str, members: Sequence[Member], manner: Manner, found: Scored, bounds: Intervals | None
+) -> dict[str, Any]:
     """All that was found, as plain data."""
     told: dict[str, Any] = {
         "runs": [{"run": member.run.name, "checkpoint": member.checkpoint} for member in members],
         "checkpoint": members[0].checkpoint,
+        **manner.told(),
         "split": split,
         "data": found.volumes.name,
         "samples": len(found.stored),
@@ -156,38 +172,40 @@ def _show(title: str, found: Scored, bounds: Intervals | None) -> None:
         alone, bracket = scores.baseline.get(key), ""
         if key in known:
             bracket = "  [{:.4f}, {:.4f}]".format(*known[key])
-        told = "" if alone is None else f"   (commonest class alone {alone:.4f})"
-        print(f"  {key:<20}{value:.4f}{bracket}{told}")
+        told = "" if alone is None else f"   (commonest class alone {decimals(alone)})"
+        print(f"  {key:<20}{decimals(value)}{bracket}{told}")
     _show_classes(scores.per_class())
 
 
 def _show_classes(table: list[dict[str, Any]]) -> None:
     """The hardest class first."""
-    last = "dice" if "dice" in table[0] else "f1"
-    print(f"  {'class':<20}{'support':>8}{'precision':>11}{'recall':>9}{last:>9}")
+    columns = [name for name in ("precision", "recall", "f1", "dice", "iou", "ap", "auc") if name in table[0]]
+    print(f"  {'class':<20}{'support':>8}" + "".join(f"{name:>11}" for name in columns))
     for row in sorted(table, key=lambda row: float(row["recall"])):
-        own = float("nan") if row[last] is None else row[last]
-        print(f"  {row['name']:<20}{row['support']:>8}{row['precision']:>11.3f}{row['recall']:>9.3f}{own:>9.3f}")
+        print(f"  {row['name']:<20}{row['support']:>8}" + "".join(f"{decimals(row[name], 3):>11}" for name in columns))
 
 
 def _write(
-    options: argparse.Namespace, members: Sequence[Member], found: Scored, bounds: Intervals | None
+    options: argparse.Namespace, members: Sequence[Member], manner: Manner, found: Scored, bounds: Intervals | None
 ) -> list[Path]:
     """Predictions and figures, in the run's own folder or in --out; the paths."""
     if len(members) > 1 and options.out is None:
         return []
-    name = options.split if options.data is None else f"{_plain(Path(options.data).stem)}-{options.split}"
+    name = _name(options, manner)
     place = RunDir(options.out) if options.out else members[0].run
     folders = (options.out, options.out) if options.out else (place.predictions, place.figures)
     table, arrays, facts = (folders[0] / f"{name}{suffix}" for suffix in (".csv", ".npz", ".json"))
     write_bytes(arrays, scored_arrays(found))
     write_bytes(table, scored_table(found))
-    write_json(facts, summary(options.split, members, found, bounds))
+    write_json(facts, summary(options.split, members, manner, found, bounds))
     return [facts, table, arrays, *_draw(folders[1], name, members, found)]
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[^\w.-]", "_", name)
+def _name(options: argparse.Namespace, manner: Manner) -> str:
+    """SPLIT, DATA-SPLIT; what was asked beside the default follows behind a +, so that it replaces nothing else."""
+    about = "" if options.data is None else re.sub(r"[^\w.-]", "_", Path(options.data).stem) + "-"
+    named = [] if options.checkpoint == "best" else [options.checkpoint]
+    return "+".join([f"{about}{options.split}", *named, *manner.words()])
 
 
 def _draw(folder: Path, name: str, members: Sequence[Member], found: Scored) -> list[Path]:

@@ -107,6 +107,12 @@ class Smp:
                 f"smp:{name} has no encoder {encoder!r}{nearest(encoder, good)}; "
                 f"segmentation_models_pytorch.encoders.get_encoder_names() lists all, and tu-NAME takes timm's"
             )
+        timm, theirs = library("timm"), str(encoder).removeprefix("tu-")
+        if theirs != encoder and not timm.is_model(theirs):
+            raise ValueError(
+                f"smp:{name} has no encoder {encoder!r}, as timm has no model {theirs!r}"
+                f"{nearest(theirs, timm.list_models())}"
+            )
 
         def build(**chosen: Any) -> nn.Module:
             model: nn.Module = kind(encoder_weights=None, in_channels=in_channels, classes=num_classes, **chosen)
@@ -246,7 +252,7 @@ def _build(name: str, build: Callable[..., nn.Module], options: dict[str, Any]) 
         if not name.startswith(("monai:", "smp:")):  # whose options are known, and were looked at
             check_names(name, options, _class_options(_plain(build)))
         raise ValueError(f"{name} refuses {options}: {_line(error)}") from error
-    except (AssertionError, AttributeError, ValueError, LookupError) as error:
+    except (AssertionError, AttributeError, RuntimeError, ValueError, LookupError) as error:
         raise ValueError(f"{name} refuses {options}: {_line(error)}") from error
 
 

@@ -20,6 +20,10 @@ __all__ = ["PRETRAINED", "Pretrained", "fetch", "pretrained"]
 
 PRETRAINED = ("timm", "torchvision", "smp")
 """Prefixes whose libraries have weights."""
+TIMMS = "tu-"
+"""What smp has before the name of an encoder that is timm's."""
+_ANSWER_S = 10
+"""until the hub must have answered: its own download would ask five times more, and tell each"""
 _HUB_FILE = "model" + ".safetensors"  # Hugging Face's usual name; ours for a checkpoint's is spelt elsewhere
 
 
@@ -100,9 +104,10 @@ def fetch(name: str, tag: str | bool = True, options: dict[str, Any] | None = No
             torch.hub.download_url_to_file(place.url, str(place.file))
             path = place.file
         else:
-            from huggingface_hub import hf_hub_download
+            from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 
             repo, revision, filename = place.repo
+            get_hf_file_metadata(hf_hub_url(repo, filename, revision=revision), timeout=_ANSWER_S)  # asks once
             path = Path(hf_hub_download(repo, filename, revision=revision))
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -220,7 +225,9 @@ def _smp_place(name: str, tag: str | bool, options: dict[str, Any]) -> _Place:
     SOURCES["smp"].takes(name)  # a ValueError for an unknown one
     library("huggingface_hub")
     encoders = library("segmentation_models_pytorch").encoders.encoders
-    encoder = options.get("encoder_name", "resnet34")
+    encoder = str(options.get("encoder_name", "resnet34"))
+    if encoder.startswith(TIMMS):
+        return _timm_place(encoder.removeprefix(TIMMS), tag, {})
     if encoder not in encoders:
         raise ValueError(f"smp has no weights for the encoder {encoder!r}{nearest(encoder, encoders)}")
     settings = encoders[encoder]["pretrained_settings"]
@@ -236,8 +243,15 @@ def _smp(name: str, in_channels: int, options: dict[str, Any], tag: str | bool, 
     import segmentation_models_pytorch as smp
 
     kind = {one.__name__: one for one in smp.MODEL_ARCHITECTURES_MAPPING.values()}[name]
-    donor = kind(encoder_weights=None, in_channels=3, **options)
-    donor.encoder.load_state_dict(safetensors.torch.load_file(path))
-    donor.encoder.set_in_channels(in_channels, pretrained=True)
+    encoder = str(options.get("encoder_name", ""))
+    if encoder.startswith(TIMMS):  # timm loads them, and converts the first layer
+        chosen = options if tag is True else {**options, "encoder_name": f"{encoder.partition('.')[0]}.{tag}"}
+        donor = kind(
+            encoder_weights=True, in_channels=in_channels, pretrained_cfg_overlay={"file": str(path)}, **chosen
+        )
+    else:
+        donor = kind(encoder_weights=None, in_channels=3, **options)
+        donor.encoder.load_state_dict(safetensors.torch.load_file(path))
+        donor.encoder.set_in_channels(in_channels, pretrained=True)
     weights = {f"encoder.{key}": value for key, value in donor.encoder.state_dict().items()}
     return Pretrained(path, weights, (), partial=True)

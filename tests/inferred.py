@@ -12,7 +12,7 @@ import yaml
 from datasets import open_volumes
 from hpc.experiment import load
 from hpc.preempt import ExitCode
-from hpc.rundir import RunDir
+from hpc.rundir import RunDir, write_json
 from jobs import evaluate as command
 from jobs.checkpoint import Snapshot
 from jobs.inference.facts import recall, remember
@@ -100,5 +100,7 @@ def make_run(folder: Path, data: Path, net: str, *overrides: str, step: int = 4)
     model = build(experiment, recall(run, experiment))
     run.checkpoints.mkdir()
     state: dict[str, Any] = {"state": {}, "param_groups": []}
-    Snapshot().take(1, step, model.state_dict(), state, {}, {"data": volumes.fingerprint}).write(run.checkpoints)
+    saved = Snapshot().take(1, step, model.state_dict(), state, {}, {"data": volumes.fingerprint})
+    saved.write(run.checkpoints)
+    write_json(run.result, {"best": {"checkpoint": next(run.checkpoints.iterdir()).name}})
     return run

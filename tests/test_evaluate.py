@@ -169,7 +169,7 @@ def test_the_command_prints_a_table_and_the_same_as_json(run: RunDir, capsys: py
     assert main([str(run.path), "--split", "test", "--checkpoint", "last"]) == ExitCode.DONE
     table = capsys.readouterr().out
     assert f"on test: {SPLITS['test']} samples" in table
-    assert all(name in table for name in CLASSES) and str(run.prediction("test")) in table
+    assert all(name in table for name in CLASSES) and str(run.prediction("test+last")) in table
 
 
 MISTAKES = {

@@ -57,12 +57,13 @@ def test_whole_volumes_are_segmented_in_windows_of_the_trainings_size(tmp_path, 
         dices.append(2 * (called & labels).sum() / (called.sum() + labels.sum()))
     assert found.scores.matrix.tolist() == matrix.tolist() and matrix.sum() == 2 * 990
     assert found.scores.metrics()["dice"] == pytest.approx(2 * matrix[1, 1] / (matrix[1].sum() + matrix[:, 1].sum()))
-    path = known.prediction("validation", ".csv")
+    name = "validation+flips-0-1" if flips else "validation"
+    path = known.prediction(name, ".csv")
     assert command.main([str(known.path), *(["--flips", "0,1"] if flips else [])]) == ExitCode.DONE
     rows = rows_of(path)
     assert list(rows[0]) == ["id", "group", "loss", "dice", "dice_air", "dice_lesion"]
     assert [float(row["dice_lesion"]) for row in rows] == pytest.approx(dices, rel=1e-6)
-    told = json.loads(known.prediction("validation", ".json").read_text())
+    told = json.loads(known.prediction(name, ".json").read_text())
     assert told["metrics"]["dice_per_sample"] == pytest.approx(np.mean(dices))
     low, high = told["intervals"]["dice_per_sample"]
     assert low <= np.mean(dices) <= high
@@ -220,3 +221,71 @@ def test_a_mean_over_windows_of_a_classifier(tmp_path, capsys):
     whole = answer(capsys, known.path, "--windows", "--overlap", "0")
     assert whole["notes"] == ["mean over windows of 2x2x2, overlap 0"]
     assert whole["metrics"]["loss"] != centre["metrics"]["loss"]
+
+
+def test_other_ways_to_ask_have_names_of_their_own(tmp_path, capsys):
+    """What the default evaluation left stays as it is, figures too; the journal knows both."""
+    from hpc.journal import captions
+
+    known = make_run(tmp_path / "run", pack_maps(tmp_path, "--ragged"), "Bright", "data.patch=[4,4,4]")
+    assert command.main([str(known.path), "--bootstrap", "0"]) == ExitCode.DONE
+    left = {path: path.read_bytes() for path in known.path.rglob("*") if path.is_file()}
+    for words, name in (
+        (("--flips", "0,2"), "validation+flips-0-2"),
+        (("--window", "5,4,3", "--overlap", "0.25"), "validation+window-5x4x3+overlap-0.25"),
+        (("--checkpoint", "last", "--flips", "1"), "validation+last+flips-1"),
+    ):
+        assert command.main([str(known.path), "--bootstrap", "0", *words]) == ExitCode.DONE
+        assert known.prediction(name, ".csv").exists() and name in capsys.readouterr().out
+        told = json.loads(known.prediction(name, ".json").read_text())
+        assert told["flips"] == [int(axis) for axis in name.partition("flips-")[2].split("-") if axis]
+        assert known.figure(f"confusion_matrix_{name}").exists()
+    assert {path: path.read_bytes() for path in left} == left
+    names = [f"roc_validation{end}" for end in ("+flips-0", "", "+last+flips-1")]
+    assert sorted([*names, "curves", "mine"], key=captions.place) == ["curves", names[1], names[0], names[2], "mine"]
+    assert captions.caption(names[0]).endswith("(validation+flips-0)")
+
+
+def test_the_console_table_of_labels_has_ap_and_auc(tmp_path, capsys):
+    known = make_run(tmp_path / "run", tiny_tasks.make_data(tmp_path, "multilabel"), "Mean")
+    assert command.main([str(known.path), "--bootstrap", "0"]) == ExitCode.DONE
+    lines = capsys.readouterr().out.splitlines()
+    head = next(line for line in lines if line.split()[:1] == ["class"])
+    assert head.split() == ["class", "support", "precision", "recall", "f1", "ap", "auc"]
+    told = json.loads(known.prediction("validation", ".json").read_text())["per_class"]
+    rows = {line.split()[0]: line.split() for line in lines[lines.index(head) + 1 :][: len(told)]}
+    for row in told:
+        assert rows[row["name"]][5] == ("nan" if row["ap"] is None else f"{row['ap']:.3f}")
+
+
+def test_where_the_data_file_is_gone_data_is_named(tmp_path, capsys):
+    known = make_run(tmp_path / "run", tiny_tasks.make_data(tmp_path, "multilabel"), "Mean")
+    (tmp_path / "multilabel.h5").rename(tmp_path / "elsewhere.h5")
+    told = mistake(capsys, known.path)
+    assert "multilabel.h5" in told and "--data FILE.h5" in told
+    assert not known.predictions.exists(), "a refusal leaves nothing behind"
+    assert answer(capsys, known.path, "--data", tmp_path / "elsewhere.h5", "--split", "validation")["samples"] == 5
+    assert "/proc/nope cannot be made" in mistake(capsys, known.path, "-o", "/proc/nope")
+
+
+def test_an_unfinished_fold_is_named_refused_or_left_out(folds, tmp_path, capsys):
+    """One that has saved answers, and is told; one that has not is refused, with the option that goes on without."""
+    from jobs import predict
+
+    paths = [one.path for one in folds]
+    new = save(tmp_path / "new.nii.gz", noise((4, 5, 6), 1))
+    files = [str(new), "-o", str(tmp_path / "out"), *(word for path in paths for word in ("--run", str(path)))]
+    folds[1].result.unlink()
+    told = answer(capsys, *paths)
+    assert told["notes"][0] == (
+        "not finished, and asked as saved so far: fold1 (--skip-unfinished leaves such runs out)"
+    )
+    assert predict.main(files) == ExitCode.DONE and "asked as saved so far: fold1" in capsys.readouterr().err
+    told = answer(capsys, *paths, "--skip-unfinished")
+    assert told["samples"] == 4 and [one["run"] for one in told["runs"]] == ["fold0", "fold2"]
+    assert "1 of 3 folds have no run here: their samples are left out" in told["notes"]
+    folds[1].checkpoints.rename(tmp_path / "moved")
+    assert "fold1 of these 3 runs: no checkpoint yet; --skip-unfinished" in mistake(capsys, *paths)
+    assert answer(capsys, *paths, "--skip-unfinished")["samples"] == 4
+    assert "has no effect on one run" in mistake(capsys, paths[0], "--skip-unfinished")
+    assert "fold1 has no checkpoint yet" in mistake(capsys, paths[1])

@@ -19,6 +19,7 @@ from hpc.experiment import load
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, read_json
 from jobs import checkpoint, evaluate
+from jobs.precision import Fault
 from jobs.setup import check
 from tests import tiny_run
 from tests.tiny_run import CONTEXT, STEPS_PER_EPOCH, Outcome, assert_same, free_port, in_child, outcome, play, run_ranks
@@ -165,7 +166,7 @@ def skip_a_step(folder: Path) -> None:
     def spoilt(batch: Any, step: int) -> Any:
         counts, bad = gradients(batch, step)
         seen[step] = [value.clone() for value in ema.model.state_dict().values()]
-        return counts, bad or step == 5
+        return counts, Fault.NOT_FINITE if step == 5 else bad
 
     update.gradients = spoilt  # type: ignore[method-assign]
     trainer.fit()

@@ -92,6 +92,28 @@ def test_smps_weights_are_the_encoders() -> None:
     assert model.eval()(torch.randn(1, 4, 32, 32)).shape == (1, 7, 32, 32)
 
 
+@pytest.mark.parametrize("tag", [True, "r160_in1k"])
+def test_timms_weights_of_an_encoder_of_smp(tag: str | bool) -> None:
+    """As timm keeps them, with its head, which a decoder has no use for."""
+    options = {"encoder_name": "tu-test_resnet", "decoder_channels": [8, 8, 4, 4, 4]}
+    source = create_model("timm:test_resnet", 3, 1000)
+    put("smp:Unet", source.state_dict(), options)
+    model = create_model("smp:Unet", 1, 7, **options)
+    lines = foreign_weights.load_pretrained(pretrained("smp:Unet", 1, options, tag), model)
+    theirs, ours = source.state_dict(), model.encoder.state_dict()
+    assert sum(key.removeprefix("model.") in theirs for key in ours) == len(ours) > 20
+    for key, value in ours.items():
+        own = theirs[key.removeprefix("model.")]
+        torch.testing.assert_close(value, own.sum(1, keepdim=True) if key.endswith("conv1.0.weight") else own)
+    assert any("keep their own values (decoder." in line for line in lines)
+    assert model.eval()(torch.randn(1, 1, 32, 32)).shape == (1, 7, 32, 32)
+
+
+def test_an_unknown_encoder_of_timm_is_told_with_the_near_ones() -> None:
+    with pytest.raises(ValueError, match=r"no encoder 'tu-resnetxx', as timm has no model 'resnetxx'.*resnet"):
+        create_model("smp:Unet", 3, 2, encoder_name="tu-resnetxx")
+
+
 def test_a_run_starts_from_them() -> None:
     source = create_model("torchvision:squeezenet1_1", 3, 1000)
     put("torchvision:squeezenet1_1", source.state_dict())
@@ -112,10 +134,11 @@ MISSING = [
         r"'hpc models torchvision:r3d_18 --fetch' .*https://download.pytorch.org/models/r3d_18-",
     ),
     ("smp:Unet", {"encoder_name": "resnet34"}, r"--fetch --option encoder_name=resnet34' .*smp-hub/resnet34.imagenet"),
+    ("smp:Unet", {"encoder_name": "tu-resnet18"}, r"encoder_name=tu-resnet18' .*/timm/resnet18.a1_in1k/"),
 ]
 
 
-@pytest.mark.parametrize(("name", "options", "message"), MISSING, ids=[row[0] for row in MISSING])
+@pytest.mark.parametrize(("name", "options", "message"), MISSING, ids=[row[2][-20:] for row in MISSING])
 def test_a_missing_file_says_what_to_put_where(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         pretrained(name, 3, options)
@@ -129,7 +152,7 @@ BAD = [
     ("timm:resnet18", "a9_in1k", {}, r"timm:resnet18 has no weights 'a9_in1k'; it has a1_in1k, "),
     ("torchvision:r3d_18", "IMAGENET", {}, r"has no weights 'IMAGENET'; it has KINETICS400_V1"),
     ("smp:Unet", "imagenett", {}, r"smp's encoder resnet34 has no weights 'imagenett'; it has imagenet"),
-    ("smp:Unet", True, {"encoder_name": "tu-resnet18"}, r"no weights for the encoder 'tu-resnet18'"),
+    ("smp:Unet", "a9_in1k", {"encoder_name": "tu-resnet18"}, r"timm:resnet18 has no weights 'a9_in1k'; it has a1_in1k"),
     ("monai:SwinUNETR", True, {}, r"monai:SwinUNETR has no pretrained weights to fetch: only timm:NAME"),
 ]
 
@@ -168,6 +191,23 @@ def test_fetch(caches: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "gives nothing (Temporary failure in name resolution); where there is internet, save it as" in error
     assert error.count("\n") == 1
     assert cli.main(["--fetch"]) == 2 and "--fetch needs the NAME" in capsys.readouterr().err
+
+
+def test_a_hub_that_is_not_there_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+
+    def nothing(url: str, timeout: float) -> None:
+        asked.append((url, timeout))
+        raise OSError("[Errno -2] Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", nothing)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: pytest.fail("its own retries"))
+    assert cli.main(["timm:test_resnet", "--fetch"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "gives nothing ([Errno -2] Name or service not known)" in error
+    assert len(asked) == 1 and asked[0][0].startswith("https://huggingface.co/timm/test_resnet.r160_in1k/resolve/")
 
 
 # --- a file under other names ---

@@ -197,7 +197,7 @@ def one_hot(labels, classes):
 
 
 def read_back(folder, source, labels, affine):
-    path = folder / f"mask{exporting.suffix_of(source, labels.ndim == 2)}"
+    path = folder / f"mask{exporting.suffixes_of(source, labels.ndim == 2)[0]}"
     path.write_bytes(exporting.label_file(source, labels, affine))
     return path
 
@@ -285,8 +285,8 @@ def test_probabilities_go_back_as_well(tmp_path):
     sample, source = replayed(volumes, [path])["a"], find([path])["a"]
     values = np.random.default_rng(0).dirichlet([1, 1, 1], (8, 9, 10)).astype(np.float32).transpose(3, 0, 1, 2)
     back = np.stack([sample.place.undo(value, 0) for value in values])
-    suffix, content = exporting.probability_file(source, back, sample.source_affine)
-    (tmp_path / f"p{suffix}").write_bytes(content)
+    suffix = exporting.suffixes_of(source, images=False)[1]
+    (tmp_path / f"p{suffix}").write_bytes(exporting.probability_file(source, back, sample.source_affine))
     image = nibabel.load(tmp_path / f"p{suffix}")
     assert image.shape == (*nibabel.load(path).shape, 3) and image.get_data_dtype() == np.float32
     assert np.array_equal(read(find([tmp_path / f"p{suffix}"])["p"]).data, values)

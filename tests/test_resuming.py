@@ -19,6 +19,7 @@ from hpc.rundir import RunDir
 from jobs import checkpoint, resuming
 from jobs.checkpoint import Snapshot, StorageError
 from jobs.engine import Engine
+from jobs.precision import Fault
 from tests import tiny_run
 from tests.tiny_run import in_child
 
@@ -160,7 +161,7 @@ def rolls_back_to_an_epochs_end(folder: Path) -> None:
 
     def spoilt(batch: Any, step: int) -> Any:
         counts, is_bad = gradients(batch, step)
-        is_bad = int(step + 1 in bad) or is_bad
+        is_bad = Fault.NOT_FINITE if step + 1 in bad else is_bad
         bad.discard(step + 1)
         return counts, is_bad
 

@@ -8,6 +8,7 @@ import nrrd
 import numpy as np
 import pytest
 
+from datasets.exporting import label_file, probability_file, suffixes_of
 from datasets.sources import UnusableSource, describe, find, header, read
 
 RNG = np.random.default_rng(0)
@@ -150,3 +151,46 @@ def test_a_file_that_cannot_be_used_is_refused_with_one_line(tmp_path, case):
     with pytest.raises(UnusableSource, match=reason) as caught:
         read(source)
     assert "\n" not in str(caught.value) and "v.nrrd" not in str(caught.value)
+
+
+LAYERS = {"kinds": ["list", "domain", "domain", "domain"], "space directions": [[np.nan] * 3, *TURNED]}
+SOURCES = {
+    "turned, in micrometres": (CUBE, {**PLACED, "space units": ["µm", "µm", "µm"]}),
+    "spacings alone": (CUBE, {"spacings": [1.0, 2.0, 3.0], "units": ["mm", "mm", "mm"]}),
+    "nothing": (CUBE, {}),
+    "channels": (np.stack([CUBE, CUBE]), {**PLACED, **LAYERS}),
+    "an image": (CUBE[0], {"spacings": [0.5, 0.25]}),
+    "kept private": (CUBE, {**PLACED, "Patient name": "Jane Doe", "content": "Jane Doe"}),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_what_was_predicted_of_one_lies_where_it_lies(tmp_path, name):
+    """Voxel by voxel in the source's own order, header field by field, and read back in its place."""
+    data, about = SOURCES[name]
+    path = tmp_path / "v.nrrd"
+    nrrd.write(str(path), data, {**about, "space units": ["mm"] * 3} if "space units" in about else dict(about))
+    if "space units" in about:
+        path.write_bytes(
+            path.read_bytes().replace(b'space units: "mm" "mm" "mm"', 'space units: "µm" "µm" "µm"'.encode())
+        )
+    (source,) = find([path]).values()
+    volume = read(source)
+    labels = (volume.data[0] % 5).astype(np.uint8)
+    assert suffixes_of(source, labels.ndim == 2) == (".nrrd", ".nrrd")
+    content = label_file(source, labels, volume.affine)
+    assert content == label_file(source, labels, volume.affine) and b"Jane" not in content
+    (tmp_path / "out.nrrd").write_bytes(content)
+    back = load(tmp_path / "out.nrrd")
+    assert np.array_equal(back.data[0], labels) and back.data.dtype == np.uint8
+    assert np.array_equal(back.affine, volume.affine)
+    mask, head = nrrd.read(str(tmp_path / "out.nrrd"))
+    stored, theirs = nrrd.read(str(path))
+    wanted = stored[0] if name == "channels" else stored
+    assert np.array_equal(mask, (wanted % 5).astype(np.uint8))
+    for field in ("space", "space origin"):
+        assert np.array_equal(head.get(field), theirs.get(field))
+    values = np.random.default_rng(0).random((3, *labels.shape), np.float32)
+    (tmp_path / "p.nrrd").write_bytes(probability_file(source, values, volume.affine))
+    parts = load(tmp_path / "p.nrrd")
+    assert np.array_equal(parts.data, values) and np.array_equal(parts.affine, volume.affine)

@@ -154,8 +154,11 @@ class Replay:
         return cls(whole, recipe.dtype, channels, axes, tuple(packing.get("channels") or ()), patch)
 
     def find(self, entries: Sequence[Path]) -> dict[str, Source]:
-        """Id -> source, as packing finds them; files of other names than the channels' are left out. ValueError."""
-        return sources.find(entries, self.endings)
+        """Id -> source, as packing finds them; files of other names than the channels' are left out. ValueError.
+
+        Those of one name in several folders keep their folders: A/scan, B/scan.
+        """
+        return sources.find(entries, self.endings, apart=True)
 
     def read(self, source: Source) -> Sample:
         """A source as a sample. UnusableSource with the reason, NotASource where its reader is not installed."""

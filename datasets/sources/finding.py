@@ -24,32 +24,58 @@ class _Item:
     channels: int = 0
 
 
-def find(entries: Sequence[Path], channels: Sequence[str] = ()) -> dict[str, Source]:
+def find(entries: Sequence[Path], channels: Sequence[str] = (), apart: bool = False) -> dict[str, Source]:
     """Id -> source of files and folders (searched recursively, sorted, hidden ones skipped), in the order given.
 
     An id is a file's name without suffix, a DICOM series' folder name. Ids that collide below one folder become paths
     from it: cat/1, dog/1.
+    With `apart` those that collide between folders become paths from what these have in common, too.
     A file that is named twice is one. With `channels`, files ID_CHANNEL are one source ID; other names are left out.
     Raises NotASource (nothing there, nothing that is read) and ValueError (an id twice, a channel missing).
     """
-    found: dict[str, Source] = {}
+    named: list[Source] = []
     for items in _groups(entries):
         joined = _join_channels(items, tuple(channels)) if channels else items
         times = Counter(item.name for item in joined)
         for item in joined:
             name = item.place if times[item.name] > 1 and item.place else item.name
-            source = Source(name, item.files, item.kind, item.folder, item.channels)
-            if name in found and [*map(Path.resolve, found[name].files)] == [*map(Path.resolve, source.files)]:
-                continue
-            if name in found:
-                raise ValueError(
-                    f"two files have the id {name!r}: {found[name].path} and {source.path}; "
-                    "rename one, or give one of them"
-                )
-            found[name] = source
+            named.append(Source(name, item.files, item.kind, item.folder, item.channels))
+    found: dict[str, Source] = {}
+    for source in _told_apart(_once(named)) if apart else _once(named):
+        if source.id in found:
+            raise ValueError(
+                f"two files have the id {source.id!r}: {found[source.id].path} and {source.path}; "
+                "rename one, or give one of them"
+            )
+        found[source.id] = source
     if not found:
         raise NotASource("no source was given; name files or folders")
     return found
+
+
+def _once(named: list[Source]) -> list[Source]:
+    """Without those that stand for the same files under the same id a second time."""
+    once: dict[tuple[str | Path, ...], Source] = {}
+    for source in named:
+        once.setdefault((source.id, *map(Path.resolve, source.files)), source)
+    return list(once.values())
+
+
+def _told_apart(named: list[Source]) -> list[Source]:
+    """Ids that several sources have with the folders before them that tell these apart: A/scan, B/scan."""
+    times = Counter(source.id for source in named)
+    folders = {source: source.files[0].resolve().parent for source in named if times[source.id] > 1}
+    if len(set(folders.values())) < 2:
+        return named
+    top = Path(os.path.commonpath(folders.values()))
+    told = []
+    for source in named:
+        if source in folders:
+            above = folders[source].relative_to(top)
+            same = len(source.files) > 1 and above.name == PurePath(source.id).name  # a series is its folder
+            source = replace(source, id=(above if same else above / PurePath(source.id).name).as_posix())
+        told.append(source)
+    return told
 
 
 def _groups(entries: Sequence[Path]) -> Iterator[list[_Item]]:

@@ -77,6 +77,19 @@ def read_volume(files: tuple[Path, ...]) -> Volume:
     return Volume(compact(view, layout.dtype, layout.slope, layout.intercept), layout.turn.affine)
 
 
+def own_header(path: Path) -> Any:
+    """The header as nibabel has it, whether the file is compressed or not, whatever its name says."""
+    with path.open("rb") as file:
+        start = file.read(START)
+    return _header(_block(Gunzip(start) if start.startswith(GZIP_MAGIC) else None, start))
+
+
+def _header(block: bytes) -> Any:
+    header = SIZES[len(block)](block, check=False)
+    header.check_fix(logger=QUIET)
+    return header
+
+
 def _layout(start: bytes, size: int) -> _Layout:
     """From the first bytes of a file of `size` bytes. UnusableSource for a claim that it cannot hold."""
     compressed = start.startswith(GZIP_MAGIC)
@@ -102,8 +115,7 @@ def _block(stream: Gunzip | None, raw: bytes) -> bytes:
 
 
 def _parse(block: bytes) -> _Layout:
-    header: Any = SIZES[len(block)](block, check=False)
-    header.check_fix(logger=QUIET)
+    header = _header(block)
     shape = _four_axes(tuple(int(axis) for axis in header.get_data_shape()))
     stored = np.dtype(header.get_data_dtype())
     packable(stored)

@@ -1,4 +1,5 @@
 """Reads NRRD (.nrrd, and .nhdr with its data file beside it) in RAS; an axis that is not of space becomes channels.
+Writes what was predicted of one, on its own grid.
 
 Format: teem.sourceforge.net/nrrd/format.html. pynrrd parses the header; the voxels are read here, bounded by it.
 """
@@ -38,6 +39,9 @@ SPACES = {
     "las": (-1, 1, 1),
 }
 """space -> signs that bring its world to RAS; others are taken as RAS"""
+_LEVEL = 4
+_OF_AXES = {"space directions": None, "spacings": np.nan, "units": "", "kinds": "list"}
+"""Fields of a value for each axis, and that of an axis which is not of space."""
 SPATIAL_KINDS = ("domain", "space", "none", "???")
 
 
@@ -86,6 +90,34 @@ def read_volume(files: tuple[Path, ...]) -> Volume:
         view = np.moveaxis(data, layout.channel, 0)
     view = layout.turn.view(view) if layout.turn else view.swapaxes(1, 2)
     return Volume(compact(view, packable(layout.stored)), layout.affine)
+
+
+def file_like(path: Path, values: NDArray[Any], classes: bool = False) -> bytes:
+    """Values on the grid of an NRRD file, as `read_volume` gives it, as the bytes of one that lies where it lies.
+
+    values: (x, y, z) in RAS or (H, W); with `classes` (K, ...), and the file's first axis is that of the classes.
+    Space, origin, directions (or spacings), their units and the order of the axes are those of the file.
+    """
+    with path.open("rb") as file:
+        head = library("nrrd", "pynrrd", "NRRD").read_header(file)
+    layout = _layout(path)
+    stored = values if classes else values[None]
+    stored = layout.turn.undo(stored) if layout.turn else stored.swapaxes(1, 2)
+    kept = {name: head[name] for name in ("space", "space dimension", "space origin") if name in head}
+    if "space units" in head:
+        kept["space units"] = [str(unit).strip('"').replace("µ", "u") for unit in head["space units"]]  # ASCII
+    for name, none in _OF_AXES.items():
+        if name in head:
+            own = [head[name][axis] for axis in layout.spatial]
+            kept[name] = [np.full_like(own[0], np.nan) if none is None else none, *own] if classes else own
+    if "kinds" not in kept:
+        kept["kinds"] = ["list"] * classes + ["domain"] * len(layout.spatial)
+    written = io.BytesIO()
+    stored, kept["encoding"] = stored if classes else stored[0], "gzip"
+    library("nrrd", "pynrrd", "NRRD").write(written, stored, kept, compression_level=_LEVEL)
+    text, _, content = written.getvalue().partition(b"\n\n")
+    lines = [line for line in text.split(b"\n") if not line.startswith(b"#")]  # the time of day is in them
+    return b"\n".join(lines) + b"\n\n" + content
 
 
 def data_file(path: Path, head: Any = None) -> Path | None:

@@ -28,6 +28,11 @@ Overlap = Annotated[str | None, typer.Option(help="Of neighbouring windows (defa
 Batch = Annotated[str | None, typer.Option(help="Windows, or samples, in one forward pass.", metavar="N")]
 
 
+SkipUnfinished = Annotated[
+    bool, typer.Option("--skip-unfinished", help="Of several runs, leave out those that have not finished.")
+]
+
+
 @app.command(rich_help_panel=_PANEL)
 def evaluate(
     names: Annotated[list[str], typer.Argument(help="Runs; several, or a sweep, are an ensemble.", metavar="RUN...")],
@@ -48,6 +53,7 @@ def evaluate(
     confidence: Annotated[str | None, typer.Option(help="Of the intervals (0.95).", metavar="SHARE")] = None,
     seed: Annotated[str | None, typer.Option(help="Of the resamples (0).")] = None,
     device: Device = None,
+    skip_unfinished: SkipUnfinished = False,
     runs: Runs = None,
     as_json: AsJson = False,
 ) -> None:
@@ -59,7 +65,8 @@ def evaluate(
 
     given = {"split": split, "data": data, "out": out, "checkpoint": checkpoint, "flips": flips, "window": window}
     given |= {"overlap": overlap, "batch": batch, "bootstrap": bootstrap, "confidence": confidence, "seed": seed}
-    words = _words({**given, "device": device}, windows=windows, json=as_json)
+    flags = {"windows": windows, "json": as_json, "skip-unfinished": skip_unfinished}
+    words = _words({**given, "device": device}, flags)
     raise typer.Exit(payload.child("jobs.evaluate", [*(str(run.path) for run in _runs(names, runs)), *words]))
 
 
@@ -69,6 +76,10 @@ def predict(
         list[str], typer.Argument(help="Runs or a sweep, and files or folders of them.", metavar="RUN... FILE...")
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of tables and label maps.", metavar="DIR")],
+    centres: Annotated[
+        Path | None,
+        typer.Option(help="Classifiers of patches: of these places (columns id, x, y, z in mm).", metavar="TABLE"),
+    ] = None,
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Of a segmentation, those of each voxel, too.")
     ] = False,
@@ -80,6 +91,7 @@ def predict(
     overlap: Overlap = None,
     batch: Batch = None,
     device: Device = None,
+    skip_unfinished: SkipUnfinished = False,
     runs: Runs = None,
 ) -> None:
     """Predict new files, prepared as the training data were: a table, or label maps on the files' own grids.
@@ -89,13 +101,21 @@ def predict(
     from hpc import payload
 
     mine, files = _apart(names, runs)
-    given = {"checkpoint": checkpoint, "flips": flips, "window": window, "overlap": overlap, "batch": batch}
-    words = _words({"out": out, **given, "device": device}, windows=windows, probabilities=probabilities, force=force)
+    given: dict[str, object] = {
+        "checkpoint": checkpoint,
+        "flips": flips,
+        "window": window,
+        "overlap": overlap,
+        "batch": batch,
+    }
+    given |= {"centres": centres, "device": device}
+    flags = {"windows": windows, "probabilities": probabilities, "force": force, "skip-unfinished": skip_unfinished}
+    words = _words({"out": out, **given}, flags)
     chosen = [word for run in mine for word in ("--run", str(run.path))]
     raise typer.Exit(payload.child("jobs.predict", [*chosen, *words, "--", *files]))
 
 
-def _words(given: dict[str, object], **flags: bool) -> list[str]:
+def _words(given: dict[str, object], flags: dict[str, bool]) -> list[str]:
     """The payload's command line; it says what is wrong with a value."""
     pairs = [f"--{name}={value}" for name, value in given.items() if value is not None]
     return pairs + [f"--{name}" for name, on in flags.items() if on]

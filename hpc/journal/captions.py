@@ -20,7 +20,7 @@ _SPLITS = ("train", "validation", "test")
 
 
 def caption(name: str) -> str:
-    """Of a figure's name, which may end in a split: `roc_test`. Other names stand for themselves."""
+    """Of a figure's name, which may end in a split and how it was asked: `roc_test`, `roc_test+flips-0`."""
     known, split = _parts(name)
     if known not in CAPTIONS:
         return name
@@ -28,13 +28,14 @@ def caption(name: str) -> str:
 
 
 def place(name: str) -> tuple[int, int, str]:
-    """Sorts names: this run's own figures, then those of splits, then others by name."""
+    """Sorts names: this run's own figures, those of splits, of splits asked otherwise, then others by name."""
     known, split = _parts(name)
     if known not in CAPTIONS:
-        return (len(_SPLITS) + 1, 0, name)
-    return (1 + _SPLITS.index(split) if split else 0, [*CAPTIONS].index(known), name)
+        return (len(_SPLITS) + 2, 0, name)
+    rank = 1 + _SPLITS.index(split.partition("+")[0]) if split else 0
+    return (rank if "+" not in split else len(_SPLITS) + 1, [*CAPTIONS].index(known), name)
 
 
 def _parts(name: str) -> tuple[str, str]:
     known, _, split = name.rpartition("_")
-    return (known, split) if split in _SPLITS else (name, "")
+    return (known, split) if split.partition("+")[0] in _SPLITS else (name, "")

@@ -32,7 +32,7 @@ def identity(source: Source) -> str:
 class PredictJournal:
     """The folder's state. Lines are {"id", "identity", ...}, whatever the predictions need to be told again.
 
-    Nothing is written before `begin`.
+    Nothing is written before `begin`, so that a request of which nothing came leaves no trace.
     """
 
     def __init__(self, folder: Path, request: dict[str, Any], tables: Iterable[str], force: bool) -> None:
@@ -40,23 +40,28 @@ class PredictJournal:
         self._folder, self._file = folder, folder / _DONE
         key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:16]
         told = read_json(folder / REQUEST) if (folder / REQUEST).exists() else {}
+        before = read_lines(self._file)
         if told.get("key") != key and not force:
-            if told:
+            if told and before:
                 raise UserError(
                     f"{folder} holds the predictions of another request (other runs, checkpoints or options): name "
                     f"another folder by -o, or replace them with --force"
                 )
-            if there := next((folder / name for name in tables if (folder / name).exists()), None):
+            if there := next((folder / name for name in tables if (folder / name).exists() and not told), None):
                 raise UserError(f"{there} is there already, and not of this command: -o another folder, or --force")
         self._anew, self._request = told.get("key") != key or force, {"key": key, **request}
-        lines = [] if self._anew else read_lines(self._file)
+        lines = [] if self._anew else before
+        self._writing = {str(name) for line in lines for name in line.get("writing", ())}
         self.done = {str(line["id"]): line for line in lines if "id" in line and "identity" in line}
 
-    def begin(self) -> None:
-        """From here on the folder is of this request."""
+    def begin(self, paths: Iterable[Path] = ()) -> None:
+        """From here on the folder is of this request, and these files are its own, should a stop come before `add`."""
         if self._anew:
+            self._anew = False
             self._file.unlink(missing_ok=True)
             write_json(self._folder / REQUEST, self._request)
+        if names := [str(path.relative_to(self._folder)) for path in paths]:
+            append_line(self._file, {"writing": names})
 
     def finished(self, id: str, seen: str) -> bool:
         """Whether this source, as it is now, is done, and its file is there."""
@@ -68,7 +73,8 @@ class PredictJournal:
 
     def owns(self, path: Path) -> bool:
         """Whether a file in the folder was written for an earlier line."""
-        return any(self._folder / name == path for line in self.done.values() for name in line.get("files", ()))
+        names = self._writing | {name for line in self.done.values() for name in line.get("files", ())}
+        return any(self._folder / name == path for name in names)
 
     def add(self, line: dict[str, Any]) -> None:
         append_line(self._file, line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from jobs.inference.windows import Predict, Windows, centre, mean_over_windows, 
 from jobs.precision import Precision
 from models3d import create_model, takes
 
+_OVERLAP = 0.5
 _WINDOWS = 4
 """in one forward pass"""
 
@@ -30,11 +32,27 @@ class Manner:
     """spatial axes whose mirror images are asked, too"""
     window: tuple[int, ...] | None = None
     """voxels of sliding windows; None: the size that a network was trained on"""
-    overlap: float = 0.5
+    overlap: float = _OVERLAP
     batch: int = 0
     """windows, or whole samples, in one forward pass; 0: a few windows, samples as in training"""
     windows: bool = False
     """of a classification: the mean over windows of the volume, not the window about its centre alone"""
+
+    def told(self) -> dict[str, Any]:
+        """What decides the answers, as plain data."""
+        window = self.window and list(self.window)
+        return {"flips": list(self.flips), "window": window, "windows": self.windows, "overlap": self.overlap}
+
+    def wider(self, shape: Sequence[int]) -> bool:
+        """Whether a --window is longer than a volume of spatial `shape`, which is padded then."""
+        return self.window is not None and any(n < size for n, size in zip(shape, self.window, strict=True))
+
+    def words(self) -> list[str]:
+        """What differs from the default, for names of files: flips-0-2, window-64x64x64, windows, overlap-0.25."""
+        found = [f"flips-{'-'.join(map(str, self.flips))}"] if self.flips else []
+        found += [f"window-{'x'.join(map(str, self.window))}"] if self.window else []
+        found += ["windows"] if self.windows else []
+        return found + ([f"overlap-{self.overlap:g}"] if self.overlap != _OVERLAP else [])
 
 
 def find_checkpoint(run: RunDir, wanted: str) -> checkpoint.Checkpoint:

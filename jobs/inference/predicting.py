@@ -17,6 +17,7 @@ from datasets.packing.replay import Replay, Sample
 from datasets.sources import NotASource, Source, UnusableSource
 from hpc.errors import UserError
 from hpc.rundir import write_bytes
+from jobs.inference.centres import Centres, answer_at
 from jobs.inference.members import Manner, Member, answer_together
 
 _AHEAD = 2
@@ -25,7 +26,7 @@ _AHEAD = 2
 
 @dataclass(frozen=True)
 class Answer:
-    """Of one file: class probabilities (K,), or on its sample's grid (K, *spatial)."""
+    """Of one file: class probabilities (K,), at several places (N, K), or on its sample's grid (K, *spatial)."""
 
     source: Source
     sample: Sample
@@ -35,20 +36,34 @@ class Answer:
 class Predictor:
     """Networks that answer together, and the files they are asked about. Raises UserError where they cannot."""
 
-    def __init__(self, members: Sequence[Member], manner: Manner) -> None:
+    def __init__(self, members: Sequence[Member], manner: Manner, centres: Centres | None = None) -> None:
         self.members, self.manner, facts = list(members), manner, members[0].facts
+        self.centres = centres
         self.facts = facts
         self.maps = facts.task == "segmentation"
         try:
             self.replay = Replay.of(facts.packing, facts.channels, facts.spatial_axes)
         except ValueError as error:
             raise UserError(f"{members[0].run.name}: {error}") from None
-        if self.replay.patch is not None and not manner.windows:
+        if centres is not None:
+            self._check_centres()
+        elif self.replay.patch is not None and not manner.windows:
             size = ",".join(map(str, self.replay.patch))
             raise UserError(
                 f"{members[0].run.name} was trained on parts of {size} voxels, each with the class of its place "
-                f"('hpc pack --patch'), and a whole file has no one place: add --windows for the mean over all of them"
+                f"('hpc pack --patch'), and a whole file has no one place: name places by --centres TABLE.csv (columns "
+                f"id, x, y, z in mm), or add --windows for the mean over all parts"
             )
+
+    def _check_centres(self) -> None:
+        name = self.members[0].run.name
+        if self.maps or self.facts.spatial_axes != 3:
+            raise UserError(f"--centres asks a classifier of volumes for the class at places, and {name} is none")
+        if self.manner.windows or self.manner.window:
+            raise UserError("--centres looks at patches of the training's size: leave out --windows and --window")
+        for member in self.members:
+            if self.replay.patch is None and member.experiment.data.patch is None:
+                raise UserError(f"--centres is for networks of patches, and {member.run.name} saw whole volumes")
 
     def answers(self, found: Sequence[Source]) -> Iterator[Answer | tuple[Source, str]]:
         """Of each file its answer, or the reason why there is none, in their order."""
@@ -71,7 +86,7 @@ class Predictor:
     @property
     def _alone(self) -> bool:
         """Whether files go through one by one, in windows."""
-        return self.maps or self.manner.windows
+        return self.maps or self.manner.windows or self.centres is not None
 
     @property
     def _batch(self) -> int:
@@ -97,7 +112,7 @@ class Predictor:
     def _together(self, some: list[tuple[Source, Sample]]) -> Iterator[Answer | tuple[Source, str]]:
         """One forward pass; where it fails, each file by itself tells the reason."""
         try:
-            told = self._ask([sample for _, sample in some])
+            told = self._ask([sample for _, sample in some]) if self.centres is None else self._at_places(some)
         except UserError as error:
             if len(some) == 1:
                 yield some[0][0], str(error)
@@ -106,7 +121,7 @@ class Predictor:
                     yield from self._together([one])
             return
         for (source, sample), values in zip(some, told, strict=True):
-            if np.isfinite(values).all():
+            if np.isfinite(values if self.centres is None else values[~np.isnan(values).all(1)]).all():
                 yield Answer(source, sample, values)
             else:
                 yield source, "the network's answer is not finite"
@@ -125,24 +140,36 @@ class Predictor:
         assert total is not None
         return list((total / len(self.members)).numpy())
 
+    def _at_places(self, some: list[tuple[Source, Sample]]) -> list[np.ndarray]:
+        assert self.centres is not None
+        told = []
+        for source, sample in some:
+            if (places := self.centres.of(source.id)) is None:
+                raise UserError(f"{self.centres.table} has no place of {source.id!r}")
+            volume = torch.from_numpy(sample.normalised())
+            told.append(answer_at(self.members, volume, sample.affine, places, self.manner, self._batch))
+            if np.isnan(told[-1]).all():
+                raise UserError(f"of {len(places)} places none has its whole patch in it; are they in mm of its world?")
+        return told
+
     # What is left of an answer.
 
-    def output(self, folder: Path, source: Source) -> Path:
-        """The label map of a source."""
-        return folder / f"{source.id}{exporting.suffix_of(source, self.facts.spatial_axes == 2)}"
+    def outputs(self, folder: Path, source: Source, probabilities: bool) -> list[Path]:
+        """The label map of a source, and with `probabilities` the file of those; none of a classification."""
+        if not self.maps:
+            return []
+        label, values = exporting.suffixes_of(source, self.facts.spatial_axes == 2)
+        return [folder / f"{source.id}{label}", folder / f"{source.id}_probabilities{values}"][: 1 + probabilities]
 
     def save_map(self, folder: Path, answer: Answer, probabilities: bool) -> dict[str, Any]:
         """Write the label map, and with `probabilities` those; what the tables say of it. Raises OSError."""
         place, source, affine = answer.sample.place, answer.source, answer.sample.source_affine
         labels, outside = place.labels(answer.probabilities)
-        path = self.output(folder, source)
-        files = [path]
+        files = self.outputs(folder, source, probabilities)
         if probabilities:
             back = np.stack([place.undo(one, float(number == 0)) for number, one in enumerate(answer.probabilities)])
-            suffix, content = exporting.probability_file(source, back, affine)
-            files.append(folder / f"{source.id}_probabilities{suffix}")
-            write_bytes(files[1], content)
-        write_bytes(path, exporting.label_file(source, labels, affine))
+            write_bytes(files[1], exporting.probability_file(source, back, affine))
+        write_bytes(files[0], exporting.label_file(source, labels, affine))
         counts = np.bincount(labels.reshape(-1), minlength=len(self.facts.class_names))
         return {
             "files": [str(one.relative_to(folder)) for one in files],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,10 @@ def _score_team(team: Sequence[Member], split: str, manner: Manner, data: str | 
     stored = Stored(order, None if task.name == "segmentation" else targets, rows, own)
     if windowed:
         notes.append(_tell_windows(team, volumes, manner))
+        if wide := sum(manner.wider(volumes.sample_shape(int(sample))[1:]) for sample in order):
+            notes.append(
+                f"--window is larger than {wide} of {len(order)} samples: their edges are repeated around them"
+            )
     return _Part(team, task, counts.cells.cpu().numpy(), stored, volumes, tuple(notes))
 
 
@@ -149,6 +154,11 @@ def _open(team: Sequence[Member], data: str | None) -> tuple[VolumeFile, list[st
         raise UserError(
             f"{first} was trained on {one} and {second} on {other}, of which each may hold what the other is scored "
             f"on: name a file that none of them has seen: --data FILE.h5"
+        )
+    if not Path(file := team[0].experiment.data.file).exists():
+        raise UserError(
+            f"{file}, which {team[0].run.name} was trained on, is gone: say where it lies now, or name another file "
+            f"packed alike, by --data FILE.h5"
         )
     return open_data(team[0].experiment), []
 
