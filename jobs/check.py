@@ -20,6 +20,7 @@ from hpc.errors import UserError
 from hpc.experiment import Experiment, load, validate
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir
+from jobs import undefined
 
 _WORDS = {"take care": "cautions", "not checked": "unchecked"}
 _MOST_DRAWN = 10**8
@@ -57,31 +58,16 @@ def open_data(experiment: Experiment, files: Sequence[Path] = ()) -> VolumeFile:
         )
     if not len(validation):
         raise UserError(f"{experiment.data.file} has no validation samples: pack it with --split 70/15/15")
-    _refuse_undefined(experiment, volumes)
+    undefined.refuse(experiment, volumes)
     return volumes
 
 
-def _refuse_undefined(experiment: Experiment, volumes: VolumeFile) -> None:
-    """UserError where a metric that the run follows is undefined whatever the model says: all its epochs are equal."""
-    if experiment.task == "segmentation":
-        return
-    labels = volumes.targets[volumes.indices("validation")]
-    if experiment.task == "classification":
-        undefined = {"roc_auc"} if len(set(labels.tolist())) < 2 else set()
-        why = "all validation samples are of one class"
-    else:
-        undefined = {"roc_auc"} if (labels == labels[0]).all() else set()
-        undefined |= set() if labels.any() else {"map"}
-        why = "no label is both there and not there in the validation samples"
-    for key, metric in {"train.monitor": experiment.monitor, **experiment.train.metrics()}.items():
-        if metric in undefined:
-            raise UserError(f"{key} {metric} is undefined: {why} of {experiment.data.file}; use loss, or pack it again")
+def report(source: str, details: bool = False, as_json: bool = False) -> ExitCode:
+    """Check the experiment in a file, in a run folder, or each of those on standard input (-); print what was found.
 
-
-def report(source: str, as_json: bool = False) -> ExitCode:
-    """Check the experiment in a file, in a run folder, or each of those on standard input (-); print what was found."""
+    details: of a single one the largest batch that fits the memory, and which switch buys what.
+    """
     texts = sys.stdin.read().split("\n---\n") if source == "-" else [source]
-    found: dict[str, Any] = {}
     faults: dict[int, str] = {}
     experiments: dict[int, Experiment] = {}
     for number, text in enumerate(texts):
@@ -90,10 +76,12 @@ def report(source: str, as_json: bool = False) -> ExitCode:
             open_data(experiments[number])
         except (UserError, ValueError) as error:
             faults[number] = str(error)
-    if fitting := {number: one for number, one in experiments.items() if number not in faults}:
+    fitting = {number: one for number, one in experiments.items() if number not in faults}
+    found: dict[str, Any] = {}
+    if fitting:
         from jobs.checked import look_at
 
-        found = look_at(fitting, faults)
+        found = look_at(fitting, faults, details and len(texts) == 1)
     for number, fault in sorted(faults.items()):
         for line in fault.splitlines():
             print(f"{number}: {line}" if len(texts) > 1 else line, file=sys.stderr)
@@ -115,9 +103,10 @@ def _read(text: str, source: str) -> Experiment:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.check", description=__doc__)
     parser.add_argument("file", metavar="FILE", help="experiment (YAML) or run folder; - for stdin")
-    parser.add_argument("--json", action="store_true", help="what was found as JSON")
-    given = parser.parse_args()
-    return report(given.file, given.json)
+    parser.add_argument("--details", action="store_true", help="what fits the memory, and which switch buys what")
+    parser.add_argument("--json", action="store_true", help="what was found as an object")
+    arguments = parser.parse_args()
+    return report(arguments.file, arguments.details, arguments.json)
 
 
 if __name__ == "__main__":

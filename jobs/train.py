@@ -25,7 +25,7 @@ from hpc.errors import UserError
 from hpc.experiment import Experiment
 from hpc.preempt import StopFlag
 from hpc.rundir import RunDir
-from jobs import acceleration, autotune, check, checkpoint, precision, resuming, validation
+from jobs import acceleration, autotune, check, checkpoint, precision, resuming, undefined, validation
 from jobs.engine import Engine
 from jobs.epoch import EpochSums, Pace
 from jobs.flops import Work, work_of
@@ -190,7 +190,10 @@ class Trainer:
             if self._evaluation_due() or self._train_epoch():  # due: a stop, or the way back, came before its end
                 self._finish_epoch()
         if self.state["best"] is None:
-            raise Diverged(f"the validation loss was never finite in {self.step // self.steps_per_epoch} epochs")
+            epochs = self.step // self.steps_per_epoch
+            if math.isfinite(self.state["last"]["metrics"]["loss"]):
+                raise undefined.never(self.experiment, self.parts.volumes, epochs)
+            raise Diverged(f"the validation loss was never finite in {epochs} epochs")
         self._save(wait=True)
         if self.recorder and (saver := self.saver):
             with self.watchdog.phase("save", _SAVE_LIMIT_S):
