@@ -137,7 +137,9 @@ def _check_request(group: _Group, instance: Instance, cluster: str, findings: Fi
 def _shares(experiment: Experiment, instance: Instance) -> str:
     """What `_check_shares` looks at."""
     tasks = instance.request(experiment.launch).world_size
-    return json.dumps([tasks, experiment.train.strategy, experiment.train.accumulate, experiment.data.batch_size])
+    train, gpus = experiment.train, instance.request(experiment.launch).gpus
+    of_ranks = [train.strategy, train.accumulate, train.sync_batchnorm, train.device]
+    return json.dumps([tasks, gpus, *of_ranks, experiment.data.batch_size])
 
 
 def _check_shares(group: _Group, instance: Instance, findings: Findings) -> None:
@@ -146,6 +148,13 @@ def _check_shares(group: _Group, instance: Instance, findings: Findings) -> None
         findings.refusals.append(
             f"{group.label}train.strategy: single runs one task, but {tasks} are asked for; use ddp"
         )
+    train, gpus = group.experiment.train, instance.request(group.experiment.launch).gpus
+    if train.sync_batchnorm and tasks > 1 and (train.device == "cpu" or not gpus):
+        findings.refusals.append(
+            f"{group.label}train.sync_batchnorm: torch has it on CUDA alone; leave it out to train on the CPU"
+        )
+    if train.strategy in ("fsdp", "deepspeed") and tasks == 1:
+        findings.cautions.append(f"{group.label}train.strategy: {train.strategy} of one task is one whole process")
     if fault := group.experiment.batch_fault(tasks):
         findings.refusals.append(group.label + fault)
 

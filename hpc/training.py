@@ -160,6 +160,7 @@ class Train(Section):
             raise ValueError(f"deterministic: layout is there for single and ddp, not for {self.strategy}; use run")
         if self.deterministic == "layout" and self.sync_batchnorm:
             raise ValueError("sync_batchnorm has statistics of the layout, which deterministic: layout excludes")
+        self._check_shards()
         if self.profile and self.profile[0] >= self.profile[1]:
             raise ValueError(f"profile {list(self.profile)} must be [start, stop) with start before stop")
         if self.profile and self.profile[1] - self.profile[0] > MOST_PROFILED:
@@ -168,6 +169,14 @@ class Train(Section):
                 f"profile {list(self.profile)} traces {self.profile[1] - start} steps, up to some MB each: trace "
                 f"{MOST_PROFILED} at most, [{start}, {start + MOST_PROFILED}]"
             )
+
+    def _check_shards(self) -> None:
+        """What needs whole weights on each rank is refused where they are held in shards."""
+        if self.strategy in ("fsdp", "deepspeed") and self.optimizer.timm is not None:
+            whole = f"optimizer {self.optimizer.name} may look at whole weights, of which {self.strategy} holds shards"
+            raise ValueError(f"{whole}; use adamw, adam or sgd, or strategy ddp")
+        if self.zero and self.zero.stage == 3 and self.ema:
+            raise ValueError("ema needs whole weights, which zero.stage: 3 does not hold; use stage 2, or fsdp")
 
     def metrics(self) -> dict[str, str]:
         """Those that the rate and the end of the run follow, by their keys in the file."""

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from hpc.experiment import Experiment
 from hpc.metrics import DIRECTIONS
-from jobs import acceleration, history, rates
+from jobs import acceleration, history, rates, strategies
 from jobs.checkpoint import Checkpoint
 from jobs.ema import Ema
 from jobs.engine import Engine
@@ -28,7 +28,6 @@ from jobs.passes import make_passes
 from jobs.precision import Precision
 from jobs.saving import estimated_bytes
 from jobs.stages import Stages
-from jobs.strategies import make_strategy
 from jobs.tasks.contract import Task
 from jobs.update import Updater
 
@@ -43,7 +42,7 @@ class Learner:
         self._experiment, self._train, self._engine = experiment, experiment.train, engine
         self.model, self._task, self._per_epoch = model, task, steps_per_epoch
         self.stages = Stages(self._train, steps_per_epoch)
-        self.strategy = make_strategy(self._train, engine, model)
+        self.strategy = strategies.make_strategy(self._train, engine, model)
         self._layers = resolve_all(experiment, self.stages, model)
         self.ema = Ema(self._train.ema, model) if self._train.ema else None
         self._history: list[dict[str, Any]] = []
@@ -202,6 +201,7 @@ def resolve_all(experiment: Experiment, stages: Stages, model: nn.Module) -> lis
 
 def check(experiment: Experiment, model: nn.Module) -> list[str]:
     """What each stage trains, a line each. Raises UserError where model or optimizer are not as the file says."""
+    strategies.check(experiment.train, model)
     stages, parameters = Stages(experiment.train, 1), dict(model.named_parameters())
     lines = []
     for number, layers in enumerate(resolve_all(experiment, stages, model)):

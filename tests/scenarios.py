@@ -7,6 +7,7 @@ commands on top, ready to paste. What a fault does to a run is in tests/faults.
 from tests.playing import Row
 
 TINY = "$ hpc submit tiny.yaml launch.cluster=slurm"
+TWO_NODES = f"{TINY} launch.instance=cedia-a100-40gb-nodes launch.nodes=2"
 SWEEP = "$ hpc sweep tiny.yaml launch.cluster=slurm"
 
 ROWS = [
@@ -96,6 +97,24 @@ ROWS = [
         attempts=2,
         causes=("SIGUSR2",),
         weights="one-task",
+    ),
+    Row(
+        "fsdp-two-nodes",
+        "weights in shards over two nodes, stopped in mid-epoch, end as undisturbed ones",
+        f"{TWO_NODES} train.strategy=fsdp\nwait for step 50\nsignal USR2\nwait for end",
+        cluster={},
+        attempts=2,
+        causes=("SIGUSR2",),
+        weights="fsdp",
+    ),
+    Row(
+        "zero-two-nodes",
+        "the same with DeepSpeed's ZeRO 3",
+        f"{TWO_NODES} train.strategy=deepspeed train.zero.stage=3\nwait for step 50\nsignal USR2\nwait for end",
+        cluster={},
+        attempts=2,
+        causes=("SIGUSR2",),
+        weights="zero",
     ),
     Row(
         "array-resume",

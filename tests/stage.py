@@ -54,6 +54,8 @@ UNDISTURBED = {
         ),
         Row("two-tasks", "an undisturbed run of two ranks here", TWO_TASKS),
         Row("two-tasks-maps", "an undisturbed segmentation of two ranks here", TWO_TASKS.replace("tiny.", "maps.")),
+        Row("fsdp", "the same with weights in shards", f"{TWO_TASKS} train.strategy=fsdp"),
+        Row("zero", "the same by ZeRO 3", f"{TWO_TASKS} train.strategy=deepspeed train.zero.stage=3"),
         Row(
             "spoilt",
             "of two ranks, the second of which meets a loss that is no number: at step 65, and at 85 to 89",

@@ -7,6 +7,8 @@ With one task every strategy is the whole model in one process.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from torch import nn
 
 from hpc.errors import UserError
@@ -14,7 +16,16 @@ from hpc.training import Train
 from jobs.engine import Engine
 from jobs.strategies.whole import Ddp, Strategy
 
-__all__ = ["Strategy", "make_strategy"]
+__all__ = ["Strategy", "check", "make_strategy"]
+
+
+def check(settings: Train, model: nn.Module) -> None:
+    """Raises UserError for a model that the strategy cannot hold, and where its library is missing."""
+    scalars = [name for name, parameter in model.named_parameters() if not parameter.ndim]
+    if settings.strategy == "fsdp" and scalars:
+        raise UserError(f"train.strategy: fsdp cannot cut the scalar {scalars[0]}; give it one dimension, or use ddp")
+    if settings.strategy == "deepspeed" and find_spec("deepspeed") is None:
+        raise UserError("train.strategy: deepspeed is not installed here: pip install deepspeed, or use fsdp")
 
 
 def make_strategy(settings: Train, engine: Engine, model: nn.Module) -> Strategy:
@@ -24,6 +35,7 @@ def make_strategy(settings: Train, engine: Engine, model: nn.Module) -> Strategy
     """
     if engine.world_size == 1 or settings.deterministic == "layout":  # layout: jobs/virtual.py adds gradients up
         return Strategy(settings, engine, model)
+    check(settings, model)
     if settings.sync_batchnorm:
         if engine.device.type == "cpu":
             raise UserError("train.sync_batchnorm: torch has it on CUDA alone; leave it out to train on the CPU")
