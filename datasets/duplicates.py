@@ -2,7 +2,9 @@
 
 The perceptual hash is pHash's (Zauner, Implementation and benchmarking of perceptual image hash functions, 2010) on
 three axes: the signs of the low frequencies of the cosine transform, about their median. Of T1 templates of different
-people 10 % of the bits differ or more, of one with noise, gamma, another scale or a shift 4 % or less.
+people 10 % of the bits differ or more, of one with noise, gamma, another scale or a shift 4 % or less. Structures cut
+out of volumes (1 % of the voxels) agree in their low frequencies as soon as they lie at one place: what is nearly empty
+is compared by the digest alone.
 """
 
 import hashlib
@@ -37,6 +39,10 @@ _ROWS = 2048
 """Volumes that are compared with as many others at a time."""
 _FEWEST_BITS = 200
 """With fewer (volumes of less than 6 voxels an axis) chance would make some alike."""
+_LOOKED = 4096
+"""Voxels by whose median the background is found."""
+_EMPTY = 0.05
+"""Share of voxels that differ from the most frequent value, below which a volume is nearly empty."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Print:
     digest: str
     """SHA-256 of shape and voxels, of large ones by way of sums of their pieces."""
     bits: NDArray[np.uint64]
-    """The perceptual hash, packed; empty where the volume is too small for one."""
+    """The perceptual hash, packed; empty where the volume is too small for one, or nearly empty."""
     num_bits: int
 
 
@@ -234,6 +240,8 @@ def _signs(table: NDArray[np.uint64], bits: int) -> NDArray[np.float32]:
 def _perceptual(data: NDArray[Any]) -> NDArray[np.bool_]:
     """The low frequencies of the means of up to 32 cells an axis, without the mean, each against their median."""
     low = _sample(data)
+    if _is_nearly_empty(low):
+        return np.zeros(0, np.bool_)
     for size in reversed(low.shape):  # the last axis goes to the front
         # matrices of a few rows: BLAS would give large ones to threads, and packing has a process on each core
         rows = low if low.ndim > 2 else low[..., None, :]
@@ -262,6 +270,13 @@ def _sample(data: NDArray[Any]) -> NDArray[np.float32]:
         for channel, weight in zip(low[1:], weights[1:], strict=True):
             mixed += np.subtract(channel, channel.flat[0], dtype=np.float32) * np.float32(weight)
     return mixed
+
+
+def _is_nearly_empty(low: NDArray[np.float32]) -> bool:
+    """Whether nearly all voxels have one value, which then is their median."""
+    flat = low.reshape(-1)
+    background = np.median(flat[:: max(1, flat.size // _LOOKED)])
+    return bool(np.count_nonzero(low != background) < _EMPTY * low.size)
 
 
 @cache

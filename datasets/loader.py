@@ -8,6 +8,7 @@ Which samples make up global batch (epoch, step), and each of their voxels, depe
 """
 
 import math
+import os
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from datasets.augment import Augment
+from datasets.census import sample_shapes
 from datasets.layout import VolumeFile
 from datasets.order import num_steps
 from datasets.partition import SPLITS
@@ -31,6 +33,12 @@ from datasets.sampling import Numbers, Sampler, Uniform, Weighted, draw_epoch, m
 
 COPIED_AHEAD = 2
 """Batches that are on their way to a GPU, or there, before they are asked for."""
+
+FEWEST_SLOTS = 3
+"""Batches in memory at once: one that is used, two that are read."""
+
+OVERHANG = 4
+"""A patch is at most so many times as long as the largest volume; what lies outside repeats its edge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,6 +191,7 @@ class Loader:
         self.rows = -(-min(self.batch_size, len(self.samples) * self.views) // self.world_size)
         """samples of this rank in a full batch, at most"""
         shape, dtype = self._sample_shape(), self.volumes.dtype
+        _require_memory(self.rows * math.prod(shape) * dtype.itemsize, self.rows, shape)
         maps = shape[1:] if self.volumes.task == "segmentation" else None
         self._ring = Ring(shape, dtype, maps, self.rows, pinned=self.device.type == "cuda")
         self._floats = Ring(shape, np.dtype(np.float32), None, self.rows, pinned=False)
@@ -374,6 +383,12 @@ class Loader:
             return
         if len(self.patch) != axes or not all(_is_whole(size) and size >= 1 for size in self.patch):
             raise ValueError(f"patch {list(self.patch)} must be {axes} sizes of 1 or more, one for each spatial axis")
+        largest = sample_shapes(volumes)[:, 1:].max(axis=0).tolist()
+        if any(size > OVERHANG * most for size, most in zip(self.patch, largest, strict=True)):
+            raise ValueError(
+                f"patch {list(self.patch)} is over {OVERHANG} times as long as the largest volume of {volumes.name} "
+                f"({'x'.join(map(str, largest))} voxels): nearly all would be a repeated edge; give {largest} or less"
+            )
         if self.foreground and any(shard.foreground is None for shard in volumes.shards):
             raise ValueError(
                 f"foreground {self.foreground} needs stored voxels of each class, but {volumes.name} has none: "
@@ -383,6 +398,17 @@ class Loader:
 
 def _is_whole(number: object) -> bool:
     return isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+
+
+def _require_memory(batch: int, rows: int, shape: tuple[int, ...]) -> None:
+    """Refuse (ValueError) batches of which a ring cannot be held; `batch` in bytes."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = FEWEST_SLOTS * batch
+    if needed > memory:
+        raise ValueError(
+            f"{FEWEST_SLOTS} batches of {rows} x {'x'.join(map(str, shape))} voxels are {needed / 1e9:.1f} GB, and "
+            f"this machine has {memory / 1e9:.1f}: give a smaller batch_size or patch"
+        )
 
 
 def _sizes(patch: Any) -> tuple[int, ...]:

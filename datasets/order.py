@@ -4,6 +4,7 @@ Only raw Philox bits are used: they are fixed by the algorithm (Salmon et al., P
 1, 2, 3, SC 2011), where NumPy promises no stable stream for the methods of Generator.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
@@ -41,10 +42,15 @@ def random_bits(seed: int, epoch: int, stream: Stream, count: int, sample: int =
 
 def philox_bits(key: tuple[int, int], counter: tuple[int, int, int, int], count: int) -> NDArray[np.uint64]:
     """(count,) raw outputs of Philox-4x64 from this counter on; each number is below 2**64."""
+    return philox_source(key, counter)(count)
+
+
+def philox_source(key: tuple[int, int], counter: tuple[int, int, int, int]) -> Callable[[int], NDArray[np.uint64]]:
+    """The same in pieces: each call gives the next so many outputs."""
     # as lists, numbers from 2**63 on would pass through float64
     philox: Any = np.random.Philox(key=np.array(key, np.uint64), counter=np.array(counter, np.uint64))
-    bits: NDArray[np.uint64] = philox.random_raw(count)
-    return bits
+    draw: Callable[[int], NDArray[np.uint64]] = philox.random_raw
+    return draw
 
 
 def uniforms(seed: int, epoch: int, stream: Stream, count: int, sample: int = 0) -> NDArray[np.float64]:

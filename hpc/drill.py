@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hpc import (
     badnodes,
@@ -40,6 +41,7 @@ from hpc.drilltable import Verdict
 from hpc.drillview import View
 from hpc.errors import UserError
 from hpc.experiment import load
+from hpc.optimisation import Scheduler
 from hpc.plan import Plan
 from hpc.preflight import Findings
 from hpc.rundir import RunDir, write_json
@@ -117,13 +119,27 @@ def _length(whole: Plan, findings: Findings, steps: int) -> list[str]:
 
 
 def _epochs(train: Train, epochs: int) -> list[str]:
-    """The overrides for so many epochs, at least one in each stage; nothing ends them early."""
+    """The overrides for so many epochs, at least one in each stage, with schedules to fit; nothing ends them early."""
     stages = [stage.model_dump(mode="json") for stage in train.stages]
     for number, stage in enumerate(stages):
         stage["epochs"] = max(1, (epochs + number) // len(stages))
+        own = train.stages[number].scheduler or train.scheduler
+        if own.idle_fault(stage["epochs"]):
+            stage["scheduler"] = _scheduler(own, stage["epochs"])
     total = sum(stage["epochs"] for stage in stages) if stages else epochs
     staged = [f"train.stages={json.dumps(stages)}"] if stages else []
+    if not stages and train.scheduler.idle_fault(epochs):
+        staged = [f"train.scheduler={json.dumps(_scheduler(train.scheduler, epochs))}"]
     return [*staged, f"train.epochs={total}", *(["train.early_stopping=null"] if train.early_stopping else [])]
+
+
+def _scheduler(scheduler: Scheduler, epochs: int) -> dict[str, Any]:
+    """Of the same kind, where it ends within so many epochs."""
+    told = scheduler.model_dump(mode="json") | {"warmup_epochs": min(scheduler.warmup_epochs, epochs / 2)}
+    if scheduler.name != "step":
+        return told
+    stairs = {"step_size": 1} if epochs > 1 else {"name": "constant", "step_size": None, "gamma": None}
+    return told | {"milestones": [], **stairs}
 
 
 def _number(findings: Findings, pattern: str) -> int | None:

@@ -36,14 +36,14 @@ class Experiment(Section):
         self.train.loss.of_task(self.task)
         for key, metric in {"train.monitor": self.monitor, **self.train.metrics()}.items():
             if metric not in DIRECTIONS[self.task]:
-                names = nearest(metric, DIRECTIONS[self.task])
-                raise ValueError(f"{key} {metric} is no metric of task {self.task}; {names}")
+                names = nearest(metric, DIRECTIONS[self.task]) if metric else f"use {', '.join(DIRECTIONS[self.task])}"
+                raise ValueError(f"{key} {metric or repr(metric)} is no metric of task {self.task}; {names}")
         return self
 
     @property
     def monitor(self) -> str:
         """The metric that names the best checkpoint."""
-        return self.train.monitor or DEFAULT_MONITOR[self.task]
+        return DEFAULT_MONITOR[self.task] if self.train.monitor is None else self.train.monitor
 
     @model_validator(mode="after")
     def _check_batch(self) -> Experiment:

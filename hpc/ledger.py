@@ -7,6 +7,7 @@ its comment.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -296,7 +297,7 @@ def _seen(
         step=int(told.state.get("step", 0)),
         steps=int(told.state.get("steps") or 0),
         monitor=monitor,
-        best=float(value) if isinstance(value, int | float) else None,
+        best=float(value) if isinstance(value, int | float) and math.isfinite(value) else None,
         direction=str(told.result.get("direction") or ("min" if lower_is_better(monitor) else "max")),
         age_s=time.time() - float(told.state.get("time") or told.submitted or told.made),
     )

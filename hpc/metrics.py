@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 Direction = Literal["max", "min"]
 
@@ -28,6 +29,21 @@ DEFAULT_MONITOR = {"classification": "accuracy", "multilabel": "map", "segmentat
 
 STEP_METRIC = {"classification": "accuracy", "multilabel": "f1_micro", "segmentation": "dice"}
 """task -> the metric of single training steps: it follows from counts alone."""
+
+
+UNDEFINED = "–"
+"""In place of a metric that is undefined: no class has what it needs."""
+
+
+def decimals(value: Any, digits: int = 4) -> str:
+    """A metric as tables show it: 0.5000, or UNDEFINED of NaN and None (so JSON has it)."""
+    undefined = value is None or (isinstance(value, float) and math.isnan(value))
+    return UNDEFINED if undefined else f"{value:.{digits}f}"
+
+
+def defined(metrics: dict[str, float]) -> dict[str, float]:
+    """Without those that are undefined; a loss that is no number is a fault, and stays."""
+    return {name: value for name, value in metrics.items() if name == "loss" or not math.isnan(value)}
 
 
 def lower_is_better(metric: str) -> bool | None:

@@ -93,6 +93,23 @@ class Scheduler(Section):
             raise ValueError(f"milestones {list(self.milestones)} must rise")
         return self
 
+    def idle_fault(self, epochs: int) -> str | None:
+        """The sentence where an option has no effect in a stage of so many epochs, or None."""
+        if self.warmup_epochs and self.warmup_epochs >= epochs:
+            shorter = f"use less than {epochs}, or more epochs"
+            return (
+                f"warmup_epochs {self.warmup_epochs:g} is no shorter than the {epochs} epochs that it begins; {shorter}"
+            )
+        if self.milestones and self.milestones[-1] >= epochs:
+            return f"milestones {list(self.milestones)} go past the end of {epochs} epochs; {_range(epochs)}"
+        if self.step_size is not None and self.step_size >= epochs:
+            return f"step_size {self.step_size} has no effect in {epochs} epochs; {_range(epochs)}"
+        return None
+
+
+def _range(epochs: int) -> str:
+    return f"use 1 to {epochs - 1}" if epochs > 1 else "leave it out, or train for more epochs"
+
 
 class Stage(Section):
     """Some epochs of a run with their own layers, rates and optimizer; what is not given is that of the run."""

@@ -11,7 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import TextIO
@@ -45,14 +47,36 @@ def environment(folder: Path) -> dict[str, str]:
 def child(module: str, arguments: Sequence[str], text: str | None = None, output: TextIO | None = None) -> int:
     """Run `python -m MODULE ARGUMENTS` from the root, its output ours, or all of it `output`'s; the exit code.
 
-    128 + N where signal N ended it, as of a shell; SIGKILL says nothing itself, so that is said here.
+    128 + N where signal N ended it, as of a shell; SIGKILL says nothing itself, so that is said here. A terminal sends
+    Ctrl-C to the child as well, so it has the time to end its work; SIGTERM is passed on. Raises KeyboardInterrupt when
+    the child has not succeeded after a Ctrl-C.
     """
     command = [sys.executable, "-m", module, *arguments]
-    environ = environment(root())
-    code = subprocess.run(command, env=environ, input=text, text=True, stdout=output, check=False).returncode
+    given = None if text is None else subprocess.PIPE
+    interrupted = threading.Event()
+    with _heard(signal.SIGINT, interrupted.set):
+        process = subprocess.Popen(command, env=environment(root()), stdin=given, text=True, stdout=output)
+        with _heard(signal.SIGTERM, process.terminate):
+            process.communicate(text)
+    code = process.returncode
+    if interrupted.is_set() and code:
+        raise KeyboardInterrupt
     if code == -signal.SIGKILL:
         print(f"{module} was killed by SIGKILL: most often the memory of this machine or job was full", file=sys.stderr)
     return code if code >= 0 else 128 - code
+
+
+@contextmanager
+def _heard(number: signal.Signals, answer: Callable[[], None]) -> Iterator[None]:
+    """The signal calls `answer` in place of what it did before; without effect in other threads than the main one."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, lambda *_: answer())
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def ask(module: str, arguments: Sequence[str], text: str) -> subprocess.CompletedProcess[str]:

@@ -35,6 +35,8 @@ class Findings(fit.Answer):
 
     unchecked: list[str] = field(default_factory=list)
     cautions: list[str] = field(default_factory=list)
+    memory: dict[str, Any] | None = None
+    """The plan of a single experiment's training step: jobs/memory_plan.py."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,21 @@ class _Group:
 
 
 def check(
-    experiment: Experiment, instance: Instance, cluster: str, script: str, runs: Path, *, payload: bool = True
+    experiment: Experiment,
+    instance: Instance,
+    cluster: str,
+    script: str,
+    runs: Path,
+    *,
+    payload: bool = True,
+    details: bool = False,
 ) -> Findings:
     """Every check that can run here. Never raises for a fault of the experiment: that is a refusal.
 
     `runs`: the folder of the runs, which knows the bad nodes. `payload`: whether data file and model are looked at; not
-    where an earlier job is to make the file.
+    where an earlier job is to make the file. `details`: which batch and which switches fit the memory, too.
     """
-    return check_many([experiment], instance, cluster, script, runs, payload=payload)
+    return check_many([experiment], instance, cluster, script, runs, payload=payload, details=details)
 
 
 def check_many(
@@ -65,6 +74,7 @@ def check_many(
     runs: Path,
     *,
     payload: bool = True,
+    details: bool = False,
 ) -> Findings:
     """The same for the rows of a sweep, each thing once: a sentence names its rows (from 0) where it is not of all.
 
@@ -77,7 +87,7 @@ def check_many(
         _check_shares(group, instance, findings)
     answers = cluster == "slurm" and _check_cluster(experiments, instance, runs, findings)
     if payload and not findings.refusals:
-        _check_payload(experiments, findings)
+        _check_payload(experiments, findings, details)
     if answers and not findings.refusals:
         bad = badnodes.current(runs)
         findings.passed += [
@@ -188,16 +198,18 @@ def _too_short(notices: list[tuple[str, int]], experiments: Sequence[Experiment]
     ]
 
 
-def _check_payload(experiments: Sequence[Experiment], findings: Findings) -> None:
-    """The job checks itself in one child process: data file, classes, model (on the meta device)."""
+def _check_payload(experiments: Sequence[Experiment], findings: Findings, details: bool) -> None:
+    """The job checks itself in one child process: data file, classes, model (on the meta device), memory."""
     groups = list(_groups(experiments, _payload_key))
     text = "---\n".join(yamlfile.dump(group.experiment.as_dict()) for group in groups)
-    answer = ask("jobs.check", ["-"], text)
+    answer = ask("jobs.check", ["-", "--json", *(["--details"] if details else [])], text)
     words = answer.stderr.strip().splitlines()
-    if answer.returncode == ExitCode.DONE:
-        findings.passed += answer.stdout.strip().splitlines()
-    elif answer.returncode == ExitCode.BAD_INPUT:
-        findings.refusals += [_name_rows(line, groups) for line in words]
+    if answer.returncode in (ExitCode.DONE, ExitCode.BAD_INPUT) and answer.stdout:
+        found = json.loads(answer.stdout)
+        findings.memory = found.get("memory")
+        findings.refusals += [_name_rows(line, groups) for line in words if answer.returncode == ExitCode.BAD_INPUT]
+        for key in ("passed", "unchecked", "cautions"):
+            getattr(findings, key).extend([] if findings.refusals else found[key])
     elif "ModuleNotFoundError" in answer.stderr:
         missing = words[-1].removeprefix("ModuleNotFoundError: ")
         findings.unchecked.append(f"data file and model: {missing} here ('make setup' installs what jobs need)")
@@ -213,7 +225,7 @@ UNCHECKED: dict[str, Any] = {
         **dict.fromkeys(("hang_after", "ledger", "figures"), True),
         "optimizer": {"lr", "weight_decay"},
     },
-    "launch": set(Launch.model_fields) - {"nodes", "gpus", "tasks_per_node"},
+    "launch": set(Launch.model_fields) - {"instance", "nodes", "gpus", "tasks_per_node", "mem"},
 }
 """What jobs.check does not look at."""
 

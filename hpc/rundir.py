@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -274,7 +275,23 @@ def fsync_folder(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1) + "\n")
+    write_text(path, dumps(value, indent=1) + "\n")
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: null for what is no finite number, as an undefined metric."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -296,7 +313,7 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
     try:
         size = os.fstat(descriptor).st_size
         torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, ("\n" * torn + json.dumps(value) + "\n").encode())
+        os.write(descriptor, ("\n" * torn + dumps(value) + "\n").encode())
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

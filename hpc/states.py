@@ -39,7 +39,7 @@ class Place:
 def state_of(told: Records, place: Place, accounted: Accounted | None, silent: bool) -> tuple[str, str]:
     """The state's name and what more there is to say. `silent`: SLURM was asked and did not answer."""
     if told.result:
-        return "finished", ""
+        return "finished", early_end(told.result)
     if place.info and place.info.live:
         return _live(told, place.info)
     reason = str(told.state.get("reason", ""))
@@ -57,6 +57,15 @@ def state_of(told: Records, place: Place, accounted: Accounted | None, silent: b
     if not told.state or told.submitted > told.state["time"]:
         return _unstarted_here(told)
     return _here(told.state, told.phase, reason)
+
+
+def early_end(result: dict[str, Any]) -> str:
+    """Of a finished run that early stopping ended, in words; empty of others."""
+    told = result.get("stopped_early")
+    if not isinstance(told, dict):
+        return ""
+    waited, epochs = told.get("epochs_without_gain"), f"{result.get('epochs')} of {told.get('planned_epochs')} epochs"
+    return f"stopped early, after {epochs}: {told.get('metric')} got no better for {waited}"
 
 
 def _elsewhere(told: Records, place: Place) -> tuple[str, str] | None:

@@ -148,6 +148,7 @@ class Train(Section):
         self._refuse_idle(self.strategy, {"zero": {"deepspeed"}})
         self._check_speed()
         self._sum_epochs()
+        self._check_schedulers()
         return self
 
     def _check_speed(self) -> None:
@@ -191,5 +192,16 @@ class Train(Section):
             return
         total = sum(stage.epochs for stage in self.stages)
         if "epochs" in self.model_fields_set and self.epochs != total:
-            raise ValueError(f"epochs {self.epochs} is not the sum of the stages' ({total}): leave it out")
+            out = "leave it out, or take it back with train.epochs=null where a base has it"
+            raise ValueError(f"epochs {self.epochs} is not the sum of the stages' ({total}): {out}")
         object.__setattr__(self, "epochs", total)
+
+    def _check_schedulers(self) -> None:
+        """A schedule that ends after its stage is none that was asked for."""
+        rows = [(f"stages.{n}.", stage.scheduler, stage.epochs) for n, stage in enumerate(self.stages)] or [
+            ("", None, self.epochs)
+        ]
+        for where, own, epochs in rows:
+            if fault := (own or self.scheduler).idle_fault(epochs):
+                of_run = where and not own and f" (of {where[:-1]}: give it a scheduler of its own)"
+                raise ValueError(f"{where if own else ''}scheduler.{fault}{of_run or ''}")

@@ -13,6 +13,7 @@ from hpc.pending import moment
 from hpc.records import Records
 from hpc.rundir import RunDir
 from hpc.slurm import JobInfo
+from hpc.states import early_end
 from hpc.sweepdir import SweepDir, spec
 from hpc.units import short_time
 from hpc.verdict import FAILURES, NO_STEP
@@ -108,6 +109,8 @@ def _finished(status: Status, told: Records) -> Answer:
     lines = [f"It finished at {moment(float(told.state.get('time') or told.submitted))}, in {_times(status.attempts)}."]
     if status.metric:
         lines.append(f"Best {status.metric}{epoch}.")
+    if early := early_end(told.result):
+        lines.append(f"It {early}.")
     return Answer(status.run, status.state, "finished", lines, [f"hpc show {status.run}", f"hpc report {status.run}"])
 
 

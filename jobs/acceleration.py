@@ -153,8 +153,8 @@ def warm_up(
     if not agree(int(error is not None)):
         return True
     restore_eager(model)
-    first = str(error).strip().splitlines()[0][:300] if error else "on another rank"
-    _LOG.warning("train.compile has failed, the run goes on without: %s: %s", type(error).__name__, first)
+    why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}" if error else "on another rank"
+    _LOG.warning("train.compile has failed, the run goes on without: %s", why)
     return False
 
 

@@ -25,10 +25,11 @@ import torch
 
 from hpc.experiment import Experiment
 from hpc.rundir import RunDir
+from jobs import acceleration
 from jobs import choice as choices
 from jobs.choice import Choice
 from jobs.engine import Engine
-from jobs.precision import Precision
+from jobs.precision import Precision, say_idle
 from jobs.probe import Measured, Probe
 from jobs.setup import Parts, make_loaders
 from jobs.tasks import make_task
@@ -37,8 +38,8 @@ _LOG = logging.getLogger(__name__)
 BUDGET_S = 60.0
 LIMIT_S = 1800.0
 """Silence that is no hang meanwhile."""
-_COMPILE_S = {"cpu": 1.5, "cuda": 0.4}
-"""For each layer; 1.5: seed ResNet on one core, 49 layers in blocks of one kind and shape in 75 to 83 s."""
+_COMPILE_S, _COMPILE_GPU_S = 1.5, 0.4
+"""For each layer, on a CPU and on a GPU; 1.5: the seed's ResNet by blocks, 49 layers, in 75 to 83 s on two cores."""
 _PASSES = 5
 """In whose time, of the plain choice, a candidate should be through."""
 _GAIN = 0.97
@@ -147,13 +148,27 @@ def settle(
     parts: Parts,
     deterministic: bool,
     clock: Callable[[], float] = time.monotonic,
-) -> Experiment:
-    """The experiment with what was chosen for this run: by an earlier attempt, an earlier run of its like, or now.
+) -> tuple[Experiment, Parts]:
+    """Both with what was chosen for this run: by an earlier attempt, an earlier run of its like, or now.
 
     Called on every rank, before the model is built; nothing of the run is touched. Raises UserError.
     """
-    if not experiment.train.autotune:
-        return experiment
+    acceleration.use_cache(run, experiment.train)
+    if experiment.train.autotune:
+        experiment = _found(run, experiment, engine, parts, deterministic, clock).put_into(experiment)
+    say_idle(experiment.train, engine.device)
+    return experiment, replace(parts, model_options=parts.model_options | experiment.model.options)
+
+
+def _found(
+    run: RunDir,
+    experiment: Experiment,
+    engine: Engine,
+    parts: Parts,
+    deterministic: bool,
+    clock: Callable[[], float],
+) -> Choice:
+    """The same on every rank."""
     started, key = clock(), _key(experiment, engine, parts)
     known, origin = _known(run, key) if engine.is_main else (None, 0)
     origin, *codes = engine.max([origin, *(known.codes() if known else [0] * len(Choice().codes()))])
@@ -163,7 +178,7 @@ def settle(
             _LOG.info("autotune: %s, %s", found, _ORIGINS[origin])
             if origin == _CACHE:
                 choices.remember(run, found, {"from": str(choices.cache_folder())})
-        return found.put_into(experiment)
+        return found
     tuner = _Tuner(experiment, engine, parts, deterministic, lambda: BUDGET_S - (clock() - started))
     found = tuner.run()
     about = {"tried": tuner.lines(), "seconds": round(clock() - started, 1), "from": "measured"}
@@ -172,8 +187,7 @@ def settle(
         about |= {} if found == measured else {"from": "another run, which measured at the same time"}
         choices.remember(run, found, about)
         _tell(found, about)
-    found = Choice.decode(engine.max(found.codes() if engine.is_main else [0] * len(found.codes())))
-    return found.put_into(experiment)
+    return Choice.decode(engine.max(found.codes() if engine.is_main else [0] * len(found.codes())))
 
 
 _RUN, _CACHE = 1, 2
@@ -211,7 +225,7 @@ class _Tuner:
         plain = replace(start, precision=tried[0], channels_last=False, compile="off")
         pieces, probe = self._probe(replace(start, precision=tried[0]).put_into(experiment))
         layers = probe.graphs()
-        each = _COMPILE_S.get(engine.device.type, _COMPILE_S["cuda"])
+        each = _COMPILE_S if engine.device.type == "cpu" else _COMPILE_GPU_S
         self.search = Search(plain, probe.measure, engine.max, self._left, lambda kind: each * layers[kind])
         fallback = replace(start, precision=tried[0])
         if not layers["blocks"]:

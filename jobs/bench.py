@@ -66,6 +66,7 @@ def make_engine(experiment: Experiment, allocation: Allocation) -> Engine:
 
 def measure_step(trainer: Trainer, seconds: float, steps: int) -> dict[str, Any]:
     """Training steps on one batch, after a few that do not count: times by part, samples/s, FLOP/s, peak memory."""
+    trainer.learner.started()
     update, clock, device = trainer.learner.update, trainer.clock, trainer.engine.device
     iterator = iter(trainer.loader)
     batch = next(iterator)
@@ -188,10 +189,10 @@ def _verdict(found: dict[str, Any], threads: int) -> dict[str, Any]:
     loader = next(row["samples_per_second"] for row in found["loader"] if row["threads"] == threads)
     model, device = found["step"]["samples_per_second"], "CPU" if found["device"] == "cpu" else "GPU"
     busy, words = waiting.verdict(loader, model, device)
-    text = f"the loader gives {loader:.3g} samples/s, the model takes {model:.3g}: {words}"
+    text = f"the loader gives {waiting.number(loader)} samples/s, the model takes {waiting.number(model)}: {words}"
     best = max(found["loader"], key=lambda row: float(row["samples_per_second"]))
     if not busy:
-        more = f"data.threads={best['threads']} gives {best['samples_per_second']:.3g}"
+        more = f"data.threads={best['threads']} gives {waiting.number(best['samples_per_second'])}"
         text += f"; {waiting.REMEDY if best['threads'] == threads else more}"
     return {"kept_busy": busy, "words": text}
 
@@ -224,7 +225,7 @@ def show(found: dict[str, Any]) -> None:
         tables.print_rows(rows, 100, ())
         whole = steptimes.milliseconds(step[steptimes.SECONDS][steptimes.STEP])
         computing = steptimes.compute(step)
-        speed = f"{step['samples_per_second']:.3g} samples/s{f', {computing}' if computing else ''}"
+        speed = f"{waiting.number(step['samples_per_second'])} samples/s{f', {computing}' if computing else ''}"
         print(f"step {whole} (mean of {step['steps']}): {speed}\n{_memory_line(step['memory'])}")
     if loaded := found.get("loader"):
         print()

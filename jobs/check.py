@@ -7,9 +7,11 @@ of its experiment, from 0. The data files are opened first: a missing one is tol
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import open_volumes
 from datasets.layout import VolumeFile
@@ -18,7 +20,9 @@ from hpc.errors import UserError
 from hpc.experiment import Experiment, load, validate
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir
+from jobs import undefined
 
+_WORDS = {"take care": "cautions", "not checked": "unchecked"}
 _MOST_DRAWN = 10**8
 """Samples of an epoch, views and all: their order is held in memory."""
 
@@ -54,31 +58,17 @@ def open_data(experiment: Experiment, files: Sequence[Path] = ()) -> VolumeFile:
         )
     if not len(validation):
         raise UserError(f"{experiment.data.file} has no validation samples: pack it with --split 70/15/15")
-    _refuse_undefined(experiment, volumes)
+    undefined.refuse(experiment, volumes)
     return volumes
 
 
-def _refuse_undefined(experiment: Experiment, volumes: VolumeFile) -> None:
-    """UserError where a metric that the run follows is undefined whatever the model says: all its epochs are equal."""
-    if experiment.task == "segmentation":
-        return
-    labels = volumes.targets[volumes.indices("validation")]
-    if experiment.task == "classification":
-        undefined = {"roc_auc"} if len(set(labels.tolist())) < 2 else set()
-        why = "all validation samples are of one class"
-    else:
-        undefined = {"roc_auc"} if (labels == labels[0]).all() else set()
-        undefined |= set() if labels.any() else {"map"}
-        why = "no label is both there and not there in the validation samples"
-    for key, metric in {"train.monitor": experiment.monitor, **experiment.train.metrics()}.items():
-        if metric in undefined:
-            raise UserError(f"{key} {metric} is undefined: {why} of {experiment.data.file}; use loss, or pack it again")
+def report(source: str, details: bool = False, as_json: bool = False) -> ExitCode:
+    """Check the experiment in a file, in a run folder, or each of those on standard input (-); print what was found.
 
-
-def report(source: str) -> ExitCode:
-    """Check the experiment in a file, in a run folder, or each of those on standard input (-); print what was found."""
+    details: of a single one the largest batch that fits the memory, and which switch buys what.
+    """
     texts = sys.stdin.read().split("\n---\n") if source == "-" else [source]
-    passed: dict[str, None] = {}
+    found: dict[str, Any] = {}
     faults: dict[int, str] = {}
     experiments: dict[int, Experiment] = {}
     for number, text in enumerate(texts):
@@ -87,18 +77,18 @@ def report(source: str) -> ExitCode:
             open_data(experiments[number])
         except (UserError, ValueError) as error:
             faults[number] = str(error)
-    for number in [number for number in experiments if number not in faults]:
-        from jobs.setup import check
+    if fitting := {number: one for number, one in experiments.items() if number not in faults}:
+        from jobs.checked import look_at
 
-        try:
-            passed |= dict.fromkeys(check(experiments[number]))
-        except (UserError, ValueError) as error:
-            faults[number] = str(error)
+        found = look_at(fitting, faults, details and len(texts) == 1)
     for number, fault in sorted(faults.items()):
         for line in fault.splitlines():
             print(f"{number}: {line}" if len(texts) > 1 else line, file=sys.stderr)
-    if passed and not faults:
-        print("\n".join(passed))
+    if as_json:
+        print(json.dumps(found))
+    elif found and not faults:
+        told = [f"{word}: {line}" for word, kind in _WORDS.items() for line in found[kind]]
+        print("\n".join([*found["passed"], *told]))
     return ExitCode.BAD_INPUT if faults else ExitCode.DONE
 
 
@@ -112,7 +102,10 @@ def _read(text: str, source: str) -> Experiment:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m jobs.check", description=__doc__)
     parser.add_argument("file", metavar="FILE", help="experiment (YAML) or run folder; - for stdin")
-    return report(parser.parse_args().file)
+    parser.add_argument("--details", action="store_true", help="what fits the memory, and which switch buys what")
+    parser.add_argument("--json", action="store_true", help="what was found as an object")
+    arguments = parser.parse_args()
+    return report(arguments.file, arguments.details, arguments.json)
 
 
 if __name__ == "__main__":

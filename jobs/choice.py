@@ -124,7 +124,9 @@ def digest(key: Mapping[str, Any]) -> str:
 
 def look_up(key: Mapping[str, Any]) -> Choice | None:
     """Of an earlier run; None where there is none that can be read."""
-    with suppress(OSError, ValueError, KeyError, TypeError, UserError, RuntimeError):  # no home; a damaged file
+    with suppress(
+        OSError, ValueError, LookupError, TypeError, AttributeError, UserError, RuntimeError
+    ):  # no home; a damaged file
         return Choice.read(read_json(cache_folder() / f"{digest(key)}.json")["choice"])
     return None
 

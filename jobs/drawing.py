@@ -19,7 +19,7 @@ from datasets.census import spacings
 from datasets.layout import VolumeFile
 from hpc.experiment import Experiment
 from hpc.logs import series
-from hpc.metrics import STEP_METRIC
+from hpc.metrics import STEP_METRIC, decimals, defined
 from hpc.rundir import RunDir, write_bytes
 from jobs import bestrows
 from jobs.pictured import Pictured
@@ -138,8 +138,9 @@ class Drawer:
 
     def _title(self, words: str, metrics: Mapping[str, float], baseline: Mapping[str, float]) -> str:
         names = [self._monitor, *([STEP_METRIC[self._task]] if self._monitor == "loss" else [])]
-        told = ", ".join(f"{name} {metrics[name]:.3f}" for name in names if name in metrics)
-        alone = next((f" (commonest class alone {baseline[name]:.3f})" for name in names if name in baseline), "")
+        told = ", ".join(f"{name} {decimals(metrics[name], 3)}" for name in names if name in metrics)
+        known = defined(dict(baseline))
+        alone = next((f" (commonest class alone {known[name]:.3f})" for name in names if name in known), "")
         return f"{words}: {told}{alone}"
 
     def _keep(self, step: int, stored: Stored, pictures: bestrows.Pictures) -> None:

@@ -55,7 +55,7 @@ class EpochSums:
     def scores(self) -> Scores:
         """Of all steps that were flushed."""
         counts = self.counts
-        mean = counts.total_loss() / max(counts.samples, 1)
+        mean = counts.total_loss() / counts.samples if counts.samples else float("nan")
         return self._task.scores(counts.cells.cpu().numpy(), mean, counts.samples, None)
 
     def state(self) -> dict[str, Any]:

@@ -7,7 +7,6 @@ it. Exit code 0: done; 2: bad usage or input; 74: storage.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import signal
 import sys
@@ -18,8 +17,9 @@ from typing import Any
 
 from datasets.partition import SPLITS
 from hpc.errors import UserError
+from hpc.metrics import decimals
 from hpc.preempt import ExitCode
-from hpc.rundir import RunDir, write_bytes, write_json
+from hpc.rundir import RunDir, dumps, write_bytes, write_json
 from jobs import checkpoint
 from jobs.inference import bootstrap
 from jobs.inference.bootstrap import Intervals
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("hpc evaluate: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     if options.json:
-        print(json.dumps(summary(options.split, members, manner, found, bounds), indent=1))
+        print(dumps(summary(options.split, members, manner, found, bounds), indent=1))
         return ExitCode.DONE
     _show(_title(members, options, found), found, bounds)
     told = [f"{path}\n" for path in files[:3]] + [f"{len(files) - 3} figures in {path.parent}\n" for path in files[3:4]]
@@ -172,8 +172,8 @@ def _show(title: str, found: Scored, bounds: Intervals | None) -> None:
         alone, bracket = scores.baseline.get(key), ""
         if key in known:
             bracket = "  [{:.4f}, {:.4f}]".format(*known[key])
-        told = "" if alone is None else f"   (commonest class alone {alone:.4f})"
-        print(f"  {key:<20}{value:.4f}{bracket}{told}")
+        told = "" if alone is None else f"   (commonest class alone {decimals(alone)})"
+        print(f"  {key:<20}{decimals(value)}{bracket}{told}")
     _show_classes(scores.per_class())
 
 
@@ -182,8 +182,7 @@ def _show_classes(table: list[dict[str, Any]]) -> None:
     columns = [name for name in ("precision", "recall", "f1", "dice", "iou", "ap", "auc") if name in table[0]]
     print(f"  {'class':<20}{'support':>8}" + "".join(f"{name:>11}" for name in columns))
     for row in sorted(table, key=lambda row: float(row["recall"])):
-        values = (float("nan") if row[name] is None else row[name] for name in columns)
-        print(f"  {row['name']:<20}{row['support']:>8}" + "".join(f"{value:>11.3f}" for value in values))
+        print(f"  {row['name']:<20}{row['support']:>8}" + "".join(f"{decimals(row[name], 3):>11}" for name in columns))
 
 
 def _write(

@@ -51,7 +51,7 @@ class Work:
         """
         if not seconds:
             return {}
-        return {SECONDS: dict(seconds), **self.rates(stage, self.batch / (seconds[STEP] - seconds["save"]))}
+        return {SECONDS: dict(seconds), **self.rates(stage, self.batch / max(seconds[STEP] - seconds["save"], 1e-9))}
 
     def rates(self, stage: int, samples_per_second: float) -> dict[str, float]:
         """FLOP/s and MFU at this speed of all ranks."""

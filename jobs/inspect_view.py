@@ -10,6 +10,7 @@ from rich.text import Text
 
 from datasets.alarms import listing
 from datasets.partition import SPLITS
+from datasets.repeats import MOST_LISTED
 
 FOLDS_A_TABLE, CHANNELS_A_TABLE, NAME_WIDTH = 6, 2, 24
 CHANNELS_SHOWN, FILES_SHOWN, LABEL_SETS_SHOWN, TWINS_SHOWN = 8, 3, 5, 3
@@ -140,6 +141,7 @@ def _twins(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "equal", f"{equal['sets']} set{'s' * (equal['sets'] > 1)} of {equal['samples']} samples in all{sure}"
         for one in equal["listed"][:TWINS_SHOWN]:
             yield "", listing(_housed(one), one["samples"])
+        yield from _unlisted(equal["sets"], "set")
     else:
         yield "equal", "no two samples"
     strangers = near["pairs"] - near["of_one_group"]
@@ -148,6 +150,14 @@ def _twins(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "nearly equal", f"{pairs}, of {near['compared']} samples compared"
     for one in near["listed"][:TWINS_SHOWN]:
         yield "", " and ".join(_housed(one))
+    yield from _unlisted(strangers, "pair")
+
+
+def _unlisted(found: int, what: str) -> Iterator[tuple[str, str]]:
+    """How many more there are than are shown, and where to find them."""
+    if (more := found - TWINS_SHOWN) > 0:
+        there = f"the first {MOST_LISTED}" if found > MOST_LISTED else "all"
+        yield "", f"and {more} more {what}{'s' * (more > 1)}; --json lists {there}"
 
 
 def _housed(one: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ average goes on, and the layers that a stage freezes keep their weights and, whe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -123,9 +124,10 @@ class Learner:
         return {self._metric(name)[0] for name in named}
 
     def _values(self, metric: str, number: int) -> list[float]:
-        """Of the evaluations in a stage, in order."""
+        """Of the evaluations in a stage, in order; not of those where the metric is undefined."""
         first, last = self.stages.first_epoch(number), self.stages.first_epoch(number) + self.stages[number].epochs
-        return [line[metric] for line in self._history if first < line["epoch"] <= last]
+        values = [line[metric] for line in self._history if first < line["epoch"] <= last]
+        return [value for value in values if metric == "loss" or not math.isnan(value)]
 
     def judged(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """After the validation of an epoch."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from jobs.memory import Estimate, Step, estimate, largest_batch
+from jobs.memory import Estimate, Step, estimate, largest_batch, parts_of
 from models3d import create_model, example_input, takes
 
 __all__ = ["Card", "Group", "batch_within", "card"]
@@ -54,7 +54,7 @@ def card(
     Raises ValueError for an unknown model or option, and for an input that the model does not take.
     """
     model = _build(name, shape, classes, options)
-    parts = _parts(model)
+    parts = parts_of(model)
     output, counts, memory = None, None, None
     if shape is not None:
         output, counts = _forward(name, model, shape)
@@ -103,15 +103,6 @@ def _forward(name: str, model: nn.Module, shape: Sequence[int]) -> tuple[list[in
     if not isinstance(output, torch.Tensor):
         raise ValueError(f"{name} gives a {type(output).__name__}; a model must give one tensor of logits")
     return list(output.shape), counter.get_flop_counts()
-
-
-def _parts(model: nn.Module) -> list[tuple[str, nn.Module | nn.Parameter]]:
-    """Parameters that the model itself holds, then its children, with lists of layers opened once."""
-    parts: list[tuple[str, nn.Module | nn.Parameter]] = list(model.named_parameters(recurse=False))
-    for name, child in model.named_children():
-        listed = isinstance(child, nn.Sequential | nn.ModuleList)
-        parts += [(f"{name}.{n}", c) for n, c in child.named_children()] if listed else [(name, child)]
-    return parts
 
 
 def _groups(

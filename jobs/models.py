@@ -28,6 +28,7 @@ from models3d import example_input, fetch, list_models, takes
 
 __all__ = ["main"]
 
+_PRECISIONS = [name for name in get_args(Train.model_fields["precision"].annotation) if name != "auto"]
 _NOT_COUNTED = "not counted: workspace of the kernels, CUDA's context, a second copy of the gradients under DDP"
 
 
@@ -95,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--option", type=_option, action="append", default=[], metavar="k=v", help="of the model")
     add("--layers", action="store_true", help="the parts of the model NAME, too")
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="(adamw)")
-    add("--precision", default="fp32", choices=get_args(Train.model_fields["precision"].annotation), help="(fp32)")
+    add("--precision", default="fp32", choices=_PRECISIONS, help="(fp32)")
     add("--checkpoint", action="store_true", help="compute activations anew in the backward pass")
     add("--device", default="cuda", choices=("cuda", "cpu"), help="whose allocator and optimizer are counted (cuda)")
     add("--memory", type=_memory, metavar="40GB", help="how large a batch fits?")

@@ -22,7 +22,6 @@ from rich.table import Table
 from datasets.codecs import CODECS
 from datasets.duplicates import ACTIONS, TwinsRefused
 from datasets.packing.packer import BadSources, PackSummary, pack
-from datasets.packing.packer import Progress as Report
 from datasets.packing.prepare import DTYPES, NORMALISATIONS
 from datasets.packing.recipe import PackOptions, Recipe
 from datasets.partition import SPLITS
@@ -50,8 +49,8 @@ group (default: one source) stay in one split or fold."""
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        with _progress() as report:
-            summary = pack(options, report)
+        with _progress() as shown:
+            summary = pack(options, shown.step, shown.tell)
     except BadSources as error:
         _tell_bad(error.bad)
         print(
@@ -68,9 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"{PROG}: failed, {options.output} was not written: {error}{_kept(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"{PROG}: interrupted; the same command goes on from here", file=sys.stderr)
-        return 128 + signal.SIGINT
+    except (KeyboardInterrupt, _Ended) as end:
+        number = end.number if isinstance(end, _Ended) else signal.SIGINT
+        how = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
+        print(f"{PROG}: {how}; the same command goes on from here", file=sys.stderr)
+        return 128 + number
     _tell_bad(summary.bad)
     for note in summary.notes:
         print(f"{PROG}: note: {note}", file=sys.stderr)
@@ -233,19 +234,14 @@ def _add_layout(add: Any) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Report | None]:
+def _progress() -> Iterator["_Lines"]:
     """A bar with the time left when somebody is looking; otherwise a line now and then, for a batch job's log."""
     if not sys.stderr.isatty():
         yield _Lines()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("packing", total=None)
-
-        def report(done: int, total: int, sources: int, all_sources: int) -> None:
-            bar.update(task, completed=done, total=total, description=f"{sources}/{all_sources}")
-
-        yield report
+    with Progress(*columns, console=Console(stderr=True, soft_wrap=True), transient=True) as bar:
+        yield _Bar(bar)
 
 
 class _Lines:
@@ -253,17 +249,38 @@ class _Lines:
 
     def __init__(self) -> None:
         self._began = self._told = time.monotonic()
+        self._what = ""
 
-    def __call__(self, done: int, total: int, sources: int, all_sources: int) -> None:
+    def step(self, done: int, total: int, items: int, all_items: int, what: str) -> None:
         now = time.monotonic()
+        if what != self._what:
+            self._what, self._began = what, now
         if now - self._told >= LINE_EVERY_S:
             self._told = now
             left = (now - self._began) * (total - done) / max(done, 1)
-            print(
-                f"{PROG}: {sources} of {all_sources} sources, {done / 1e9:.1f} of {total / 1e9:.1f} GB, "
-                f"about {left / 60:.0f} min left",
-                file=sys.stderr,
-            )
+            size = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB"
+            self.tell(f"{items} of {all_items} {what}, {size}, about {left / 60:.0f} min left")
+
+    def tell(self, text: str) -> None:
+        print(f"{PROG}: {text}", file=sys.stderr, flush=True)
+
+
+class _Bar(_Lines):
+    """One bar after the other: masks, sources, samples."""
+
+    def __init__(self, bar: Progress) -> None:
+        super().__init__()
+        self._bar, self._task = bar, bar.add_task("reading headers", total=None)
+
+    def step(self, done: int, total: int, items: int, all_items: int, what: str) -> None:
+        if what != self._what:
+            self._what = what
+            self._bar.remove_task(self._task)
+            self._task = self._bar.add_task(what)
+        self._bar.update(self._task, completed=done, total=total, description=f"{items}/{all_items} {what}")
+
+    def tell(self, text: str) -> None:
+        self._bar.console.print(escape(f"{PROG}: {text}"), highlight=False)
 
 
 def _tell_bad(bad: Sequence[tuple[Path, str]]) -> None:
@@ -288,9 +305,16 @@ def _show(summary: PackSummary) -> None:
     print(f"fingerprint {summary.fingerprint}")
 
 
+class _Ended(BaseException):
+    """A signal asks the pack to end; it leaves through the exits that end the other processes."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = signal.Signals(number)
+
+
 def _terminate(number: int, frame: object) -> None:
-    """Leave through the exits that end the other processes."""
-    sys.exit(128 + number)
+    raise _Ended(number)
 
 
 if __name__ == "__main__":

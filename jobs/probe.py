@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,6 +62,7 @@ class Probe:
         """inputs (B, C, *spatial), targets: what one pass of a step gets."""
         self._experiment, self._parts, self._task = experiment, parts, task
         self._inputs, self._targets, self._deterministic, self._clock = inputs, targets, deterministic, clock
+        self._devices = [inputs.device] if inputs.device.type == "cuda" else []
 
     @property
     def takes_checkpoint(self) -> bool:
@@ -71,7 +72,7 @@ class Probe:
         """A fresh one, in training mode but for what is random."""
         experiment, device = choice.put_into(self._experiment), self._inputs.device
         options = {**self._parts.model_options, **experiment.model.options}
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(self._devices):
             torch.manual_seed(experiment.train.seed)
             built = replace(self._parts, model_options=options).build_model(experiment.model.name, self._deterministic)
         model = acceleration.accelerate(built.to(device).train(), experiment.train, device)
@@ -100,11 +101,12 @@ class Probe:
             torch.cuda.empty_cache()
 
     def _measure(self, choice: Choice, best_s: float | None) -> Measured:
-        devices = [self._inputs.device] if self._inputs.device.type == "cuda" else []
         strict: AbstractContextManager[object] = nullcontext() if choice.compile == "off" else _strictly()
-        with torch.random.fork_rng(devices), strict:
+        with torch.random.fork_rng(self._devices), strict:
             model = self.model(choice)
             precision = Precision(choice.put_into(self._experiment).train, self._inputs.device)
+            if precision.scaler:
+                precision.scaler.scale = 1.0  # a run finds its own; an overflow here would leave fp16 out
             first_s, loss = self._timed(model, precision, choice)
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             precision.unscale(gradients)
@@ -127,7 +129,7 @@ class Probe:
         loss = self._task.loss(outputs, self._targets)
         torch.autograd.backward(precision.scale(loss))
         self._synchronize()
-        return self._clock() - started, float(loss)
+        return self._clock() - started, float(loss.detach())
 
     def _synchronize(self) -> None:
         if self._inputs.device.type == "cuda":
@@ -146,7 +148,7 @@ class Probe:
                 shapes[type(module), weights, sizes] = _leaves(module)
 
             hooks.append(block.register_forward_pre_hook(note))
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(self._devices), suppress(torch.OutOfMemoryError):
             model(self._inputs)
         return {"blocks": sum(shapes.values()), "model": _leaves(model)}
 

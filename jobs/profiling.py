@@ -37,16 +37,17 @@ class Profiling:
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Around the step after `number` others."""
-        if self._window is None or not self._window[0] <= number < self._window[1]:
+        start, stop = self._window or (0, 0)
+        if not start <= number < stop:
             yield
             return
         if self._running is None:
-            self._first = number
+            self._first = self._next = number
             self._safely(self._start)
-        self._next = number + 1
         with record_function(f"ProfilerStep#{number}"):  # the name that TensorBoard's plugin tells steps by
             yield
-        if self._next == self._window[1]:
+        self._next = number + 1
+        if self._next == stop:
             self.close()
             self._window = None
 
@@ -60,7 +61,7 @@ class Profiling:
             with self._watchdog.phase("profile", _LIMIT_S):
                 do()
         except Exception as error:  # of the profiler, the driver below it, or the disk
-            _LOG.warning("no profiler trace of steps %d to %d: %s", self._first, self._next, error)
+            _LOG.warning("no profiler trace from step %d on: %s", self._first, error)
             self._running = self._window = None
 
     def _start(self) -> None:

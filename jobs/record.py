@@ -13,7 +13,7 @@ from datasets.layout import VolumeFile
 from hpc import steptimes, usage
 from hpc.errors import UserError
 from hpc.experiment import Experiment
-from hpc.metrics import DIRECTIONS, STEP_METRIC
+from hpc.metrics import DIRECTIONS, STEP_METRIC, decimals, defined
 from hpc.rundir import DATA_CHANGED, RunDir, read_json, write_json
 from jobs.drawing import LOSS_TAG, RATE_TAG, Drawer
 from jobs.samples import FEW
@@ -71,13 +71,15 @@ class Recorder:
     def step(self, step: int, scores: Scores, rate: float, more: Mapping[str, float] | None = None) -> None:
         """One optimizer step, over all ranks; more: other scalars of it."""
         name = self._step_metric
-        values = {LOSS_TAG: scores.loss, f"step/{name}": scores.metrics()[name], RATE_TAG: rate, **(more or {})}
+        found = {f"step/{key}": value for key, value in defined(scores.metrics()).items() if key == name}
+        values = {LOSS_TAG: scores.loss, **found, RATE_TAG: rate, **(more or {})}
         self._shown = (step, values)
         self._tracker.scalars(step, values)
 
     def times(self, step: int, timing: Mapping[str, Any]) -> None:
         """Where the time of the steps up to this one has gone, see jobs.flops.Work.timing."""
-        values = _time_tags(timing)
+        if not (values := _time_tags(timing)):
+            return  # the first event opens the file, which may wait for the clock's next second
         if self._shown[0] == step:
             self._shown = (step, {**self._shown[1], **values})
         self._tracker.scalars(step, values)
@@ -172,8 +174,8 @@ class Recorder:
         line = {"epoch": epoch, "step": step, "split": "validation", "metrics": metrics}
         extra = {"train": train, "waiting_share": waiting, "samples_per_second": speed, **timing}
         self._tracker.evaluation({**line, **extra})
-        scalars = {f"train/{key}": value for key, value in train.items()}
-        scalars |= {f"validation/{key}": value for key, value in metrics.items()}
+        scalars = {f"train/{key}": value for key, value in defined(train).items()}
+        scalars |= {f"validation/{key}": value for key, value in defined(metrics).items()}
         scalars |= {f"speed/{key}_samples_per_second": value for key, value in speed.items() if value}
         self._tracker.scalars(step, {**scalars, "speed/waiting_share": waiting, "epoch": epoch})
         self._drawer.evaluated(step, f"validation, epoch {epoch}", found, is_best)
@@ -256,4 +258,4 @@ def _time_tags(timing: Mapping[str, Any]) -> dict[str, float]:
 
 def _shown(metrics: dict[str, float], names: Sequence[str]) -> str:
     """Those that there are, each once."""
-    return ", ".join(f"{name} {metrics[name]:.4f}" for name in dict.fromkeys(names) if name in metrics)
+    return ", ".join(f"{name} {decimals(metrics[name])}" for name in dict.fromkeys(names) if name in metrics)

@@ -53,6 +53,16 @@ class Parts:
         return model
 
 
+@dataclass(frozen=True)
+class Found:
+    """Of an experiment that fits its data."""
+
+    lines: list[str]
+    parts: Parts
+    model: nn.Module
+    """On no device."""
+
+
 def _refuse_unsaved(name: str, model: nn.Module) -> None:
     """Raises UserError for what a checkpoint could not bring back."""
     if lazy := [key for key, value in model.named_parameters() if is_lazy(value)]:
@@ -176,12 +186,25 @@ def _check_model(experiment: Experiment, parts: Parts) -> nn.Module:
     with torch.device("meta"):
         model = parts.build_model(experiment.model.name)
         inputs = torch.empty(2, *parts.shape)
-        outputs = model(inputs)
+        try:
+            outputs = model(inputs)
+        except (UserError, ValueError) as error:
+            raise UserError(_of_model(experiment, error)) from None
     try:
         check_outputs(experiment, parts.volumes, outputs, inputs.shape)
     except UserError as error:
-        raise UserError(f"model {experiment.model.name}: {error}") from None
+        raise UserError(_of_model(experiment, error)) from None
+    if not outputs.requires_grad:
+        raise UserError(
+            f"model {experiment.model.name}: its output does not depend on its parameters, so nothing can be trained: "
+            f"look for no_grad, detach() or requires_grad=False in its forward pass"
+        )
     return model
+
+
+def _of_model(experiment: Experiment, error: Exception) -> str:
+    name = experiment.model.name
+    return str(error) if str(error).startswith(name) else f"model {name}: {error}"
 
 
 def _check_single(experiment: Experiment, parts: Parts, model: nn.Module) -> None:
@@ -207,6 +230,11 @@ def _check_single(experiment: Experiment, parts: Parts, model: nn.Module) -> Non
 
 def check(experiment: Experiment) -> list[str]:
     """What was found to fit, a line each. Raises ValueError or UserError with one line for what does not."""
+    return look(experiment).lines
+
+
+def look(experiment: Experiment) -> Found:
+    """The same with what was made for it. Raises as `check` does."""
     parts = prepare(experiment)
     volumes = parts.volumes
     sizes = {split: len(volumes.indices(split)) for split in ("train", "validation", "test")}
@@ -218,7 +246,7 @@ def check(experiment: Experiment) -> list[str]:
     acceleration.targets(model, experiment.train.compile)
     count = sum(p.numel() for p in model.parameters())
     weights, stages = load_weights(experiment, parts, model), learner.check(experiment, model)
-    return [
+    lines = [
         f"data: {sum(sizes.values())} samples of {shape} {volumes.dtype}{patch}, "
         + ", ".join(f"{number} {split}" for split, number in sizes.items())
         + f", {parts.num_classes} classes",
@@ -226,3 +254,4 @@ def check(experiment: Experiment) -> list[str]:
         *(f"weights: {line}" for line in weights),
         *stages,
     ]
+    return Found(lines, parts, model)

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -25,7 +24,7 @@ from hpc.errors import UserError
 from hpc.experiment import Experiment
 from hpc.preempt import StopFlag
 from hpc.rundir import RunDir
-from jobs import acceleration, autotune, check, checkpoint, precision, resuming, validation
+from jobs import acceleration, autotune, check, checkpoint, resuming, undefined, validation
 from jobs.engine import Engine
 from jobs.epoch import EpochSums, Pace
 from jobs.flops import Work, work_of
@@ -97,13 +96,10 @@ class Trainer:
         """What train.autotune finds takes the place of the file's settings."""
         if fault := self.experiment.batch_fault(self.engine.world_size):
             raise UserError(fault)
-        acceleration.use_cache(self.run, self.settings)
+        given = (self.run, self.experiment, self.engine, self.parts, self.deterministic)
         with self.watchdog.phase("autotune", autotune.LIMIT_S):
-            given = (self.run, self.experiment, self.engine, self.parts, self.deterministic)
-            self.experiment = autotune.settle(*given)
+            self.experiment, self.parts = autotune.settle(*given)
         self.settings = self.experiment.train
-        self.parts = replace(self.parts, model_options=self.parts.model_options | self.experiment.model.options)
-        precision.say_idle(self.settings, self.engine.device)
 
     def _build(self) -> None:
         settings, engine = self.settings, self.engine
@@ -190,7 +186,10 @@ class Trainer:
             if self._evaluation_due() or self._train_epoch():  # due: a stop, or the way back, came before its end
                 self._finish_epoch()
         if self.state["best"] is None:
-            raise Diverged(f"the validation loss was never finite in {self.step // self.steps_per_epoch} epochs")
+            epochs = self.step // self.steps_per_epoch
+            if math.isfinite(self.state["last"]["metrics"]["loss"]):
+                raise undefined.never(self.experiment, self.parts.volumes, epochs)
+            raise Diverged(f"the validation loss was never finite in {epochs} epochs")
         self._save(wait=True)
         if self.recorder and (saver := self.saver):
             with self.watchdog.phase("save", _SAVE_LIMIT_S):
@@ -282,10 +281,7 @@ class Trainer:
             self._open_saver()
 
     def _flush(self, newest: bool = True) -> None:
-        """Sum the last steps over the ranks, log them, and add them to the epoch's sums.
-
-        newest: the time of the newest step, too, which the device may still be busy with.
-        """
+        """Sum the last steps over the ranks, log them, and add them to the epoch's sums; newest: see StepClock."""
         self.samples.tell_replaced(self.step, self.loader, self.validation)
         for step, scores in self.sums.flush():
             assert self.recorder  # rank 0 alone has any

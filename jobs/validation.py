@@ -79,11 +79,12 @@ def gather(engine: Engine, kept: Kept) -> Stored | None:
 def judge(state: State, line: State, evaluation: Evaluation, monitor: str, checkpoint: str) -> None:
     """Keep the last metrics in `state`, and the best ones with the name of the checkpoint that is saved next.
 
-    line: the position, {"epoch", "step"}. Metrics whose loss is not finite are never the best.
+    line: the position, {"epoch", "step"}. Metrics whose loss is not finite, or whose `monitor` is undefined, are never
+    the best.
     """
     metrics, best = evaluation.metrics, state["best"]
     state["last"] = line = {**line, "metrics": metrics}
-    if not math.isfinite(metrics["loss"]):
+    if not math.isfinite(metrics["loss"]) or math.isnan(metrics[monitor]):
         return
     scores = evaluation.scores
     sign = 1 if DIRECTIONS[scores.task][monitor] == "max" else -1

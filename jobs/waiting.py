@@ -6,11 +6,12 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hpc import instances
+from hpc import instances, steptimes
 from hpc.errors import UserError
 from hpc.experiment import Experiment
 from hpc.instances import Instance
 from jobs import measured
+from jobs.flops import per_sample
 from jobs.setup import Parts
 
 _ASSUMED = (0.1, 0.5)
@@ -19,7 +20,7 @@ et al., arXiv 2204.02311)."""
 _NEAR = 1.1
 """A loader that is less than this faster than the model leaves no room for a slow moment of the file system."""
 
-REMEDY = "more data.threads (and launch.cpus), patches, or a file packed with smaller numbers would help"
+REMEDY = "more data.threads (with cores for them), patches, or a file packed with smaller numbers would help"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Word:
 
     kind: Literal["passed", "cautions", "unchecked"]
     text: str
+
+
+def number(rate: float) -> str:
+    """Samples/s with three digits, whole from 100 on."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def verdict(loader: float, model: float, device: str) -> tuple[bool, str]:
@@ -39,11 +45,8 @@ def verdict(loader: float, model: float, device: str) -> tuple[bool, str]:
     return False, f"the {device} will wait for data, {share} of the time"
 
 
-def compare(experiment: Experiment, parts: Parts, flops: float | None) -> Word | None:
-    """The loader's rate against the model's need, of each GPU; None where there is no GPU and nothing was measured.
-
-    flops: of a sample's forward and backward pass, None where the model cannot be counted.
-    """
+def compare(experiment: Experiment, parts: Parts) -> Word | None:
+    """The loader's rate against the model's need, of each GPU; None where there is no GPU and nothing was measured."""
     try:
         instance = instances.find(experiment.launch.instance)
         loader = measured.find(measured.loader_key(experiment, parts, experiment.data.threads))
@@ -56,7 +59,7 @@ def compare(experiment: Experiment, parts: Parts, flops: float | None) -> Word |
         return _both(experiment, loader, model, device)
     if not on_gpu:
         return None
-    need = None if model else _need(experiment, instance, flops)
+    need = None if model else _need(experiment, parts, instance)
     if loader and need:
         return _bounded(experiment, instance, loader, need)
     return Word("unchecked", f"{_unknown(loader, model, need)}: {_command(instance)}")
@@ -66,13 +69,13 @@ def _both(experiment: Experiment, loader: dict[str, Any], model: dict[str, Any],
     rates = loader["samples_per_second"], model["samples_per_second"]
     good, words = verdict(*rates, device)
     given = _given(experiment, loader)
-    text = f"{given}, the model takes {rates[1]:.3g} (measured {_day(loader, model)}): {words}"
+    text = f"{given}, the model takes {number(rates[1])} (measured {_day(loader, model)}): {words}"
     return Word("passed", text) if good else Word("cautions", f"{text}; {REMEDY}")
 
 
 def _given(experiment: Experiment, loader: dict[str, Any]) -> str:
     rate, threads = loader["samples_per_second"], experiment.data.threads
-    return f"the loader gives {rate:.3g} samples/s with data.threads={threads}"
+    return f"the loader gives {number(rate)} samples/s with data.threads={threads}"
 
 
 def _day(*records: dict[str, Any]) -> str:
@@ -80,15 +83,23 @@ def _day(*records: dict[str, Any]) -> str:
     return time.strftime("%Y-%m-%d", time.localtime(min(record["time"] for record in records)))
 
 
-def _need(experiment: Experiment, instance: Instance, flops: float | None) -> tuple[float, float, str] | None:
+def _need(experiment: Experiment, parts: Parts, instance: Instance) -> tuple[float, float, str] | None:
     """Samples/s of one GPU at the least and the most MFU that are assumed, and that in words."""
     known = instance.gpu_tflops and instance.gpu_tflops.of(experiment.train.precision)
-    if not known or not flops:
+    if not known:
+        return None
+    try:
+        flops = max(per_sample(experiment, parts))
+    except Exception:  # whatever a user's model raises on the meta device
+        return None
+    if not flops:
         return None
     least, most = (share * known * 1e12 / flops for share in _ASSUMED)
     low, high = (f"{100 * share:.0f}" for share in _ASSUMED)
-    words = f"the model takes {least:.3g} to {most:.3g} samples/s a GPU at {low} to {high} % of {known:g} TFLOP/s"
-    return least, most, f"{words} (assumed; {flops / 1e9:,.0f} GFLOP a sample)"
+    words = (
+        f"the model takes {number(least)} to {number(most)} samples/s a GPU at {low} to {high} % of {known:g} TFLOP/s"
+    )
+    return least, most, f"{words} (assumed; {steptimes.rate(flops).removesuffix('/s')} a sample)"
 
 
 def _bounded(
@@ -108,7 +119,9 @@ def _unknown(loader: Any, model: Any, need: tuple[float, float, str] | None) -> 
     if loader:
         return f"{question}: the loader is measured, the model is not"
     if model:
-        return f"{question}: the model takes {model['samples_per_second']:.3g} samples/s, the loader is not measured"
+        return (
+            f"{question}: the model takes {number(model['samples_per_second'])} samples/s, the loader is not measured"
+        )
     return f"{question}: nothing is measured{f'; {need[2]}' if need else ''}"
 
 

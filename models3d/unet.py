@@ -15,6 +15,7 @@ what is too much at the end of an axis is cut off. So nothing is padded that a n
 divide by the strides are as in nnU-Net.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -109,6 +110,7 @@ class UNet(nn.Module):
         widths = [min(whole("width", width) << number, most) for number in range(count)]
         steps = self._each("strides", [1] + [2] * (count - 1) if strides is None else strides, count)
         sizes = self._each("kernels", [kernels] * count if isinstance(kernels, int) else kernels, count)
+        self._steps, self._instance = steps, norm == "instance"
         if set(steps[0]) != {1}:
             raise ValueError(f"strides begin with {steps[0]}; the first must be 1: scores come out at full resolution")
         if any(k % 2 == 0 for size in sizes for k in size):
@@ -134,6 +136,7 @@ class UNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_input(f"unet{self.axes}d", x, self.in_channels, self.axes)
+        self._check_size(x.shape[2:])
         skips: list[torch.Tensor] = []
         for part in self.encoder:
             x = self._run(part, x)
@@ -142,6 +145,20 @@ class UNet(nn.Module):
             x = self._run(part, x, skip)
         result: torch.Tensor = self.head(x)
         return result
+
+    def _check_size(self, size: Sequence[int]) -> None:
+        """ValueError where InstanceNorm has one voxel, which has no spread."""
+        left = tuple(size)
+        for number, step in enumerate(self._steps):
+            left = tuple(-(-length // along) for length, along in zip(left, step, strict=True))
+            if self._instance and math.prod(left) < 2:
+                given = " x ".join(map(str, size))
+                fewer = f"model.depth={number}, " if number else ""
+                where = f"at resolution {number + 1} of {len(self._steps)}"
+                raise ValueError(
+                    f"unet{self.axes}d: InstanceNorm needs two voxels, but has one voxel left of {given} {where}: "
+                    f"use {fewer}model.norm=batch, or larger samples"
+                )
 
     def _run(self, part: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = (recompute if self.checkpoint and torch.is_grad_enabled() else _plain)(part, *inputs)

@@ -156,6 +156,16 @@ ROWS = [
         "$ ls runs/tiny-????????/predictions/validation.npz",
     ),
     Row(
+        "maps-on-two-nodes",
+        "a segmentation of two stages with averaged weights, preempted in its second stage on two nodes",
+        "$ hpc submit maps.yaml launch.cluster=slurm launch.instance=cedia-a100-40gb-nodes launch.nodes=2\n"
+        "wait for step 20\npreempt\nwait for requeue\nwait for end\n$ hpc show tiny",
+        cluster={},
+        attempts=2,
+        causes=("SIGTERM",),
+        weights="two-tasks-maps",
+    ),
+    Row(
         "array-of-40",
         "forty rows as one array, four of them preempted as they run, the first and the last among them",
         f"{SWEEP} train.seed=0:40 data.batch_size=48\n"

@@ -9,6 +9,7 @@ from threading import Lock
 import nibabel
 import numpy as np
 
+from datasets.writer import VolumeWriter
 from tests.playing import Playing, Row
 from tests.proof import play
 
@@ -27,6 +28,21 @@ train:
   scheduler: {name: cosine, warmup_epochs: 1}
 launch: {instance: cedia-a100-40gb, gpus: 1, cpus: 1, mem: 2GB, time: 30min}
 """
+MAPS = """
+name: tiny
+task: segmentation
+model: {name: file:net.py:Maps, pause: 0.05}
+data: {file: maps.h5, batch_size: 12, augment: {flip: [0], noise: 0.2}, threads: 1}
+train:
+  checkpoint_every: 1s
+  device: cpu
+  ledger: true
+  ema: {decay: 0.9}
+  clip_norm: 1
+  loss: {class_weights: balanced}
+  stages: [{epochs: 1, freeze: [body.0], lr: 1e-2}, {epochs: 2, lr: 5e-3, scheduler: {name: cosine}}]
+launch: {instance: cedia-a100-40gb, gpus: 1, cpus: 1, mem: 2GB, time: 30min}
+"""
 TWO_TASKS = "$ hpc train tiny.yaml launch.tasks_per_node=2 launch.cpus=2 model.pause=0"
 UNDISTURBED = {
     row.name: row
@@ -37,6 +53,7 @@ UNDISTURBED = {
             "$ hpc train tiny.yaml launch.cluster=local model.pause=0",
         ),
         Row("two-tasks", "an undisturbed run of two ranks here", TWO_TASKS),
+        Row("two-tasks-maps", "an undisturbed segmentation of two ranks here", TWO_TASKS.replace("tiny.", "maps.")),
         Row("fsdp", "the same with weights in shards", f"{TWO_TASKS} train.strategy=fsdp"),
         Row("zero", "the same by ZeRO 3", f"{TWO_TASKS} train.strategy=deepspeed train.zero.stage=3"),
         Row(
@@ -67,6 +84,21 @@ def make_scans(folder: Path) -> None:
     (folder / "labels.csv").write_text("\n".join(table) + "\n")
 
 
+def make_maps(path: Path) -> None:
+    """240 pictures of noise with a bright disc and its edge, and maps of them."""
+    draw, grid = np.random.default_rng(1), np.stack(np.meshgrid(*[np.arange(16)] * 2, indexing="ij"))
+    names = ("background", "disc", "edge")
+    with VolumeWriter(
+        path, task="segmentation", shape=(1, 16, 16), dtype="int16", num_samples=240, class_names=names
+    ) as writer:
+        for number in range(240):
+            far = np.hypot(*(grid - draw.uniform(5, 11, (2, 1, 1))))
+            target = (far < 4).astype(np.uint8) + ((far < 4) & (far >= 3))
+            picture = (60 * target + draw.normal(0, 40, target.shape)).astype(np.int16)
+            split = "train" if number < 192 else "validation"
+            writer.add(picture[None], target, id=f"map{number:03d}", split=split, scale=0.01)
+
+
 @cache
 def _packed() -> Path:
     """A folder with the scans and their HDF5 file."""
@@ -74,6 +106,7 @@ def _packed() -> Path:
     make_scans(base / "scans")
     packing = Playing(Row("pack", "scans into HDF5", ""), base)
     packing.command("hpc pack scans/*.nii -o scans.h5 --labels scans/labels.csv --split 80/20/0")
+    make_maps(base / "maps.h5")
     return base
 
 
@@ -84,9 +117,10 @@ def furnish(folder: Path, here: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scans").symlink_to(base / "scans")
     shutil.copy(base / "scans.h5", folder)
+    shutil.copy(base / "maps.h5", folder)
     shutil.copy(NET, folder)
-    text = EXPERIMENT.replace("cedia-a100-40gb, gpus: 1", "laptop") if here else EXPERIMENT
-    (folder / "tiny.yaml").write_text(text)
+    for name, text in (("tiny.yaml", EXPERIMENT), ("maps.yaml", MAPS)):
+        (folder / name).write_text(text.replace("cedia-a100-40gb, gpus: 1", "laptop") if here else text)
     return folder
 
 

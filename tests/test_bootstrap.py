@@ -132,6 +132,28 @@ def test_the_interval_of_accuracy_is_scipys():
     assert low < narrow[0] < right.mean() < narrow[1] < high
 
 
+@pytest.mark.parametrize("task", ["classification", "multilabel"])
+@pytest.mark.parametrize(("gap", "least"), [(0.0, 0.6), (0.05, 0.9), (0.15, 0.9)])
+def test_the_interval_of_the_calibration_error_holds_the_value_and_the_truth(task, gap, least):
+    """Of 100 samples each of a known error: percentiles would miss the truth of calibrated ones always."""
+    generator, held, missed, tries = np.random.default_rng(5), 0, 0, 60
+    for number in range(tries):
+        confidence = generator.uniform(0.55, 0.95, (100, 1))
+        right = generator.random((100, 1)) < confidence - gap
+        rows = np.concatenate([confidence, 1 - confidence], 1).astype(np.float32)
+        targets = np.where(right, 0, 1)[:, 0]
+        if task == "multilabel":
+            rows, targets = rows[:, :1], 1 - targets[:, None].astype(np.uint8)
+        stored = Stored(np.arange(100), targets, rows, np.zeros(100, np.float32))
+        value = metrics_of(task, stored, np.ones((1, 100)), None, False)["calibration_error"][0]
+        low, high = intervals(task, stored, range(100), None, 200, seed=number).bounds["calibration_error"]
+        assert 0 <= low <= value <= high <= 1
+        held += low <= gap <= high
+        resampled = metrics_of(task, stored, _draw(number, 0, 200, 100), None, False)["calibration_error"]
+        missed += not np.quantile(resampled, 0.025) <= gap <= np.quantile(resampled, 0.975)
+    assert held >= least * tries and (gap or missed == tries)
+
+
 def test_the_same_seed_gives_the_same_interval_whatever_the_blocks(monkeypatch):
     stored = stored_of("classification")
     first = intervals("classification", stored, range(60), None, 200, seed=4)

@@ -22,6 +22,8 @@ WRONG_WRITERS = [
     ({"class_names": 2}, "class_names 2 is no list of names"),
 ]
 WRONG_LOADERS = [
+    ({"patch": [5, 5, 99]}, r"patch \[5, 5, 99\] is over 4 times as long as the largest volume .*; give \["),
+    ({"patch": [2, 2, 2], "batch_size": 4_000_000_000, "views": 4_000_000_000}, "3 batches of .* GB, and this machine"),
     ({"batch_size": "2"}, "batch_size '2' is no whole number"),
     ({"threads": 1.5}, "threads 1.5 is no whole number"),
     ({"rank": None}, "rank None is no whole number"),

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -340,6 +341,27 @@ def test_each_stage_of_a_drill_is_short_and_nothing_ends_it_early(folder: Path, 
     train = planned.plans["stopped"].experiment.train
     assert [(stage.epochs, stage.freeze, stage.lr) for stage in train.stages] == [(2, "backbone", None), (2, (), 1e-4)]
     assert train.epochs == 4 and train.early_stopping is None and train.ema
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "wanted"),
+    [
+        ("{name: cosine, warmup_epochs: 20}", {"name": "cosine", "warmup_epochs": 1.0}),
+        ("{name: step, milestones: [30, 60], gamma: 0.5}", {"name": "step", "step_size": 1, "gamma": 0.5}),
+    ],
+)
+def test_a_schedule_is_made_to_fit_the_epochs_of_a_drill(
+    scheduler: str, wanted: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    long = folder / "long.yaml"
+    long.write_text(f"base: small.yaml\ntrain: {{epochs: 100, scheduler: {scheduler}}}\n")
+    train = drill.make(long, ["launch.cluster=local"], tmp_path / "runs", 0, 250, 0).plans["stopped"].experiment.train
+    assert train.epochs == 2 and train.scheduler.model_dump(exclude_defaults=True) == wanted
+    long.write_text(
+        f"base: small.yaml\ntrain: {{epochs: null, stages: [{{epochs: 90}}, {{epochs: 90}}], scheduler: {scheduler}}}\n"
+    )
+    train = drill.make(long, ["launch.cluster=local"], tmp_path / "runs", 0, 250, 0).plans["stopped"].experiment.train
+    assert train.epochs == 2 and all(stage.scheduler for stage in train.stages)
 
 
 PROMISES = {

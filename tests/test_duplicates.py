@@ -65,6 +65,20 @@ def test_each_is_told_with_the_first_that_it_equals():
     assert [pair[:2] for pair in twins_of([head(1), head(2), head(1), head(2), head(1)])] == [(0, 2), (1, 3), (0, 4)]
 
 
+def structure(seed):
+    """A few hundred voxels, about the same place in all: what is cut out of label maps."""
+    draw, places = np.random.default_rng(seed), np.indices(SHAPE).reshape(3, -1)
+    radii, centre = draw.uniform(4, 7, 3), np.array(SHAPE) // 2 + draw.normal(0, 1, 3)
+    distance = (((places.T - centre) / radii) ** 2).sum(axis=1)
+    return (distance < 1).astype(np.uint8).reshape(SHAPE)
+
+
+def test_sparse_masks_at_one_place_are_alike_only_where_they_are_equal():
+    masks = [structure(seed) for seed in range(24)]
+    assert max(mask.mean() for mask in masks) < 0.05
+    assert twins_of([*masks, masks[3].astype(np.int16)]) == [(3, 24, False)]
+
+
 def test_shape_counts_and_volumes_too_small_are_compared_by_their_voxels_alone():
     flat = np.arange(64, dtype=np.int16)
     assert twins_of(flat.reshape(shape) for shape in ((4, 4, 4), (8, 8, 1), (4, 4, 4))) == [(0, 2, False)]

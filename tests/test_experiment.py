@@ -180,10 +180,45 @@ def test_all_faults_are_told_at_once(tmp_path: Path) -> None:
         ("scheduler: {gamma: 0.8}", "gamma has no effect with constant; it belongs to exponential"),
         ("scheduler: {name: exponential, final: 0.1}", "final has no effect with exponential"),
         ("scheduler: {name: one_cycle, warmup_epochs: 1}", "warmup_epochs has no effect with one_cycle"),
+        (
+            "epochs: 5, scheduler: {name: cosine, warmup_epochs: 5}",
+            "train: scheduler.warmup_epochs 5 is no shorter than the 5 epochs that it begins; use less than 5",
+        ),
+        ("epochs: 5, scheduler: {name: step, milestones: [2, 5]}", "milestones [2, 5] go past the end of 5 epochs"),
+        ("epochs: 5, scheduler: {name: step, step_size: 5}", "step_size 5 has no effect in 5 epochs; use 1 to 4"),
+        ("epochs: 1, scheduler: {name: step, step_size: 1}", "no effect in 1 epochs; leave it out, or train for more"),
+        (
+            "stages: [{epochs: 9}, {epochs: 2, scheduler: {name: step, milestones: [3]}}]",
+            "train: stages.1.scheduler.milestones [3] go past the end of 2 epochs; use 1 to 1",
+        ),
+        (
+            "scheduler: {name: cosine, warmup_epochs: 2}, stages: [{epochs: 9}, {epochs: 2}]",
+            "no shorter than the 2 epochs that it begins; use less than 2, or more epochs (of stages.1: give it",
+        ),
+        ("monitor: ''", "train.monitor '' is no metric of task classification; use accuracy, balanced_accuracy, "),
     ],
 )
 def test_an_option_without_effect_is_refused(lines: str, words: str, tmp_path: Path) -> None:
     assert words in refusal(tmp_path, f"{PLAIN}train: {{{lines}}}\n")
+
+
+def test_a_schedule_that_ends_in_time_is_taken(tmp_path: Path) -> None:
+    for lines in (
+        "epochs: 5, scheduler: {name: cosine, warmup_epochs: 4.5}",
+        "epochs: 5, scheduler: {name: step, milestones: [1, 4]}",
+        "epochs: 5, scheduler: {name: step, step_size: 4}",
+        "scheduler: {name: cosine, warmup_epochs: 2}, stages: [{epochs: 9}, {epochs: 2, scheduler: {name: constant}}]",
+    ):
+        assert read(tmp_path, f"{PLAIN}train: {{{lines}}}\n")
+
+
+def test_stages_over_a_base_with_epochs_tell_how_to_take_them_back(tmp_path: Path) -> None:
+    write(tmp_path, f"{PLAIN}train: {{epochs: 5}}", "low.yaml")
+    top = write(tmp_path, "base: low.yaml\ntrain: {stages: [{epochs: 2}, {epochs: 4}]}", "top.yaml")
+    with pytest.raises(UserError, match=r"epochs 5 is not the sum of the stages' \(6\).* train\.epochs=null") as caught:
+        load(top)
+    assert "\n" not in str(caught.value)
+    assert load(top, ["train.epochs=null"])[0].train.epochs == 6
 
 
 def test_layers_come_from_the_base_up_and_paths_belong_to_the_file_that_spells_them(

@@ -182,7 +182,7 @@ def test_curves_of_what_is_missing_say_so():
     lines[0]["train"]["loss"] = float("nan")
     del lines[1]["train"]["map"], lines[0]["train"]["map"]
     figure = progress.curves(lines, ("loss", "map", "unknown"), 2, {}, "t")
-    assert len(figure.axes) == 2 and "no finite value" in {label.get_text() for label in words(figure)}
+    assert len(figure.axes) == 2 and "undefined" in {label.get_text() for label in words(figure)}
     assert_drawn(progress.curves([], ("loss",), None, {}, TITLE))
 
 
@@ -248,9 +248,27 @@ def test_one_sample_is_enough():
 def test_names_are_told_apart_and_taken_as_they_stand():
     shown = text.labels(names_of(30))
     assert len(set(shown)) == 30 and max(map(len, shown)) <= text.LONGEST + 2
-    assert shown[4] == r"\$x_1\$ cost \$5" and shown[5] == " _hidden" and shown[6] == "6: □□□" and shown[9] == "class 9"
+    assert (
+        shown[4] == r"\$x_1\$ cost \$5" and shown[5] == " _hidden" and shown[6] == "class 6" and shown[9] == "class 9"
+    )
     assert text.compact(950) == "950" and text.compact(12_345) == "12k" and text.compact(3_400_000) == "3.4M"
     assert text.cut("abcdefghij", 6) == "abc…ij"
+
+
+def test_names_in_a_script_that_the_font_lacks_are_numbered_never_boxes(caplog):
+    names = ["liver", "肝臓", "tumour 腫瘍 2", "why?"]
+    assert text.labels(names) == ["liver", "class 1", "2: tumour ?? 2", "why?"]
+    assert text.readable(names)[1] == "class 1" and "□" not in "".join(text.readable(names))
+    told = [record.message for record in caplog.records]
+    assert len(told) == 1 and "1 is 肝臓" in told[0] and "why?" not in told[0]
+
+
+def test_dice_where_no_sample_has_a_class_says_so(monkeypatch):
+    said = []
+    monkeypatch.setattr(canvas, "say_nothing_to_draw", lambda figure, title, why: said.append(why) or figure)
+    classes.dice_by_sample(np.zeros((3, 6)), ["a", "b"], TITLE)
+    classes.dice_by_sample(np.zeros((0, 6)), ["a", "b"], TITLE)
+    assert said == ["no sample has a class, or was given one"] * 2
 
 
 def test_colours_of_classes_differ_for_all_eyes():

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -15,6 +15,7 @@ from jobs.history import plateau, without_gain
 LEVELS = st.lists(st.sampled_from([0.0, 0.5, 0.50001, 0.6, 0.9, 1.0, math.nan]), max_size=40)
 
 
+@settings(deadline=None)
 @given(
     values=LEVELS,
     direction=st.sampled_from(["min", "max"]),
@@ -36,10 +37,10 @@ def test_plateau_is_that_of_torch(
         optimizer, direction, 0.5, patience, threshold, cooldown=cooldown, min_lr=final, eps=0
     )
     given = {"name": "plateau", "factor": 0.5, "patience": patience, "cooldown": cooldown, "final": final}
-    settings = Scheduler.model_validate({**given, "threshold": threshold})
+    scheduler = Scheduler.model_validate({**given, "threshold": threshold})
     for number, value in enumerate(values, start=1):
         theirs.step(value)
-        assert plateau(settings, direction, values[:number]) == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert plateau(scheduler, direction, values[:number]) == pytest.approx(optimizer.param_groups[0]["lr"])
 
 
 ENDS = {

@@ -186,6 +186,8 @@ def test_of_many_sets_one_that_leaks_and_one_of_two_labels_are_listed(tmp_path, 
     assert (facts["duplicates"]["sets"], facts["duplicates"]["leaking"]) == (30, 22)
     assert len(facts["duplicates"]["listed"]) == 20 and facts["duplicates"]["listed"][1]["labels"] == ["left", "right"]
     assert "s00 (test) and s01 (train)" in alarms(facts)[0] and "s58, s59 (left, right)" in alarms(facts)[1]
+    run(tmp_path / "o.h5")
+    assert "and 27 more sets; --json lists the first 20" in " ".join(capsys.readouterr().out.split())
 
 
 def test_of_many_duplicates_some_are_compared_unless_all_are_asked_for(tmp_path, monkeypatch, capsys):

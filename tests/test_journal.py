@@ -187,7 +187,7 @@ def test_direction_by_name(metric: str, lower: bool) -> None:
 
 def test_numbers_and_differences() -> None:
     values = [0.91, 1 / 6, 12345.678, 3, 0.0, 1e-7, float("nan"), None, "g001", True]
-    expected = ["0.91", "0.1667", "12346", "3", "0", "1e-07", "nan", "-", "g001", "True"]
+    expected = ["0.91", "0.1667", "12346", "3", "0", "1e-07", "–", "–", "g001", "True"]
     assert [compare.number(value) for value in values] == expected
     assert compare.difference(0.59, 0.57) == "+0.02"
     assert compare.difference(0.57, 0.59) == "-0.02"
@@ -274,7 +274,7 @@ def test_differences_to_the_first_run(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert [row[4] for row in overview[1:]] == ["0.91", "0.93 (+0.02)", "0.5 (-0.41)"]
     assert [row[6] for row in overview[1:]] == ["0.31", "0.36 (+0.05)", "0.5 (+0.19)"]
-    assert overview[3][1] == "started, no result yet" and overview[3][5] == "-"
+    assert overview[3][1] == "started, no result yet" and overview[3][5] == "–"
     assert overview[3][-1] == "k0=0, k1=1, k2=2, k3=3, k4=4, k5=5, 2 more below"
     classes = [row[::2][:2] for row in table(text, "### Classes", "other-2")[1:]]
     assert classes == [["thalamus", "0.4 (-0.3)"], ["hippocampus", "0.6 (+0.1)"], ["amygdala", "0.9 (=)"]]

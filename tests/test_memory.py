@@ -12,8 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from hpc.optimisation import Ema as EmaSettings
 from hpc.training import Optimizer
-from jobs.memory import Estimate, Step, _CudaCasts, estimate, largest_batch
+from jobs.ema import Ema
+from jobs.memory import Estimate, Shards, Step, _CudaCasts, estimate, largest_batch
 from jobs.optimize import build_optimizer
 from models3d import create_model, takes
 
@@ -38,18 +40,25 @@ def measured(name: str, shape: tuple[int, ...], step: Step, **options: object) -
     model = made(name, shape, **options)
     optimizer = step.optimizer(model) if step.optimizer else None
 
+    average = Ema(EmaSettings(), model) if step.ema else None
+
     def run() -> None:
-        x = torch.randn(*shape)
-        with torch.autocast("cpu", torch.bfloat16, enabled=step.precision == "bf16"):
-            y = model(x)
-        F.cross_entropy(y.float(), torch.zeros(len(y), *y.shape[2:], dtype=torch.long)).backward()
+        x = torch.randn(shape[0] * step.passes, *shape[1:])
+        for part in x.chunk(step.passes):
+            with torch.autocast("cpu", torch.bfloat16, enabled=step.precision == "bf16"):
+                y = model(part)
+            F.cross_entropy(y.float(), torch.zeros(len(y), *y.shape[2:], dtype=torch.long)).backward()
+            del y
         if optimizer:
             optimizer.step()
         model.zero_grad(set_to_none=True)
+        if average:
+            average.update()
 
     run()
     states = optimizer.state.values() if optimizer else ()
     held = [*model.parameters(), *model.buffers(), *(v for state in states for v in state.values() if v is not None)]
+    held += [*average.model.parameters(), *average.model.buffers()] if average else []
     base = sum(tensor.untyped_storage().nbytes() for tensor in held)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
@@ -78,6 +87,24 @@ SEEDS += [("transformer3d", (2, 1, n, n, 10)) for n in (30, 60, 90)]
 def test_the_seeds_networks_at_three_sizes(name: str, shape: tuple[int, ...]) -> None:
     step = Step(optimizer=ADAMW)
     assert estimated(name, shape, step).peak == pytest.approx(measured(name, shape, step), rel=0.05)
+
+
+FULL: list[tuple[str, tuple[int, ...], dict[str, Any], Step]] = [
+    ("resnet3d", (2, 1, 24, 24, 24), {}, Step(optimizer=ADAMW, precision="bf16")),
+    ("resnet3d", (2, 1, 28, 28, 28), {"checkpoint": True}, Step(optimizer=ADAMW, precision="bf16", ema=True)),
+    ("resnet3d", (1, 1, 24, 24, 24), {}, Step(optimizer=SGD, passes=2)),
+    ("transformer3d", (2, 1, 60, 60, 10), {}, Step(optimizer=ADAMW, precision="bf16", ema=True)),
+    ("transformer3d", (2, 1, 60, 60, 10), {"checkpoint": True}, Step(optimizer=ADAMW)),
+    ("transformer3d", (2, 1, 30, 30, 10), {}, Step(optimizer=ADAMW, passes=3)),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "options", "step"), FULL, ids=[str(number) for number in range(len(FULL))])
+def test_the_seeds_networks_in_other_ways(
+    name: str, shape: tuple[int, ...], options: dict[str, Any], step: Step
+) -> None:
+    found = estimated(name, shape, step, **options).peak
+    assert found == pytest.approx(measured(name, shape, step, **options), rel=0.1)
 
 
 WAYS: list[tuple[str, tuple[int, ...], dict[str, Any], Step]] = [
@@ -226,3 +253,64 @@ def test_a_step_that_cannot_be_done_is_one_line() -> None:
     with pytest.raises(ValueError, match=r"no step with an input of \(1, 3, 33, 33\): ") as caught:
         estimate(model, (1, 3, 33, 33))
     assert "\n" not in str(caught.value)
+
+
+# Several processes, and the validation.
+
+
+def test_shards_leave_a_share_of_state_gradients_and_weights() -> None:
+    shape, world = (2, 1, 24, 24, 24), 4
+    whole = estimated("resnet3d", shape, Step(optimizer=ADAMW))
+    by_stage = {
+        stage: estimated("resnet3d", shape, Step(optimizer=ADAMW, shards=Shards(world, stage))) for stage in (1, 2, 3)
+    }
+    assert all(one.optimizer == pytest.approx(whole.optimizer / world, rel=0.001) for one in by_stage.values())
+    assert by_stage[1].gradients == whole.gradients and by_stage[2].gradients == whole.gradients // world
+    assert by_stage[2].parameters == whole.parameters
+    assert by_stage[3].parameters == pytest.approx(whole.parameters / world, rel=0.001)
+    head = 4 * (256 * 55296 + 256)
+    assert by_stage[3].copies > head, "the largest part is gathered whole"
+    assert whole.peak > by_stage[1].peak > by_stage[2].peak
+    away = estimated("resnet3d", shape, Step(optimizer=ADAMW, shards=Shards(world, 2, offload=True)))
+    assert away.optimizer == away.gradients == 0 and away.peak < by_stage[2].peak
+
+
+def test_gradients_in_shards_by_hand() -> None:
+    """Two equal linear layers on a batch of one: weights are all that counts, so the peak can be told."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 1000, bias=False))
+    layer = 4 * 1000 * 1000
+    assert estimate(model, (1, 1000)).peak == pytest.approx(4 * layer, rel=0.01)
+    halves = estimate(model, (1, 1000), Step(shards=Shards(2, 2)))
+    assert halves.peak == pytest.approx(2 * layer + layer / 2 + layer, rel=0.01), "one is whole, the other reduced"
+    buckets = estimate(model, (1, 1000), Step(gradient_copies=1))
+    assert buckets.peak == pytest.approx(6 * layer, rel=0.01)
+
+
+def test_fully_shard_gathers_what_is_in_no_block_and_keeps_gradients_whole_between_passes() -> None:
+    shape = (2, 1, 24, 24, 24)
+    by_block = Shards(4, 3, by_block=True)
+    found = estimated("resnet3d", shape, Step(optimizer=ADAMW, shards=by_block))
+    with torch.device("meta"):
+        model = create_model("resnet3d", 1, 3)
+    block = sum(p.numel() for p in model.layers.layer4[0].parameters())
+    rest = sum(p.numel() for part in (model.stem, model.head) for p in part.parameters())
+    assert found.copies == 4 * (2 * block + rest)
+    several = estimated("resnet3d", shape, Step(optimizer=ADAMW, shards=by_block, passes=2))
+    reduced = estimated("resnet3d", shape, Step(optimizer=ADAMW, shards=Shards(4, 3), passes=2))
+    whole = 4 * sum(p.numel() for p in model.parameters())
+    assert several.peak > several.parameters + several.optimizer + several.copies + whole
+    assert several.peak > reduced.peak
+
+
+def test_a_validation_of_the_whole_batch_may_be_the_peak() -> None:
+    shape = (1, 1, 32, 32, 32)
+    plain = estimated("unet3d_tiny", shape, Step(passes=64), checkpoint=True)
+    both = estimated("unet3d_tiny", shape, Step(passes=64, validation=64), checkpoint=True)
+    assert plain.validation == 0 and both.validation == both.peak > plain.peak
+
+
+def test_checkpointing_the_seeds_resnet_at_full_size_keeps_a_third_or_less() -> None:
+    shape = (1, 1, 190, 190, 190)
+    plain, less = (estimated("resnet3d", shape, Step(), checkpoint=on).activations for on in (False, True))
+    assert plain >= 3 * less

@@ -340,6 +340,8 @@ def test_progress_counts_bytes_and_sources(scans, tmp_path):
     options = pack.parse([str(folder), "-o", str(tmp_path / "o.h5"), "--labels", str(labels)])
     pack.pack(options, lambda *step: seen.append(step))
     size = sum(path.stat().st_size for path in folder.iterdir())
-    assert [step[2:] for step in seen] == [(number, 12) for number in range(1, 13)]
+    *seen, last = seen
+    assert last[2:] == (12, 12, "samples written") and last[0] == last[1]
+    assert [step[2:] for step in seen] == [(number, 12, "sources") for number in range(1, 13)]
     assert seen[-1][:2] == (size, size) and all(step[1] == size for step in seen)
     assert [step[0] for step in seen] == sorted({step[0] for step in seen})

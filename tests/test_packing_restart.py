@@ -209,9 +209,10 @@ def test_a_stop_keeps_what_is_done(tmp_path, number):
         time.sleep(0.002)
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     said = process.communicate(timeout=60)[1]
-    if number == signal.SIGINT:
-        assert process.returncode == 130 and "the same command goes on from here" in said
-        assert len(said.splitlines()) == 1
+    assert said.splitlines() == [
+        f"hpc pack: {'interrupted' if number == signal.SIGINT else 'ended by SIGTERM'}; "
+        "the same command goes on from here"
+    ]
     assert process.returncode == 128 + number and not (tmp_path / "o.h5").exists()
     assert len(done(tmp_path / ".o.h5.packing")) >= 2
 
@@ -239,9 +240,35 @@ def test_other_options_for_the_voxels_begin_anew_and_others_do_not(tmp_path, cap
     assert run_noting(read, *arguments, "--size", "5") == 1
     assert len(read) == 12
     assert run(*arguments, "--size", "6", "--skip-bad") == 0
-    told = "an earlier start had other options for the voxels: all sources were read anew"
+    told = "an earlier start had other options for the voxels: all sources are read anew"
     shown = capsys.readouterr()
     assert told in " ".join((shown.out + shown.err).split())
+
+
+@pytest.mark.parametrize("form", [[], ["--compress", "blosc2-lz4"], ["--patch", "4", "--per-class", "3"]])
+def test_what_is_damaged_in_the_work_folder_is_read_again(tmp_path, capsys, form):
+    scans, labels = twelve(tmp_path)
+    (scans / "s03.nii.gz").write_bytes((scans / "s03.nii.gz").read_bytes()[:300])
+    arguments = [scans, "--labels", labels, *form, "--workers", "1"]
+    assert run(*arguments, "-o", tmp_path / "o.h5") == 1
+    folder = tmp_path / ".o.h5.packing"
+    lines = map(json.loads, (folder / JOURNAL).read_text().splitlines())
+    entry = next(line for line in lines if line.get("id") == "s07")["samples"][0]
+    with (folder / entry["file"]).open("r+b") as file:
+        file.seek(entry["inputs"][0][0] + 1)
+        byte = file.read(1)[0]
+        file.seek(entry["inputs"][0][0] + 1)
+        file.write(bytes([byte ^ 1]))
+    save(scans / "s03.nii.gz", noise(seed=3))
+    capsys.readouterr()
+    read = []
+    assert run_noting(read, *arguments, "-o", tmp_path / "o.h5") == 0
+    assert sorted(read) == ["s03", "s07"]
+    first, second = capsys.readouterr().err.splitlines()[:2]
+    assert "kept of 1 source(s) is damaged, they are read again: s07" in first
+    assert "going on from an earlier start: 10 of 12 sources need not be read again" in second
+    assert run(*arguments, "-o", tmp_path / "other.h5") == 0
+    assert open_volumes(tmp_path / "o.h5").fingerprint == open_volumes(tmp_path / "other.h5").fingerprint
 
 
 def test_what_was_written_after_the_last_sync_is_not_believed_after_a_power_cut(tmp_path):

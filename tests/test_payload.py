@@ -1,6 +1,7 @@
 """The carried payload: which root is taken, what a child sees of it, and what a run's snapshot holds."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,25 @@ def test_a_child_that_was_killed_is_told(
     assert payload.child("jobs.die", ["9"], "") == 137
     assert "jobs.die was killed by SIGKILL: most often the memory" in capsys.readouterr().err
     assert payload.child("jobs.die", ["15"], "") == 143
+
+
+@pytest.mark.parametrize(("number", "group"), [("SIGINT", True), ("SIGTERM", False)])
+def test_a_stop_reaches_the_child_which_ends_its_own_work(tmp_path: Path, number: str, group: bool) -> None:
+    root = checkout(tmp_path / "root")
+    (root / "jobs" / "slow.py").write_text(
+        "import signal, sys, time\n"
+        "def end(*_): time.sleep(0.5); print('ended well', flush=True); sys.exit(7)\n"
+        "signal.signal(signal.SIGINT, end); signal.signal(signal.SIGTERM, end)\n"
+        "print('ready', flush=True)\ntime.sleep(60)\n"
+    )
+    call = "import sys; from hpc import payload; sys.exit(payload.child('jobs.slow', []))"
+    environ = {**os.environ, "HPC_ROOT": str(root), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", call]
+    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        (os.killpg if group else os.kill)(process.pid, signal.Signals[number])
+        assert process.communicate(timeout=30)[0] == "ended well\n"
+    assert process.returncode == (-signal.SIGINT if group else 7)  # KeyboardInterrupt, which the command line answers
 
 
 def git(folder: Path, *arguments: str) -> str:

@@ -219,12 +219,23 @@ def test_what_fits_is_told_once_for_several_experiments(
     texts = [yamlfile.dump(experiment(data, model__width=width).as_dict()) for width in (4, 8)]
     monkeypatch.setattr(sys, "stdin", io.StringIO("---\n".join(texts)))
     assert report("-") == ExitCode.DONE
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["data", "model", "model"]
+    words = [line.split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert words == ["data", "model", "model", "memory", "not checked"]
 
 
 def test_the_payloads_check_looks_at_nothing_that_the_rows_are_not_told_apart_by() -> None:
     """Rows equal in what `_payload_key` names are checked once: the check must not look at more."""
-    files = ("check.py", "setup.py", "tasks/__init__.py", "tasks/options.py")
+    files = (
+        "check.py",
+        "checked.py",
+        "setup.py",
+        "measured.py",
+        "memory_plan.py",
+        "waiting.py",
+        "flops.py",
+        "tasks/__init__.py",
+        "tasks/options.py",
+    )
     text = "".join((ROOT / "jobs" / file).read_text() for file in files)
     unchecked = {"name", *UNCHECKED["train"], *UNCHECKED["launch"]} - {"optimizer"}
     read = set(re.findall(r"(?:experiment|train|launch)\.(?:train\.|launch\.)?([a-z]\w*)", text))

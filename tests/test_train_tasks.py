@@ -107,8 +107,8 @@ FAULTS: list[tuple[str, tuple[str, ...], list[str]]] = [
     ("multilabel", ("train.loss.pos_weight=[1, 2]",), ["pos_weight has 2 weights", "3 classes"]),
     ("segmentation", ("train.loss.ignore=[egde]",), ["no class 'egde'", "did you mean 'edge'"]),
     ("segmentation", ("train.loss.ignore=[disc, edge]",), ["two classes", "train.loss.ignore leaves out disc, edge"]),
-    ("segmentation", ("data.sampler=balanced",), ["balanced", "label maps", "foreground"]),
-    ("segmentation", ("data.sampler=weighted", "data.weights={disc: 2}"), ["weights", "label maps"]),
+    ("segmentation", ("data.sampler=balanced",), ["no stored voxels of each class", "pack it again"]),
+    ("segmentation", ("data.sampler=weighted", "data.weights={disc: 2}"), ["no stored voxels of each class"]),
 ]
 
 
@@ -165,6 +165,14 @@ def test_batches_of_one_sample_are_refused_where_a_layer_cannot_normalise_them(t
     still = ["train.epochs=null", "train.stages=[{epochs: 1, freeze: backbone}]"]
     assert check(load(run.experiment, [model, "data.batch_size=1", *still])[0])
     assert check(load(run.experiment, [model, "train.accumulate=2"])[0])
+
+
+def test_a_network_too_deep_for_the_samples_is_told_by_name(tmp_path: Path) -> None:
+    run = tiny_tasks.make_run(tmp_path / "run", tiny_tasks.make_data(tmp_path, "segmentation"), "segmentation")
+    with pytest.raises(UserError, match=r"^unet2d: .* one voxel left of 6 x 8 .* of 8: use model\.depth=3, ") as caught:
+        check(load(run.experiment, ["model.name=unet2d"])[0])
+    assert "\n" not in str(caught.value)
+    assert check(load(run.experiment, ["model.name=unet2d", "model.depth=3"])[0])
 
 
 def test_a_network_of_the_other_task_is_told(tmp_path: Path) -> None:

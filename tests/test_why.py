@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc import after, evidence, pending, slurm, why
+from hpc import after, evidence, ledger, pending, slurm, why
 from hpc.rundir import RunDir, write_json, write_text
 from hpc.sweepdir import Chunk, SweepDir
 from tests.ended import EXPERIMENT, HEAD, LINE, LOST, ended, log, make_run, words
@@ -389,6 +389,13 @@ def test_planned_finished_and_damaged_runs_have_an_answer(run: RunDir, fake: Fak
     assert why.explain(run).commands == ["hpc resume exp-0000aaaa"]
     write_json(run.result, {"monitor": "loss", "best": {"epoch": 3, "metrics": {"loss": 0.25}}})
     assert why.explain(run).lines[-1] == "Best loss 0.2500 at epoch 3."
+    early = {"metric": "accuracy", "epochs_without_gain": 2, "planned_epochs": 9}
+    result = {"monitor": "loss", "epochs": 5, "best": {"epoch": 3, "metrics": {"loss": 0.25}}, "stopped_early": early}
+    write_json(run.result, result)
+    said = "stopped early, after 5 of 9 epochs: accuracy got no better for 2"
+    assert why.explain(run).lines[-1] == f"It {said}." and ledger.status(run).detail == said
+    write_json(run.result, {**result, "stopped_early": None})
+    assert why.explain(run).lines[-1].startswith("Best") and ledger.status(run).detail == ""
     run.state.write_text("{")
     answer = why.explain(run)
     assert answer.cause == "damaged" and "state.json: damaged" in answer.lines[0]

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from datasets.packing.recipe import Recipe, expand
 
 Affine = NDArray[np.float64]
+_MARGIN = 12
+"""voxels that repeat the edge for the spline's filter, as in scipy"""
 
 
 @dataclass(frozen=True)
@@ -110,14 +112,35 @@ def _interpolate(
         return nearest
     numbers = data.astype(np.float32)
     if max(steps) > 1:
-        numbers = ndimage.gaussian_filter(numbers, [max(0.0, (step - 1) / 2) for step in steps], mode="nearest")
+        ndimage.gaussian_filter(numbers, [max(0.0, (step - 1) / 2) for step in steps], mode="nearest", output=numbers)
+    padded = _padded(numbers)
+    del numbers
+    ndimage.spline_filter(padded, order=3, output=padded, mode="nearest")  # in place: scipy itself would hold three
     out: NDArray[np.float32] = ndimage.affine_transform(
-        numbers, np.array(steps), start, output_shape=shape, output=np.float32, order=3, mode="nearest"
+        padded,
+        np.array(steps),
+        np.array(start) + _MARGIN,
+        output_shape=shape,
+        output=np.float32,
+        order=3,
+        mode="nearest",
+        prefilter=False,
     )
+    del padded
     np.clip(out, float(data.min()), float(data.max()), out=out)
     if data.dtype.kind in "iu":
         np.rint(out, out=out)
     return out
+
+
+def _padded(numbers: NDArray[Any]) -> NDArray[np.float64]:
+    """The edge repeated on all sides; np.pad would hold what it pads twice."""
+    padded = np.empty([n + 2 * _MARGIN for n in numbers.shape])
+    padded[(slice(_MARGIN, -_MARGIN),) * numbers.ndim] = numbers
+    for axis in range(numbers.ndim):
+        lines = np.moveaxis(padded, axis, 0)
+        lines[:_MARGIN], lines[-_MARGIN:] = lines[_MARGIN], lines[-_MARGIN - 1]
+    return padded
 
 
 def centre_fit(

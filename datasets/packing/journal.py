@@ -39,6 +39,8 @@ class Entry:
     """of label maps: data file, offset and bytes of the voxels drawn of each class, int32 (K, M)"""
     checksum: int
     """CRC-32 of the input bytes, then the label map's"""
+    written: int
+    """CRC-32 of all pieces as they are in the work folder"""
     shape: tuple[int, ...]
     """(C, *spatial)"""
     affine: tuple[float, ...]

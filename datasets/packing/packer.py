@@ -9,6 +9,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,17 @@ from datasets.packing.parts import Packed, divide, rehearse
 from datasets.packing.plan import Plan, make_plan, read_headers
 from datasets.packing.pool import WorkerDied, run, survey
 from datasets.packing.publish import publish, reserve
+from datasets.packing.recheck import damaged
 from datasets.packing.recipe import PackOptions
 from datasets.packing.samples import Bench, Task, files_of, identity
 from datasets.sources import Header, Source
 from datasets.writer import require_replaceable
 
-Progress = Callable[[int, int, int, int], None]
-"""called with bytes of the source files that are done, of all, and sources that are done, of all"""
+Progress = Callable[[int, int, int, int, str], None]
+"""called with bytes that are done, of all, and items that are done, of all, and what these are: masks whose values are
+looked up, sources, samples that are written"""
+Tell = Callable[[str], None]
+"""called with what a user should know at once"""
 
 
 class BadSources(ValueError):
@@ -56,32 +61,36 @@ class PackSummary:
     notes: list[str] = field(default_factory=list)
 
 
-def pack(options: PackOptions, progress: Progress | None = None) -> PackSummary:
+def pack(options: PackOptions, progress: Progress | None = None, tell: Tell | None = None) -> PackSummary:
     """Write `options.output` and say what is in it.
 
     ValueError (one line) for a user's mistake; BadSources where some cannot be packed and `skip_bad` is not set;
     OSError where the disk is full.
     """
+    progress, tell = progress or (lambda *_: None), tell or (lambda _: None)
     try:
-        return _pack(options, progress, wide=False)
+        return _pack(options, progress, tell, wide=False)
     except TooWide:
-        return _pack(options, progress, wide=True)
+        return _pack(options, progress, tell, wide=True)
 
 
-def _pack(options: PackOptions, progress: Progress | None, wide: bool) -> PackSummary:
+def _pack(options: PackOptions, progress: Progress, tell: Tell, wide: bool) -> PackSummary:
     found = sources.find(options.sources, options.channels)
     _protect_inputs(options, found)
     if options.shard_bytes is None:
         require_replaceable(options.output)
     labelling = read_labelling(options, found)
     headers, unread = read_headers(found, labelling.masks)
-    labelling = _with_classes(options, labelling, found, headers)
+    labelling = _with_classes(options, labelling, found, headers, progress)
     plan = make_plan(options, found, headers, unread, labelling, wide)
     if plan.key != make_plan(options, found, headers, unread, labelling, True).key == key_of(options.output):
         raise TooWide  # an earlier start has found that out
     rehearse(options, labelling, list(plan.shapes))
     anew = not wide and key_of(options.output) not in ("", plan.key)
+    if anew:
+        tell("an earlier start had other options for the voxels: all sources are read anew")
     with Workshop(options.output, plan.key) as shop:
+        _take_up(options, plan, labelling, shop, tell)
         reasons = dict(plan.bad) | _make_samples(options, plan, labelling, shop, progress)
         bad = [(found[id].path, reasons[id]) for id in found if id in reasons]
         done = [shop.finished[id] for id in found if id not in reasons]
@@ -91,10 +100,8 @@ def _pack(options: PackOptions, progress: Progress | None, wide: bool) -> PackSu
             raise ValueError(f"nothing can be packed; the first, {bad[0][0]}: {bad[0][1]}")
         packed = divide(options, labelling, done, {id: source.path for id, source in found.items()}, bad)
         packed.notes.extend(_passed_over(options, plan, labelling))
-        if anew:
-            packed.notes.append("an earlier start had other options for the voxels: all sources were read anew")
         shop.sync()
-        paths = publish(options, plan, labelling, packed, shop.folder)
+        paths = publish(options, plan, labelling, packed, shop.folder, _writing(plan, packed, progress))
         shop.remove()
     return _summarise(paths, packed, bad)
 
@@ -114,31 +121,63 @@ def _passed_over(options: PackOptions, plan: Plan, labelling: Labelling) -> list
     return [f"{len(others)} other file(s) were passed over, such as {others[0]}"] if others else []
 
 
+def _writing(plan: Plan, packed: Packed, progress: Progress) -> Callable[[int], None]:
+    """Progress of the last step, by samples."""
+    size = [0, *accumulate(plan.bytes_of(entry.shape) for _, entry in packed.samples)]
+    return lambda done: progress(size[done], size[-1], done, len(packed.samples), "samples written")
+
+
 def _with_classes(
-    options: PackOptions, labelling: Labelling, found: Mapping[str, Source], headers: Mapping[str, Header]
+    options: PackOptions,
+    labelling: Labelling,
+    found: Mapping[str, Source],
+    headers: Mapping[str, Header],
+    progress: Progress,
 ) -> Labelling:
     """Label maps whose values have no names are read once more, before the others, for the values that they have."""
     if labelling.masks is None or labelling.classes is not None or not headers:
         return labelling
     masks = [(labelling.masks[id], found[id], header) for id, header in headers.items()]
+    size = [0, *accumulate(_bytes_of(mask) for mask, _, _ in masks)]
+
+    def report(done: int) -> None:
+        progress(size[done], size[-1], done, len(masks), "masks looked up")
+
     try:
-        values = survey(masks, _workers(options, len(masks)))
+        values = survey(masks, _workers(options, len(masks)), report)
     except WorkerDied:
         raise OSError("a process was killed while it read the masks: out of memory? Try --workers 1") from None
     classes = found_classes(values)
     return replace(labelling, classes=classes, class_names=classes.names)
 
 
+def _bytes_of(source: Source) -> int:
+    return sum(path.stat().st_size for path in source.files)
+
+
+def _take_up(options: PackOptions, plan: Plan, labelling: Labelling, shop: Workshop, tell: Tell) -> None:
+    """Of what an earlier start has finished, keep what is still of the same files, and undamaged."""
+    if not shop.finished:
+        return
+    now = {id: identity(_task(options, plan, labelling, id)) for id in plan.shapes}
+    shop.forget({id for id, done in shop.finished.items() if now.get(id) != done.identity})
+    spoilt = damaged(shop.folder, shop.finished.values(), _workers(options, len(shop.finished) or 1))
+    shop.forget(spoilt)
+    if spoilt:
+        names = ", ".join(sorted(spoilt)[:3]) + (" ..." if len(spoilt) > 3 else "")
+        tell(f"what an earlier start has kept of {len(spoilt)} source(s) is damaged, they are read again: {names}")
+    if shop.finished:
+        tell(f"going on from an earlier start: {len(shop.finished)} of {len(now)} sources need not be read again")
+
+
 def _make_samples(
-    options: PackOptions, plan: Plan, labelling: Labelling, shop: Workshop, progress: Progress | None
+    options: PackOptions, plan: Plan, labelling: Labelling, shop: Workshop, progress: Progress
 ) -> dict[str, str]:
     """Read what is not finished; the reason for each source that cannot be packed."""
     tasks = {id: _task(options, plan, labelling, id) for id in plan.shapes}
-    now = {id: identity(task) for id, task in tasks.items()}
-    shop.forget({id for id, done in shop.finished.items() if now.get(id) != done.identity})
     rows = reserve(plan, labelling, options, shop.folder) if plan.in_place else {}
     todo = [replace(task, row=rows.get(id)) for id, task in tasks.items() if id not in shop.finished]
-    size = {id: sum(path.stat().st_size for path in plan.sources[id].files) for id in plan.shapes}
+    size = {id: _bytes_of(plan.sources[id]) for id in plan.shapes}
     count = sum(size[id] for id in shop.finished), len(shop.finished)
     bench = Bench(
         folder=shop.folder,
@@ -158,8 +197,7 @@ def _make_samples(
             else:
                 bad[task.source.id] = outcome
             count = count[0] + size[task.source.id], count[1] + 1
-            if progress is not None:
-                progress(count[0], sum(size.values()), count[1], len(size))
+            progress(count[0], sum(size.values()), count[1], len(size), "sources")
     return bad
 
 

@@ -20,7 +20,7 @@ from datasets.sources import Header, Source, UnusableSource
 
 LARGEST = 2**31
 """voxels of a sample"""
-VERSION = 1
+VERSION = 2
 """of the bytes that a recipe makes: when they change, nothing of an earlier run is kept"""
 
 

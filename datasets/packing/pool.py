@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from itertools import islice
+from multiprocessing import forkserver
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,13 @@ def _processes(workers: int, begin: Callable[..., None], arguments: tuple[Any, .
     # not fork: the progress bar has a thread
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["datasets.packing.pool"])
+    with _deaf():
+        forkserver.ensure_running()
     pool = ProcessPoolExecutor(workers, context, begin, arguments)
     try:
+        with _held():
+            for _ in range(workers):  # each of these jobs starts a process
+                pool.submit(int)
         yield pool
     except BrokenProcessPool:
         raise WorkerDied from None
@@ -54,14 +60,44 @@ def _processes(workers: int, begin: Callable[..., None], arguments: tuple[Any, .
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def survey(masks: Sequence[tuple[Source, Source, Header]], workers: int) -> dict[int, Path]:
-    """The values that masks have, each with the first that has it; masks that cannot be read are left to `run`."""
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """What starts meanwhile ignores Ctrl-C from its first moment on, as all that it forks."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _held() -> Iterator[None]:
+    """Signals wait meanwhile: of processes that are started by halves, some would be left, with a traceback each."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def survey(
+    masks: Sequence[tuple[Source, Source, Header]], workers: int, report: Callable[[int], None]
+) -> dict[int, Path]:
+    """The values that masks have, each with the first that has it; masks that cannot be read are left to `run`.
+
+    `report` is told how many were read, after each.
+    """
     found: dict[int, Path] = {}
     with ExitStack() as stack:
         run_all = map if workers == 1 else stack.enter_context(_processes(workers, _keep_to_parent, ())).map
-        for (mask, _, _), values in zip(masks, run_all(_values, *zip(*masks, strict=True)), strict=True):
+        read = zip(masks, run_all(_values, *zip(*masks, strict=True)), strict=True)
+        for number, ((mask, _, _), values) in enumerate(read, 1):
             for value in values:
                 found.setdefault(value, mask.path)
+            report(number)
     return found
 
 

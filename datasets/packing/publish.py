@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,18 @@ def reserve(plan: Plan, labelling: Labelling, options: PackOptions, folder: Path
     return rows
 
 
-def publish(options: PackOptions, plan: Plan, labelling: Labelling, packed: Packed, folder: Path) -> list[Path]:
-    """Complete and rename the files; each is there whole or not at all."""
+def publish(
+    options: PackOptions,
+    plan: Plan,
+    labelling: Labelling,
+    packed: Packed,
+    folder: Path,
+    report: Callable[[int], None],
+) -> list[Path]:
+    """Complete and rename the files; each is there whole or not at all. `report` is told samples written, file by file.
+
+    Samples that were not written in place are copied, which takes as long as the disk does.
+    """
     sizes = [plan.bytes_of(entry.shape) for _, entry in packed.samples]
     parts = into_files(sizes, options.shard_bytes)
     paths = file_names(options.output, len(parts), options.shard_bytes is not None)
@@ -54,21 +64,9 @@ def publish(options: PackOptions, plan: Plan, labelling: Labelling, packed: Pack
     about = stored(options, plan.dtype) | {layout.PACK: _pack_id(packed)}
     drafted = []
     for number, part in enumerate(parts):
-        entries = [packed.samples[number][1] for number in part]
-        form = plan.form(labelling.task, [entry.shape for entry in entries])
-        ids = [packed.samples[number][0].id for number in part]
-        draft = _in_place(plan, form, ids, entries, folder) or _copied(form, entries, folder)
         drafted.append(folder / f"ready-{number}.h5")
-        drafts.complete(
-            draft,
-            drafted[-1],
-            form,
-            _columns(labelling, packed, part, folder),
-            class_names=packed.class_names,
-            packing=about,
-            source=_manifest(packed, part),
-            chunks=_chunks(form, entries, folder) if form.box is not None else (),
-        )
+        _complete(drafted[-1], plan, labelling, packed, part, folder, about, report)
+        report(part[-1] + 1)
     for draft, path in zip(drafted, paths, strict=True):
         draft.replace(path)
     if options.shard_bytes is not None:
@@ -77,6 +75,34 @@ def publish(options: PackOptions, plan: Plan, labelling: Labelling, packed: Pack
                 path.unlink()
     drafts.sync(options.output.parent)
     return paths
+
+
+def _complete(
+    path: Path,
+    plan: Plan,
+    labelling: Labelling,
+    packed: Packed,
+    part: Sequence[int],
+    folder: Path,
+    about: dict[str, Any],
+    report: Callable[[int], None],
+) -> None:
+    """One file, of the samples in `part`, in the work folder."""
+    entries = [packed.samples[number][1] for number in part]
+    form = plan.form(labelling.task, [entry.shape for entry in entries])
+    ids = [packed.samples[number][0].id for number in part]
+    draft = _in_place(plan, form, ids, entries, folder) or _copied(form, entries, folder)
+    chunked = form.box is not None
+    drafts.complete(
+        draft,
+        path,
+        form,
+        _columns(labelling, packed, part, folder),
+        class_names=packed.class_names,
+        packing=about,
+        source=_manifest(packed, part),
+        chunks=_chunks(form, entries, folder, lambda row: report(part[0] + row)) if chunked else (),
+    )
 
 
 def _pack_id(packed: Packed) -> str:
@@ -128,10 +154,13 @@ def _copy(source: int, start: int, size: int, target: int, to: int) -> None:
         done += os.pwrite(target, content, to + done)
 
 
-def _chunks(form: drafts.Plan, entries: Sequence[Entry], folder: Path) -> Iterator[EncodedChunk]:
+def _chunks(
+    form: drafts.Plan, entries: Sequence[Entry], folder: Path, report: Callable[[int], None]
+) -> Iterator[EncodedChunk]:
     assert form.box is not None
     with _Files(folder) as files:
         for row, entry in enumerate(entries):
+            report(row)
             grid = np.ndindex(*chunk_grid(entry.shape[1:], form.box))
             for number, place in enumerate(grid):
                 inputs = _read(files[entry.file], *entry.inputs[number])

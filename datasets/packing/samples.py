@@ -17,13 +17,15 @@ from datasets import drafts, sources
 from datasets.checksum import crc32
 from datasets.duplicates import Print, fingerprint
 from datasets.masks import Classes, foreground, read_mask
-from datasets.order import philox_bits
+from datasets.order import philox_source
 from datasets.packing.geometry import centre_fit, cut, move_origin, resample
 from datasets.packing.journal import NOW, Entry, Finished, Piece
 from datasets.packing.making import TooWide, make_sample
 from datasets.packing.recipe import Recipe, expand
 from datasets.sources import Header, Source, UnusableSource, Volume
 
+_BLOCK = 1 << 16
+"""voxels among which places are drawn at once"""
 FOREGROUND = 256
 """voxels that are noted for each class of a label map"""
 
@@ -195,16 +197,16 @@ def _places(bench: Bench, task: Task, ready: _Prepared, size: tuple[int, ...]) -
         raise UnusableSource(f"its {shape} voxels are smaller than the patch {size}")
     inner = tuple(slice(want // 2, want // 2 + room) for want, room in zip(size, rooms, strict=True))
     if bench.atlas is not None:
-        classes = bench.atlas.classes(shape, ready.affine)[inner].ravel()
-        candidates = {number: np.flatnonzero(classes == number) for number in range(len(bench.atlas.class_names))}
+        centres = bench.atlas.classes(shape, ready.affine)[inner].ravel()
+        candidates = ((number, centres == number) for number in range(len(bench.atlas.class_names)))
     else:
         assert task.label is not None
-        centres = ready.raw[0][inner].ravel()
-        candidates = {task.label: np.flatnonzero(centres > 0) if (centres > 0).any() else np.arange(centres.size)}
+        above = (ready.raw[0][inner] > 0).ravel()
+        candidates = ((task.label, above if above.any() else ~above) for _ in range(1))
     key = (bench.recipe.seed, zlib.crc32(task.source.id.encode()))
     places = [
         (number, start)
-        for number, among in candidates.items()
+        for number, among in candidates
         for start in _draw(among, rooms, bench.recipe.per_class or 0, key, number)
     ]
     if not places:
@@ -213,13 +215,19 @@ def _places(bench: Bench, task: Task, ready: _Prepared, size: tuple[int, ...]) -
 
 
 def _draw(
-    among: NDArray[Any], rooms: tuple[int, ...], count: int, key: tuple[int, int], number: int
+    among: NDArray[np.bool_], rooms: tuple[int, ...], count: int, key: tuple[int, int], number: int
 ) -> list[tuple[int, ...]]:
-    """`count` of the flat positions `among` (all, if fewer) as corners, by raw Philox bits of (seed, source, class)."""
-    if among.size == 0:
-        return []
-    bits = philox_bits(key, (0, 0, number, 0), among.size)
-    chosen = among[np.argsort(bits, kind="stable")[:count]]
+    """`count` of the flat positions `among` (all, if fewer) as corners: least raw Philox bits of (seed, source, class).
+
+    A block of voxels at a time: of a whole volume, positions and bits would be eight times its bytes.
+    """
+    draw = philox_source(key, (0, 0, number, 0))
+    chosen, least = np.empty(0, np.int64), np.empty(0, np.uint64)
+    for start in range(0, among.size, _BLOCK):
+        here = np.flatnonzero(among[start : start + _BLOCK]) + start
+        chosen, least = np.concatenate([chosen, here]), np.concatenate([least, draw(here.size)])
+        order = np.argsort(least, kind="stable")[:count]
+        chosen, least = chosen[order], least[order]
     return [tuple(int(axis) for axis in corner) for corner in np.stack(np.unravel_index(chosen, rooms), axis=1)]
 
 
@@ -231,6 +239,8 @@ class Appender:
         self._own = f"p{os.getpid()}-{time.time_ns():x}.dat"
         self._end = 0
         self._open: dict[str, int] = {}
+        self._sum = 0
+        """CRC-32 of what was written of this sample"""
 
     def write(
         self,
@@ -244,6 +254,7 @@ class Appender:
         checksum = crc32(_bytes(inputs))
         if maps is not None:
             checksum = crc32(_bytes(maps), checksum)
+        self._sum = 0
         places = self._place(inputs, maps, row)
         noted = None if drawn is None else (self._own, *self._append([_bytes(drawn)])[0])
         return Entry(
@@ -252,6 +263,7 @@ class Appender:
             maps=places[1],
             drawn=noted,
             checksum=checksum,
+            written=self._sum,
             shape=inputs.shape,
             affine=tuple(affine.reshape(-1).tolist()),
             label=label,
@@ -262,8 +274,8 @@ class Appender:
     ) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
         """Write a sample's bytes and say where: its inputs', its label map's."""
         if row is not None:
-            there = () if maps is None or row.maps is None else self._put(row.file, row.maps, [_bytes(maps)])
-            return self._put(row.file, row.inputs, [_bytes(inputs)]), there
+            here = self._put(row.file, row.inputs, [_bytes(inputs)])
+            return here, () if maps is None or row.maps is None else self._put(row.file, row.maps, [_bytes(maps)])
         form = self._bench.form
         if form is None or form.box is None:
             return self._append([_bytes(inputs)]), ()
@@ -286,6 +298,7 @@ class Appender:
                 done = 0
                 while done < buffer.nbytes:
                     done += os.pwrite(self._open[name], buffer[done:], offset + done)
+                self._sum = crc32(buffer, self._sum)
                 places.append((offset, buffer.nbytes))
                 offset += buffer.nbytes
         except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,7 +46,9 @@ def say(text: str = "") -> None:
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
+    from hpc.rundir import dumps
+
+    print(dumps(value, indent=1))
 
 
 def table(columns: list[str], rows: list[list[str]]) -> None:

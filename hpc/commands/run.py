@@ -3,36 +3,80 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hpc.commands.common import After, AsJson, ExperimentFile, Overrides, Runs, Tiny, app, print_json, report, say
+from hpc.commands.common import (
+    After,
+    AsJson,
+    ExperimentFile,
+    Overrides,
+    Runs,
+    Tiny,
+    app,
+    print_json,
+    report,
+    say,
+    table,
+)
 from hpc.errors import UserError
 from hpc.preempt import ExitCode
 
 if TYPE_CHECKING:
     from hpc.plan import Plan
+    from hpc.preflight import Findings
     from hpc.rundir import RunDir
 
 
 @app.command(rich_help_panel="Run")
-def plan(file: ExperimentFile, overrides: Overrides = None, tiny: Tiny = False, runs: Runs = None) -> None:
-    """Print the resolved experiment and the exact batch script, then every refusal. Exit code 2 on a refusal."""
+def plan(
+    file: ExperimentFile,
+    overrides: Overrides = None,
+    tiny: Tiny = False,
+    runs: Runs = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the resolved experiment, the exact batch script, memory, then every refusal. Exit code 2 on a refusal."""
     from hpc import plan, preflight, recipes, submission, yamlfile
     from hpc.rundir import runs_folder
 
     planned = plan.make(file, overrides or [], runs_folder(runs), tiny)
     recipes.fetch([planned.experiment])
     cluster = submission.choose_cluster(planned.experiment.launch.cluster)
-    say(f"# {planned.run.path} on {cluster}: the experiment as resolved\n")
-    say(yamlfile.dump(planned.experiment.as_dict()))
-    say("# the batch script, byte for byte\n")
-    say(planned.script)
-    findings = preflight.check(planned.experiment, planned.instance, cluster, planned.script, planned.run.runs)
-    report(findings)
+    if not as_json:
+        say(f"# {planned.run.path} on {cluster}: the experiment as resolved\n")
+        say(yamlfile.dump(planned.experiment.as_dict()))
+        say("# the batch script, byte for byte\n")
+        say(planned.script)
+    findings = preflight.check(
+        planned.experiment, planned.instance, cluster, planned.script, planned.run.runs, details=True
+    )
+    if as_json:
+        print_json(_as_dict(planned, cluster, findings))
+    else:
+        _show_switches(findings.memory)
+        report(findings)
     raise typer.Exit(ExitCode.BAD_INPUT if findings.refusals else ExitCode.DONE)
+
+
+def _as_dict(planned: Plan, cluster: str, findings: Findings) -> dict[str, Any]:
+    run = {"run": planned.run.name, "path": str(planned.run.path), "cluster": cluster}
+    return {**run, "experiment": planned.experiment.as_dict(), "script": planned.script, **asdict(findings)}
+
+
+def _show_switches(memory: dict[str, Any] | None) -> None:
+    """What the peak of a training step would be with one key changed."""
+    if memory is None or not memory["switches"]:
+        return
+    say("# the peak of a training step with one more key, predicted\n")
+    rows = [["as it stands", memory["peak"]], *([one["keys"], one["peak"]] for one in memory["switches"])]
+    table(
+        ["", "GB", "of what is there"], [[name, f"{n / 1e9:.2f}", f"{n / memory['capacity']:.0%}"] for name, n in rows]
+    )
+    say()
 
 
 def _check(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,6 +95,7 @@ def show(name: RunName, runs: Runs = None, as_json: AsJson = False) -> None:
 
 def _show_run(run: RunDir, as_json: bool) -> None:
     from hpc import ledger, steptimes, usage
+    from hpc.metrics import decimals
     from hpc.rundir import read_json
 
     status, metrics, events = ledger.status(run), run.read_metrics(), run.read_events()
@@ -107,7 +107,7 @@ def _show_run(run: RunDir, as_json: bool) -> None:
     say(f"{run.path}\n{status.state}  {status.detail}".rstrip())
     names = sorted(metrics[0]["metrics"] if metrics else [], key=lambda name: (name != status.monitor, name != "loss"))
     rows = [
-        [str(m["epoch"]), str(m["step"]), m["split"], *(f"{m['metrics'].get(name, math.nan):.4f}" for name in names)]
+        [str(m["epoch"]), str(m["step"]), m["split"], *(decimals(m["metrics"].get(name)) for name in names)]
         for m in metrics
     ]
     table(["epoch", "step", "split", *names], rows)

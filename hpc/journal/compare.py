@@ -12,7 +12,8 @@ _LOWER = re.compile(r"loss|error|hamming|brier|perplexity|mae|mse|hausdorff|ece"
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """NaN is none: what was written of an undefined metric."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def lower_is_better(metric: str) -> bool:
@@ -30,8 +31,8 @@ def better(value: float, other: float, lower: bool) -> bool:
 
 def number(value: Any, digits: int = 4) -> str:
     """`digits` significant digits, whole numbers whole; a dash for what is missing."""
-    if value is None:
-        return "-"
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return metrics.UNDEFINED
     if not is_number(value):
         return str(value)
     if isinstance(value, int) or not math.isfinite(value):

@@ -29,8 +29,8 @@ p { margin: .5rem 0; color: var(--soft); }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-th small { display: block; font-weight: 400; }
-td.words { overflow-wrap: break-word; min-width: 5.5rem; max-width: 26rem; }
+th small { display: block; font-weight: 400; white-space: nowrap; }
+td.words { overflow-wrap: anywhere; min-width: 5.5rem; max-width: 26rem; }
 td.words a { white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }

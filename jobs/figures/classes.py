@@ -114,6 +114,8 @@ def dice_by_sample(rows: NDArray[Any], names: Sequence[str], title: str) -> Figu
             [np.median(column[~np.isnan(column)]) if (~np.isnan(column)).any() else np.nan for column in dice.T]
         )
     order = _sorted(medians)[:MOST_ROWS]
+    if not np.isfinite(medians).any():
+        return canvas.say_nothing_to_draw(canvas.new(7.6, 2), title, "no sample has a class, or was given one")
     if len(names) > MOST_ROWS:
         title += f"\nthe {MOST_ROWS} most difficult of {len(names)} classes"
     shown = text.labels(names)

@@ -79,7 +79,14 @@ def _panel(
             axes.plot(epochs, values, style, color=colour, ms=3, lw=1.4, label=label)
             lowest = min([lowest, *(value for value in values if np.isfinite(value))])
     if not any(np.isfinite(line.get_ydata(orig=False)).any() for line in axes.get_lines()):
-        axes.text(0.5, 0.5, "no finite value", ha="center", transform=axes.transAxes, color=canvas.FAINT)
+        axes.text(
+            0.5,
+            0.5,
+            "no finite value" if name in _UNBOUNDED else "undefined",
+            ha="center",
+            transform=axes.transAxes,
+            color=canvas.FAINT,
+        )
     if baseline is not None and np.isfinite(baseline):
         axes.axhline(baseline, color=canvas.FAINT, ls=":", lw=1.2, label="baseline")
     _mark(axes, lines, name, best_epoch)

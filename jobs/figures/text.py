@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 
+_LOG = logging.getLogger(__name__)
 LONGEST = 26
 """characters of a class name in a figure"""
 
 
 def labels(names: Sequence[str], longest: int = LONGEST) -> list[str]:
     """One text per class: cut in the middle where long, numbered where two would look alike or signs are missing."""
-    shown = [cut(printable(name), longest) for name in names]
+    shown = [cut(_left(printable(name)), longest) for name in names]
+    _tell_missing(tuple(names))
     often = {text for text in shown if shown.count(text) > 1} if len(set(shown)) < len(shown) else set()
     return [
-        literal(_numbered(number, text, longest) if text in often or not text.strip() or MISSING in text else text)
-        for number, text in enumerate(shown)
+        literal(_numbered(number, text, longest) if text in often or _lacking(name) or not text.strip() else text)
+        for number, (text, name) in enumerate(zip(shown, names, strict=True))
     ]
 
 
 def label(name: str, longest: int = LONGEST) -> str:
     """One name on its own."""
-    return literal(cut(printable(name), longest))
+    return literal(cut(_left(printable(name)), longest))
 
 
 def readable(names: Sequence[str]) -> list[str]:
     """For pictures, whose text knows no formulas: signs that the font has; the number where there is no name."""
-    return [shown if (shown := printable(name)).strip() else f"class {number}" for number, name in enumerate(names)]
+    _tell_missing(tuple(names))
+    return [
+        shown if (shown := _left(printable(name))).strip() else f"class {number}" for number, name in enumerate(names)
+    ]
+
+
+def _left(shown: str) -> str:
+    """Nothing of a name of which no letter or digit can be printed."""
+    return shown if any(sign.isalnum() for sign in shown) else shown.replace(MISSING, " ")
+
+
+@cache
+def _tell_missing(names: tuple[str, ...]) -> None:
+    """Once of the same classes."""
+    lost = [f"{number} is {name}" for number, name in enumerate(names) if _lacking(name)]
+    if lost:
+        _LOG.warning("the figures' font lacks signs of these class names, shown by number: %s", ", ".join(lost))
+
+
+def _lacking(name: str) -> bool:
+    known = _known_signs()
+    return any(sign.isprintable() and ord(sign) not in known for sign in name)
 
 
 def _numbered(number: int, text: str, longest: int) -> str:
@@ -59,7 +83,8 @@ def literal(text: str) -> str:
     return f" {text}" if text.startswith("_") else text
 
 
-MISSING = "\N{WHITE SQUARE}"
+MISSING = "?"
+"""In place of a sign that the font does not have: never its box."""
 
 
 @cache
@@ -81,4 +106,4 @@ def compact(value: float) -> str:
 
 def share(value: float) -> str:
     """A number of 0 to 1, or a dash where it is none."""
-    return f"{value:.2f}" if value == value else "-"
+    return f"{value:.2f}" if value == value else "–"

@@ -4,6 +4,11 @@ The percentile interval of Efron (Annals of Statistics 7, 1979; Efron and Tibshi
 1993, chapter 13). Where samples belong together (patients with several scans) whole groups are drawn (the cluster
 bootstrap: Field and Welsh, J. R. Statist. Soc. B 69, 2007): single ones would give intervals that are too narrow.
 
+Of the calibration error it goes from the lower end of the basic interval (Davison and Hinkley, Bootstrap Methods and
+their Application, 1997, section 5.2), which turns the bias round, to the upper end of the percentiles: a mean of
+absolute differences grows with their noise, in the value and again in each resample, so that percentiles alone lie
+above the truth of a calibrated model always, and may lie above the value itself.
+
 A resample is a row of counts, how often each sample was drawn. All metrics are computed from such rows at once, by the
 definitions of jobs/tasks; draws are raw Philox bits of the seed, so they are the same everywhere.
 """
@@ -24,6 +29,8 @@ _BLOCK = 2**22
 MOST = 4 * 10**9
 """resamples x samples x classes whose scores are sorted through, for map and roc_auc: about a minute"""
 BINS = 15
+BIASED = "calibration_error"
+"""whose resamples lie above the value"""
 PER_SAMPLE = "dice_per_sample"
 """of a class the mean Dice of the samples that have it or call it, then over the classes, as in nnU-Net's summary"""
 
@@ -73,14 +80,20 @@ def intervals(
         values.append(metrics_of(task, stored, _draw(seed, first, count, units)[:, numbers], counting, ranked))
     joined = {name: np.concatenate([part[name] for part in values]) for name in values[0]}
     tails = (1 - confidence) / 2
+    once = metrics_of(task, stored, np.ones((1, len(stored))), counting, ranked=False)
     bounds = {}
     for name, found in joined.items():
         known = found[~np.isnan(found)]
         if len(known):
             low, high = np.quantile(known, [tails, 1 - tails])
-            bounds[name] = (float(low), float(high))
+            bounds[name] = (float(low), float(high)) if name != BIASED else both_ways(float(once[name][0]), low, high)
     left_out = () if ranked or task == "segmentation" else ("map", "roc_auc")
     return Intervals(bounds, units, units < len(stored), resamples, confidence, seed, left_out)
+
+
+def both_ways(value: float, low: float, high: float) -> tuple[float, float]:
+    """Of a value >= 0 and the quantiles of its resamples, which are biased upwards; the value is in it."""
+    return max(min(2 * value - float(high), value, float(low)), 0.0), max(float(high), value)
 
 
 def _draw(seed: int, first: int, count: int, units: int) -> np.ndarray:

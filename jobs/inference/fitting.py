@@ -31,8 +31,7 @@ def check_window(members: Sequence[Member], manner: Manner) -> None:
 def window_memory(member: Member, window: Sequence[int]) -> int:
     """Bytes of weights, one window and its forward pass; of the window alone where shapes tell nothing of the rest."""
     alone = 4 * member.facts.channels * math.prod(window)
-    precision = "bf16" if member.experiment.train.precision == "bf16" else "fp32"
-    step = Step(precision=precision, device=member.device.type, loss=lambda _: torch.zeros((), requires_grad=True))
+    step = Step(precision=member.experiment.train.precision, device=member.device.type, loss=_none, targets=torch.zeros)
     try:
         return max(alone, estimate(_Asked(member.model), (1, member.facts.channels, *window), step).peak)
     except (RuntimeError, ValueError):  # of a window that it does not take the network itself tells more
@@ -50,6 +49,11 @@ def device_memory(device: torch.device) -> int:
     except OSError:
         limit = None
     return whole if limit is None else min(whole, int(limit * 1e9))
+
+
+def _none(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss that costs nothing."""
+    return torch.zeros((), requires_grad=True)
 
 
 class _Asked(nn.Module):

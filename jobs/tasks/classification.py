@@ -82,10 +82,10 @@ class ClassificationScores:
 
     def metrics(self) -> dict[str, float]:
         """Means over classes are, as scikit-learn's, over those that occur as truth or prediction; map and roc_auc
-        over those that are the truth of some samples, but not of all for roc_auc."""
+        over those that are the truth of some samples, but not of all for roc_auc. NaN is a mean over none."""
         hits, truths, calls = np.diag(self.matrix), self.matrix.sum(1), self.matrix.sum(0)
         recall, seen = measures.ratio(hits, truths), truths + calls > 0
-        accuracy = float(hits.sum() / max(self.matrix.sum(), 1))
+        accuracy = measures.share(hits.sum(), self.matrix.sum())
         found = {
             "accuracy": accuracy,
             "balanced_accuracy": measures.mean(recall[truths > 0]),
@@ -100,11 +100,10 @@ class ClassificationScores:
         if self.stored is None:
             return {}
         right = self.stored.rows.argmax(1) == self.stored.targets
-        error = measures.calibration_error(right, self.stored.rows.max(1)) if len(right) else 0.0
         return {
             "map": measures.mean(self._per_class["ap"]),
             "roc_auc": measures.mean(self._per_class["auc"]),
-            "calibration_error": error,
+            "calibration_error": measures.calibration_error(right, self.stored.rows.max(1)),
         }
 
     @cached_property
@@ -119,14 +118,15 @@ class ClassificationScores:
 
     @cached_property
     def baseline(self) -> dict[str, float]:
-        """Of always naming the commonest class; map: the mean share of the classes, roc_auc: 0.5."""
+        """Of always naming the commonest class; map: the mean share of the classes, roc_auc: 0.5 or undefined."""
         support = self.matrix.sum(1)
         constant = np.zeros_like(self.matrix)
         constant[:, support.argmax()] = support
         found = ClassificationScores(self.class_names, constant, 0.0, self.samples).metrics()
         del found["loss"]
         if self.stored is not None:
-            found |= {"map": measures.mean(support[support > 0] / max(support.sum(), 1)), "roc_auc": 0.5}
+            shares = support[support > 0] / max(support.sum(), 1)
+            found |= {"map": measures.mean(shares), "roc_auc": 0.5 if len(shares) > 1 else float("nan")}
         return found
 
     def per_class(self) -> list[dict[str, Any]]:

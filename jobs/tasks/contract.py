@@ -58,7 +58,7 @@ class Scores(Protocol):
         """The metrics of always naming what is commonest, without a look at the input."""
 
     def metrics(self) -> dict[str, float]:
-        """By the names of hpc.metrics; without what needs Stored where there is none."""
+        """By the names of hpc.metrics, NaN where undefined; without what needs Stored where there is none."""
 
     def per_class(self) -> list[dict[str, Any]]:
         """name, support and the metrics of each class; None for a value that is undefined."""

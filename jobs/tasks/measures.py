@@ -18,10 +18,15 @@ def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def mean(values: Iterable[float] | np.ndarray) -> float:
-    """Of those that are no NaN; 0 of none."""
+    """Of those that are no NaN; NaN, undefined, of none."""
     array = np.asarray(list(values), np.float64)
     known = array[~np.isnan(array)]
-    return float(known.mean()) if len(known) else 0.0
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def share(part: float, whole: float) -> float:
+    """part / whole, NaN of nothing."""
+    return float(part / whole) if whole else float("nan")
 
 
 def average_precision(truths: np.ndarray, scores: np.ndarray) -> float:

@@ -84,7 +84,8 @@ class MultilabelScores:
         return self.counts[:, [3, 1, 2, 0]].reshape(-1, 2, 2)
 
     def metrics(self) -> dict[str, float]:
-        """Means are over all labels, 0 where undefined; of map and roc_auc over those for which they are defined."""
+        """Means are over all labels, 0 where undefined; of map and roc_auc over those for which they are defined, NaN
+        of none."""
         tp, fp, fn, _ = self.counts.T
         found = {
             "f1_macro": measures.mean(measures.ratio(2 * tp, 2 * tp + fp + fn)),
@@ -118,7 +119,8 @@ class MultilabelScores:
 
     @cached_property
     def baseline(self) -> dict[str, float]:
-        """Of calling each label always or never, as most samples have it; map: the mean prevalence, roc_auc: 0.5."""
+        """Of calling each label always or never, as most samples have it; map: the mean prevalence, roc_auc: 0.5
+        where it is defined."""
         has, lacks = self.counts[:, [0, 2]].sum(1), self.counts[:, [1, 3]].sum(1)
         called, none = has > lacks, np.zeros_like(has)
         constant = np.where(
@@ -130,7 +132,8 @@ class MultilabelScores:
             return found
         exact = measures.mean((self.stored.targets == called).all(1))
         prevalence = measures.mean(measures.ratio(has, has + lacks)[has > 0])
-        return {"map": prevalence, "roc_auc": 0.5, "exact_match": exact, **found}
+        area = 0.5 if ((has > 0) & (lacks > 0)).any() else float("nan")
+        return {"map": prevalence, "roc_auc": area, "exact_match": exact, **found}
 
     def per_class(self) -> list[dict[str, Any]]:
         """Precision, recall and F1 of each label (0 where undefined); ap, auc and calibration_error where stored."""

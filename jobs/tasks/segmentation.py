@@ -144,11 +144,11 @@ class SegmentationScores:
         }
 
     def metrics(self) -> dict[str, float]:
-        """Means over the classes that count and are there or predicted."""
+        """Means over the classes that count and are there or predicted; NaN of none."""
         return {
             "dice": measures.mean(self._columns["dice"][list(self.in_dice)]),
             "iou": measures.mean(self._columns["iou"][list(self.in_iou)]),
-            "accuracy": float(np.trace(self.matrix) / max(self.matrix.sum(), 1)),
+            "accuracy": measures.share(np.trace(self.matrix), self.matrix.sum()),
             "loss": self.loss,
         }
 

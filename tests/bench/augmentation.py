@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
 from datasets.augment import Augment
+from tests.bench.compare import MISSING
 
 SIZE, BATCH, SHIFT = 96, 8, 5
 Way = Callable[[int], Any]
@@ -91,6 +93,10 @@ def measure(ways: dict[str, Way], rounds: int) -> dict[str, list[tuple[float, fl
     return seconds
 
 
+GOAL = 1.4
+"""times our time, of the peers one sample after the other"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
@@ -98,11 +104,18 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     batch = torch.randn(BATCH, 1, SIZE, SIZE, SIZE)
-    peers = {"MONAI": monai(lazy=False), "MONAI, lazy": monai(lazy=True), "TorchIO": torchio()}
+    peers: dict[str, Any] = {}
+    if find_spec("monai"):
+        peers |= {"MONAI": monai(lazy=False), "MONAI, lazy": monai(lazy=True)}
+    if find_spec("torchio"):
+        peers |= {"TorchIO": torchio()}
     ways = {"ours, batched": ours(batch), "torch: affine_grid + grid_sample alone": bare(batch)}
     for name, change in peers.items():
         ways[f"{name}, one by one"] = one_by_one(batch, change)
         ways[f"{name}, {options.threads} at once"] = side_by_side(batch, change, options.threads)
+    for name in ("monai", "torchio"):
+        if not find_spec(name):
+            print(f"{name}: {MISSING}")
     seconds = measure(ways, options.rounds)
     base, base_cpu = medians(seconds["ours, batched"])
     print(f"affine + flip + noise on {BATCH} x {SIZE}^3 float32, {options.threads} threads")
@@ -114,6 +127,10 @@ def main() -> None:
             f"{name:<42}{middle * 1e3:>8.0f}{middle / base:>8.2f}{min(clock) * 1e3:>8.0f}{max(clock) * 1e3:>8.0f}"
             f"{cpu * 1e3:>8.0f}{cpu / base_cpu:>8.2f}"
         )
+
+    for name in peers:
+        beside = medians(seconds[f"{name}, one by one"])[0] / base
+        print(f"  {'ok' if beside >= GOAL else 'BELOW':<6}{name}, one by one / ours: {beside:.2f}, goal {GOAL}")
 
 
 def medians(taken: list[tuple[float, float]]) -> tuple[float, float]:

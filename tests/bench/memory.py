@@ -1,8 +1,12 @@
-"""What a loader keeps in memory: one ring of batches, and an index that stays small for a million samples."""
+"""`make bench-memory`: activation checkpointing, and what a loader keeps in memory for many samples.
+
+A loader keeps one ring of batches, and an index that stays small for a million samples.
+"""
 
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ import numpy as np
 from datasets import Loader, layout, open_volumes
 from datasets.drafts import Plan, allocate, complete
 from datasets.layout import VolumeFile
+from tests.bench import checkpointing
 
 SHAPE = (1, 4, 4, 4)
 BATCH, STEPS = 8, 1000
@@ -55,7 +60,12 @@ def section(folder: Path, samples: int) -> None:
 
 
 def main() -> None:
-    """In a process of its own, where nothing else has made memory and given it back."""
+    """With a file: of it, in a process of its own, where nothing else has made memory and given it back."""
+    if len(sys.argv) < 2:
+        checkpointing.section(size=48, batch=2, rounds=7)
+        with tempfile.TemporaryDirectory() as folder:
+            section(Path(folder), 100_000)
+        return
     np.argsort(np.zeros(10)), next(iter(Loader(make(Path(sys.argv[1] + ".few"), 100), batch_size=2)))
     before = resident()
     volumes = open_volumes(sys.argv[1])
