@@ -177,6 +177,8 @@ class Train(Section):
             raise ValueError(f"{whole}; use adamw, adam or sgd, or strategy ddp")
         if self.zero and self.zero.stage == 3 and self.ema:
             raise ValueError("ema needs whole weights, which zero.stage: 3 does not hold; use stage 2, or fsdp")
+        if self.zero and self.zero.stage == 3 and (len(self.stages) > 1 or any(stage.freeze for stage in self.stages)):
+            raise ValueError("stages: zero.stage: 3 trains all layers in one stage; use zero.stage: 2, or fsdp")
 
     def metrics(self) -> dict[str, str]:
         """Those that the rate and the end of the run follow, by their keys in the file."""

@@ -116,15 +116,7 @@ class Zero(Strategy):
 
     def part(self, last: bool) -> AbstractContextManager[None]:
         self._wrapped.set_gradient_accumulation_boundary(last)
-        if self._stage == 3 and not all(p.requires_grad for p in self._model.parameters()):
-            self._fetch_untraced()
         return nullcontext()
-
-    def _fetch_untraced(self) -> None:
-        """Gather weights as they are asked for: the order that ZeRO 3 has traced is wrong where layers are frozen."""
-        coordinator = self._zero._get_param_coordinator()
-        if not coordinator.is_invalid_trace():
-            coordinator._invalidate_trace()
 
     def backward(self, loss: Tensor) -> None:
         self._wrapped.backward(loss, scale_wrt_gas=False)
