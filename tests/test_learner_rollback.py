@@ -63,8 +63,8 @@ def go_back(folder: Path) -> None:
         assert (trainer.step, learner.number) == (TARGET, 0), "in the first stage again"
         assert same(learner.model.state_dict(), found.trained()) and same(learner.ema.model.state_dict(), found.model())
         assert not same(found.trained(), found.model()) and learner.ema.updates == TARGET
-        assert {group["lr"] for group in learner.optimizer.param_groups} == {0.05}
-        moments, wanted = learner.optimizer.state_dict()["state"], found.optimizer()["state"]
+        assert {group["lr"] for group in learner.strategy.optimizer.param_groups} == {0.05}
+        moments, wanted = learner.strategy.optimizer.state_dict()["state"], found.optimizer()["state"]
         assert moments.keys() == wanted.keys() and all(
             torch.equal(moments[key][name], wanted[key][name]) for key in moments for name in ("exp_avg", "exp_avg_sq")
         )

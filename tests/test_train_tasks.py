@@ -61,6 +61,7 @@ def bf16_run(folder: Path, data: Path, task: str) -> None:
     """An evaluation in bf16 keeps float32, as the losses are."""
     run = tiny_tasks.make_run(folder, data, task, "train.precision=bf16")
     trainer = tiny_run.make_trainer(run)
+    trainer.learner.started()
     found = trainer._evaluate()
     assert found.stored is not None and found.stored.losses.dtype == np.float32
     assert found.stored.rows.dtype == (np.float64 if task == "segmentation" else np.float32)
@@ -189,6 +190,7 @@ def evaluate_rank(rank: int, world: int, port: int, folder: Path) -> None:
     """An evaluation of a fresh network; rank 0 leaves what it has, every rank the metrics it goes by."""
     place = Allocation(rank, world, rank, cpus_per_task=1, master_port=port) if world > 1 else None
     trainer = tiny_run.make_trainer(RunDir(folder), allocation=place)
+    trainer.learner.started()
     found = trainer._evaluate()
     (folder / f"metrics{rank}").write_text(repr(sorted(found.metrics.items())))
     assert (found.stored is not None) == (rank == 0)
