@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
 
@@ -37,6 +38,10 @@ READY = signal.SIGUSR1
 STOP_SIGNALS = (NOTICE, signal.SIGTERM, signal.SIGINT)
 
 
+class BrokenOff(BaseException):
+    """A stop signal came within `StopFlag.breaks_off`; no library's `except Exception` catches it."""
+
+
 class StopFlag:
     """Raised by USR2, TERM or INT in the process that installed it; children ignore these signals.
 
@@ -46,6 +51,7 @@ class StopFlag:
     def __init__(self) -> None:
         self._signal = 0
         self._pid = os.getpid()
+        self._breaks = False
         self.received: float | None = None
         """When this process heard the first signal, by time.time()."""
 
@@ -59,6 +65,20 @@ class StopFlag:
     def _raise(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._pid and not self._signal:
             self._signal, self.received = int(number), time.time()
+            if self._breaks:
+                self._breaks = False
+                raise BrokenOff
+
+    @contextmanager
+    def breaks_off(self) -> Iterator[None]:
+        """In here a signal, or one before, raises BrokenOff at once: for long work of which nothing is kept then."""
+        self._breaks = True
+        try:
+            if self._signal:
+                raise BrokenOff
+            yield
+        finally:
+            self._breaks = False
 
     def notice(self) -> None:
         """As if the notice of the time limit had come."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from datasets import Loader
 from hpc.allocation import instance_scratch
 from hpc.errors import UserError
+from hpc.preempt import BrokenOff, StopFlag
 from hpc.rundir import RunDir
 from hpc.training import Train
 from jobs.precision import Precision
@@ -134,25 +135,34 @@ def uncompiled(settings: Train) -> AbstractContextManager[object]:
 
 
 def warm_up(
-    model: nn.Module, inputs: Tensor, precision: AbstractContextManager[object], agree: Callable[[int], int]
+    model: nn.Module,
+    inputs: Tensor,
+    precision: AbstractContextManager[object],
+    agree: Callable[[int], int],
+    window: AbstractContextManager[object] | None = None,
 ) -> bool:
     """Compile by one pass on `inputs` (B, C, *spatial), of which nothing stays but the compiled code.
 
     Where it fails on any rank (`agree`: the maximum over them), the model is eager again on all; False, and a warning.
+    The window may break it off; then False, without one.
     """
     import torch._dynamo
 
-    error: Exception | None = None
+    error: BaseException | None = None
     with untouched(model, inputs.device), torch._dynamo.config.patch(suppress_errors=False):
         try:
-            with precision:
-                outputs = model(inputs)
-            outputs.float().square().mean().backward()
-        except Exception as caught:  # whatever a compiler, or its compiler, raises
+            with window or nullcontext():
+                with precision:
+                    outputs = model(inputs)
+                outputs.float().square().mean().backward()
+        except (Exception, BrokenOff) as caught:  # whatever a compiler, or its compiler, raises
             error = caught
-    if not agree(int(error is not None)):
+    bad = agree(0 if error is None else 2 if isinstance(error, BrokenOff) else 1)
+    if not bad:
         return True
     restore_eager(model)
+    if bad == 2:
+        return False
     why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}" if error else "on another rank"
     _LOG.warning("train.compile has failed, the run goes on without: %s", why)
     return False
@@ -180,18 +190,25 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def prepare(model: nn.Module, settings: Train, engine: Engine, loader: Loader, watchdog: Watchdog) -> None:
-    """Layout and compilation of a run's model, compiled by a pass of the shape that all its training batches have."""
+def prepare(
+    model: nn.Module, settings: Train, engine: Engine, loader: Loader, watchdog: Watchdog, flag: StopFlag
+) -> None:
+    """Layout and compilation of a run's model, compiled by a pass of the shape that all its training batches have.
+
+    A stop signal breaks that pass off: the run has to stop before its first step.
+    """
     volumes = loader.volumes
     same = loader.patch is not None or not volumes.ragged
     accelerate(model, settings, engine.device, same)
-    if settings.compile == "off" or not same:
+    heard = engine.max([int(flag.cause is not None)])[0]  # on any rank: the others need not compile
+    if settings.compile == "off" or not same or heard:
         return
     pieces = settings.virtual_ranks // engine.world_size if settings.deterministic == "layout" else settings.accumulate
     shape = (volumes.channels, *loader.patch) if loader.patch else volumes.shape
     with watchdog.phase("compile", COMPILE_LIMIT_S):
         inputs = layout(settings)(torch.zeros(loader.rows // pieces, *shape, device=engine.device))
-        warm_up(model, inputs, Precision(settings, engine.device).autocast(), lambda bad: engine.max([bad])[0])
+        autocast = Precision(settings, engine.device).autocast()
+        warm_up(model, inputs, autocast, lambda bad: engine.max([bad])[0], flag.breaks_off())
 
 
 def use_cache(run: RunDir, settings: Train) -> Path | None:

@@ -5,7 +5,7 @@ model's activations, compilation of the best so far, threads of the loader. A ch
 of the gradient as the plain one on the same batch and weights. All ranks try the same together; the slowest counts.
 
 The budget is kept by not beginning what is not expected to end in time: passes by the plain one's seconds, compilation
-by a figure for each layer and device, corrected by the first compilation. Nothing is broken off once begun.
+by a figure for each layer and device, corrected by the first compilation. Only a stop signal breaks off what is begun.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from hpc.experiment import Experiment
+from hpc.preempt import StopFlag
 from hpc.rundir import RunDir
 from jobs import acceleration
 from jobs import choice as choices
@@ -147,15 +148,17 @@ def settle(
     engine: Engine,
     parts: Parts,
     deterministic: bool,
+    flag: StopFlag,
     clock: Callable[[], float] = time.monotonic,
 ) -> tuple[Experiment, Parts]:
     """Both with what was chosen for this run: by an earlier attempt, an earlier run of its like, or now.
 
-    Called on every rank, before the model is built; nothing of the run is touched. Raises UserError.
+    Called on every rank, before the model is built; nothing of the run is touched. A stop signal ends the search at
+    once; nothing is remembered of it then, and the run has to stop before its first step. Raises UserError.
     """
     acceleration.use_cache(run, experiment.train)
     if experiment.train.autotune:
-        experiment = _found(run, experiment, engine, parts, deterministic, clock).put_into(experiment)
+        experiment = _found(run, experiment, engine, parts, deterministic, flag, clock).put_into(experiment)
     say_idle(experiment.train, engine.device)
     return experiment, replace(parts, model_options=parts.model_options | experiment.model.options)
 
@@ -166,6 +169,7 @@ def _found(
     engine: Engine,
     parts: Parts,
     deterministic: bool,
+    flag: StopFlag,
     clock: Callable[[], float],
 ) -> Choice:
     """The same on every rank."""
@@ -179,8 +183,14 @@ def _found(
             if origin == _CACHE:
                 choices.remember(run, found, {"from": str(choices.cache_folder())})
         return found
-    tuner = _Tuner(experiment, engine, parts, deterministic, lambda: BUDGET_S - (clock() - started))
+
+    def left() -> float:
+        return -1.0 if flag.cause else BUDGET_S - (clock() - started)
+
+    tuner = _Tuner(experiment, engine, parts, deterministic, flag, left)
     found = tuner.run()
+    if engine.max([int(flag.cause is not None)])[0]:
+        return found
     about = {"tried": tuner.lines(), "seconds": round(clock() - started, 1), "from": "measured"}
     if engine.is_main:
         measured, found = found, choices.publish(key, found, about)
@@ -212,10 +222,16 @@ class _Tuner:
     """The search on this rank's share of a real batch."""
 
     def __init__(
-        self, experiment: Experiment, engine: Engine, parts: Parts, deterministic: bool, left: Callable[[], float]
+        self,
+        experiment: Experiment,
+        engine: Engine,
+        parts: Parts,
+        deterministic: bool,
+        flag: StopFlag,
+        left: Callable[[], float],
     ) -> None:
         self._experiment, self._engine, self._parts, self._left = experiment, engine, parts, left
-        self._deterministic = deterministic
+        self._deterministic, self._flag = deterministic, flag
         self.search: Search | None = None
         self._loaders: list[dict[str, Any]] = []
 
@@ -243,7 +259,7 @@ class _Tuner:
         pieces = train.virtual_ranks // engine.world_size if train.deterministic == "layout" else train.accumulate
         inputs, targets = batch.inputs.chunk(pieces)[0].clone(), batch.targets.chunk(pieces)[0].clone()
         task = make_task(experiment, self._parts.volumes, engine.device)
-        return pieces, Probe(experiment, self._parts, task, inputs, targets, self._deterministic)
+        return pieces, Probe(experiment, self._parts, task, inputs, targets, self._deterministic, self._flag.breaks_off)
 
     def _loader(self, threads: int) -> Any:
         experiment, engine = self._experiment, self._engine

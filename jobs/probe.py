@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hpc.experiment import Experiment
+from hpc.preempt import BrokenOff
 from jobs import acceleration
 from jobs.choice import Choice
 from jobs.precision import Precision
@@ -57,11 +58,15 @@ class Probe:
         inputs: Tensor,
         targets: Tensor,
         deterministic: bool,
+        window: Callable[[], AbstractContextManager[object]] = nullcontext,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """inputs (B, C, *spatial), targets: what one pass of a step gets."""
+        """inputs (B, C, *spatial), targets: what one pass of a step gets; window: around all passes of a choice, which
+        may break them off.
+        """
         self._experiment, self._parts, self._task = experiment, parts, task
         self._inputs, self._targets, self._deterministic, self._clock = inputs, targets, deterministic, clock
+        self._window = window
         self._devices = [inputs.device] if inputs.device.type == "cuda" else []
 
     @property
@@ -84,7 +89,10 @@ class Probe:
     def measure(self, choice: Choice, best_s: float | None = None) -> Measured:
         """Never raises for what a choice cannot do."""
         try:
-            return self._measure(choice, best_s)
+            with self._window():
+                return self._measure(choice, best_s)
+        except BrokenOff:
+            return Measured(fault="broken off by a stop")
         except torch.OutOfMemoryError:
             return Measured(fault="out of memory")
         except Exception as error:  # of a compiler, or of the model

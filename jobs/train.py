@@ -96,7 +96,7 @@ class Trainer:
         """What train.autotune finds takes the place of the file's settings."""
         if fault := self.experiment.batch_fault(self.engine.world_size):
             raise UserError(fault)
-        given = (self.run, self.experiment, self.engine, self.parts, self.deterministic)
+        given = (self.run, self.experiment, self.engine, self.parts, self.deterministic, self.flag)
         with self.watchdog.phase("autotune", autotune.LIMIT_S):
             self.experiment, self.parts = autotune.settle(*given)
         self.settings = self.experiment.train
@@ -110,7 +110,7 @@ class Trainer:
         self.loader, self.validation = make_loaders(self.experiment, self.parts, *place)
         self.steps_per_epoch = min(len(self.loader), settings.limit_steps or len(self.loader))
         self.total_steps = settings.epochs * self.steps_per_epoch
-        acceleration.prepare(self.model, settings, engine, self.loader, self.watchdog)
+        acceleration.prepare(self.model, settings, engine, self.loader, self.watchdog, self.flag)
         self.learner = Learner(self.experiment, engine, self.model, self.task, self.steps_per_epoch)
         weights = partial(self.learner.strategy.weights, self.model)
         self.ledger = StepLedger(self.run, self.generation, engine.rank, weights) if settings.ledger else None

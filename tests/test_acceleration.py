@@ -1,6 +1,8 @@
 """Layout and compilation: the same numbers, the same names, nothing left by a warm-up, and no run ended by it."""
 
 import os
+import signal
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -124,6 +126,27 @@ def test_a_compiler_that_fails_costs_a_warning(monkeypatch: pytest.MonkeyPatch, 
     wanted, found = step(tiny(), inputs()), step(model, inputs())
     assert all(torch.equal(found[key], wanted[key]) for key in wanted)
     torch._dynamo.reset()
+
+
+def test_a_stop_breaks_compilation_off(tmp_path: Path, data: Path) -> None:
+    assert tiny_run.in_child(stop, tmp_path, data) == 0
+
+
+def stop(folder: Path, data: Path) -> None:
+    """The run stops before its first step, and is afterwards the undisturbed one."""
+
+    def endless(graph: Any, example: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        while True:
+            time.sleep(0.01)
+
+    own, acceleration.BACKEND = ("train.compile=blocks", "train.epochs=1"), endless  # type: ignore[assignment]
+    run = tiny_run.make_run(folder / "parts", data, *own)
+    assert tiny_run.train(run, 1) == "stopped" and tiny_run.newest(run).step == 0
+    acceleration.BACKEND = "aot_eager"
+    torch._dynamo.reset()
+    assert tiny_run.train(run, 2) == "done"
+    tiny_run.assert_same(tiny_run.outcome(run), tiny_run.play(folder / "whole", data, (), *own))
 
 
 def test_compilation_that_fails_on_another_rank_is_taken_back_here(quick: None) -> None:

@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import signal
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -227,7 +229,9 @@ def test_probing_leaves_random_numbers_and_every_choice_has_its_own_model(data: 
     parts = prepare(experiment)
     x, y = torch.randn(4, 1, 8, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 0])
     steps = itertools.count()
-    probe = Probe(experiment, parts, make_task(experiment, parts.volumes, x.device), x, y, True, lambda: next(steps))
+    probe = Probe(
+        experiment, parts, make_task(experiment, parts.volumes, x.device), x, y, True, clock=lambda: next(steps)
+    )
     first = probe.measure(PLAIN)
     assert first == probe.measure(PLAIN) and not first.fault and first.seconds == 1
     assert probe.measure(replace(PLAIN, channels_last=True)).loss == pytest.approx(first.loss, rel=1e-5)
@@ -266,6 +270,33 @@ def test_ranks_choose_and_overflow_together(tmp_path: Path, data: Path) -> None:
     tiny_run.assert_same(found[1], found[0])
     assert found[0]["learner"]["precision"]["overflows"] > 0
     assert [choice.recall(run) for run in (whole, parts)] == [Choice("fp16", True, threads=1)] * 2
+
+
+def test_a_stop_breaks_the_search_off(tmp_path: Path, data: Path) -> None:
+    assert tiny_run.in_child(stop, tmp_path, data) == 0
+
+
+def stop(folder: Path, data: Path) -> None:
+    """A signal comes during the second choice: the run stops before its first step, and measures anew afterwards."""
+    os.environ["XDG_CACHE_HOME"], autotune._COMPILE_S = str(folder / "cache"), 1e6
+    timed, begun = Probe._timed, []
+
+    def signalled(probe: Probe, model: Any, precision: Any, choice: Choice) -> Any:
+        begun.append(choice)
+        if choice.channels_last and len(set(begun)) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while True:  # as a compiler that takes minutes
+                time.sleep(0.01)
+        return timed(probe, model, precision, choice)
+
+    Probe._timed = signalled  # type: ignore[method-assign]
+    overrides = planted(folder, "first", "train.autotune=true")
+    run = make(folder / "run", data, *overrides)
+    assert tiny_run.train(run, 1) == "stopped"
+    assert len(set(begun)) == 2 and not run.autotune.exists() and not choice.cache_folder().exists()
+    assert tiny_run.newest(run).step == 0 and read_json(run.stop)["cause"] == "SIGTERM"
+    Probe._timed = timed  # type: ignore[method-assign]
+    assert tiny_run.train(run, 2) == "done" and choice.recall(run) == Choice(channels_last=True, threads=1)
 
 
 def one_rank(rank: int, rows: list[Any], folder: Path) -> None:

@@ -142,7 +142,7 @@ def tuned(options: argparse.Namespace) -> tuple[Choice, Probe]:
     """What autotune chooses, with its log, and the probe that builds models as it does."""
     with place(options, precision="auto", autotune=True) as (run, made, engine):
         parts = prepare(made)
-        found = Choice.of(autotune.settle(run, made, engine, parts, deterministic=False)[0])
+        found = Choice.of(autotune.settle(run, made, engine, parts, False, StopFlag())[0])
         x, y = torch.randn(options.batch, *parts.shape), torch.arange(options.batch) % CLASSES
         plain = PLAIN.put_into(made)
         return found, Probe(plain, parts, make_task(plain, parts.volumes, CPU), x, y, deterministic=False)
