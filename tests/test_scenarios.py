@@ -17,14 +17,18 @@ PLAYED = [row for row in ROWS if SOAK or not row.soak]
 
 
 @pytest.fixture(scope="session")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, "Future[Playing]"]]:
-    """Every row, started; a row's test waits for its own."""
+def stage(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, "Future[Playing]"]]:
+    """Every row of this session, started; a row's test waits for its own."""
     base = tmp_path_factory.mktemp("scenarios")
+    asked = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    wanted = {item.callspec.id for item in asked if "stage" in item.fixturenames}
     reap()
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        started = {name: pool.submit(undisturbed, name) for name in UNDISTURBED}
+        started = {name: pool.submit(undisturbed, name) for name in UNDISTURBED if name in wanted}
         for row in PLAYED:
-            if row.cluster is None or not obstacle():
+            if row.name in wanted and (row.cluster is None or not obstacle()):
                 started[row.name] = pool.submit(played, row, base / row.name)
         yield started
         pool.shutdown(cancel_futures=True)
