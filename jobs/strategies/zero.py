@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from hpc.training import Train
 from hpc.training import Zero as Settings
 from jobs.engine import Engine
-from jobs.strategies.whole import Strategy
+from jobs.strategies.whole import Strategy, share_contiguous
 
 _BUCKET = 50_000_000
 """Numbers that are exchanged at once, at most: two buffers of 200 MB."""
@@ -58,8 +58,7 @@ class Zero(Strategy):
         self._wrapped: Any = None
 
     def shard(self, *models: nn.Module) -> None:
-        for model in models:
-            self._engine.share([*model.parameters(), *model.buffers()])
+        share_contiguous(self._engine, models)
 
     def begin(self, build: Callable[[], Optimizer]) -> None:
         self._release()
