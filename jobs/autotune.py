@@ -314,13 +314,13 @@ def _no_blocks(plain: Choice) -> dict[str, Any]:
 
 def _key(experiment: Experiment, engine: Engine, parts: Parts) -> dict[str, Any]:
     train, data = experiment.train, experiment.data
-    source = experiment.model.source
+    source, options = experiment.model.source, sorted(parts.model_options.items(), key=str)
     return {
         "device": device_name(engine.device),
         "cpus": [torch.get_num_threads(), engine.allocation.cpus_per_task],
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-        "model": [experiment.model.name, sorted(parts.model_options.items(), key=str), _digest(source and source[0])],
+        "model": [source[1], options, _digest(source[0])] if source else [experiment.model.name, options],
         "shape": list(parts.shape),
         "classes": parts.num_classes,
         "batch": [data.batch_size, engine.world_size, train.accumulate, train.virtual_ranks],
@@ -330,8 +330,9 @@ def _key(experiment: Experiment, engine: Engine, parts: Parts) -> dict[str, Any]
     }
 
 
-def _digest(path: Path | None) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path and path.is_file() else ""
+def _digest(path: Path) -> str:
+    """Of the code, wherever it is: each run has a copy in its own folder."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def device_name(device: torch.device) -> str:

@@ -197,7 +197,9 @@ def test_the_known_fastest_is_chosen_and_kept(apart: Path, data: Path, slow: str
     other = {"choice": {**read_json(run.autotune)["choice"], "channels_last": slow == "last"}}
     run.autotune.write_text(json.dumps(other))  # as if an earlier attempt had found that
     assert settings(run, 2)[0] == replace(chosen, channels_last=slow == "last")
-    again = make(apart / "again", data, *planted(apart, slow, "train.autotune=true"))
+    elsewhere = apart / "elsewhere"  # as each run has a copy of the code in its own folder
+    elsewhere.mkdir()
+    again = make(apart / "again", data, *planted(elsewhere, slow, "train.autotune=true"))
     assert settings(again)[0] == chosen  # a later run of the same model, shape and machine
     assert read_json(again.autotune)["from"] == str(choice.cache_folder())
 
