@@ -27,6 +27,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from jobs import acceleration
+
 __all__ = ["Estimate", "Shards", "Step", "estimate", "largest_batch", "parts_of"]
 
 _CUDA_BLOCK = 512  # bytes: the CUDA allocator rounds each storage up to a multiple of it
@@ -451,11 +453,9 @@ def _gathered(model: nn.Module, live: _Live) -> int:
 
 
 def _blocks(model: nn.Module) -> list[list[nn.Parameter]]:
-    """The parameters of each repeated block, of nested ones the inner one's."""
-    from jobs.strategies.fsdp import repeated_blocks  # torch's distributed part takes its time to import
-
+    """The parameters of each repeated block."""
     blocks, taken = [], set[int]()
-    for block in repeated_blocks(model):
+    for block in acceleration.blocks(model):
         blocks.append([p for p in block.parameters() if id(p) not in taken])
         taken |= {id(p) for p in blocks[-1]}
     return blocks

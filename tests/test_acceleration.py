@@ -73,6 +73,7 @@ def test_blocks_are_the_outermost_repeated_ones() -> None:
     assert len(acceleration.blocks(transformer)) == 3
     flat = nn.Sequential(nn.Conv3d(1, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
     assert acceleration.blocks(flat) == []
+    assert acceleration.blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) == [], "layers are none"
     with pytest.raises(UserError, match=r"no repeated blocks .* use train.compile=model, or off"):
         acceleration.targets(flat, "blocks")
 

@@ -67,6 +67,22 @@ def test_a_time_limit_that_is_hardly_longer_than_a_start_is_allowed_with_a_warni
     assert ("take care  row 1: launch.time: " in capsys.readouterr().err) == few
 
 
+def test_what_tasks_and_devices_exclude_is_refused_and_one_task_in_shards_is_told() -> None:
+    one = {"launch__cluster": "local", "launch__instance": "laptop"}
+    two = {**one, "launch__tasks_per_node": 2, "launch__cpus": 2}
+    faults = {
+        "row 0: train.strategy: single runs one task, but 2 are asked for; use ddp": {"train__strategy": "single"},
+        "row 1: train.sync_batchnorm: torch has it on CUDA alone; leave it out to train on the CPU": {
+            "train__sync_batchnorm": True
+        },
+    }
+    experiments = rows(*({**two, **change} for change in faults.values()), {**one, "train__strategy": "fsdp"})
+    laptop = instances.find("laptop")
+    found = preflight.check_many(experiments, laptop, "local", SCRIPT, Path("runs"), payload=False)
+    assert found.refusals == list(faults)
+    assert found.cautions == ["row 2: train.strategy: fsdp of one task is one whole process"]
+
+
 def test_all_that_fits_is_told_and_the_budget_of_a_preemption_too(fake: FakeSlurm) -> None:
     found = check(experiment())
     assert found.refusals == found.warnings == found.unchecked == []

@@ -21,11 +21,11 @@ from hpc.allocation import Allocation
 from hpc.errors import UserError
 from hpc.experiment import load
 from hpc.rundir import RunDir
+from hpc.training import Train
+from jobs import strategies
 from jobs.engine import Engine
 from jobs.precision import Fault
-from jobs.strategies.fsdp import repeated_blocks
 from jobs.train import Stopped, Trainer
-from models3d import create_model
 from tests import tiny_run
 from tests.tiny_run import Outcome, SignalAtBoundary, assert_same, free_port, outcome, run_ranks
 
@@ -182,13 +182,6 @@ def test_a_run_changes_strategy_and_ranks(runs: dict[str, RunDir]) -> None:
     np.testing.assert_allclose(weights(found), weights(single), atol=2e-4)
 
 
-def test_repeated_blocks_are_what_is_gathered_at_once() -> None:
-    model = create_model("resnet3d_tiny", 1, 3, width=4)
-    found = {name for name, module in model.named_modules() if module in repeated_blocks(model)}
-    assert found and all(name.startswith("layers.") for name in found), found
-    assert repeated_blocks(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))) == [], "layers are none"
-
-
 REFUSED = {
     ("train.strategy=fsdp", "train.optimizer.name=timm:lamb"): "timm:lamb",
     (*KINDS["zero3"], EMA): "ema needs whole weights",
@@ -201,3 +194,15 @@ def test_what_cannot_work_is_refused_as_the_file_is_read(overrides: tuple[str, .
     run = tiny_run.make_run(tmp_path / "run", tmp_path / "none.h5")
     with pytest.raises(UserError, match=REFUSED[overrides]):
         load(run.experiment, list(overrides))
+
+
+def test_what_the_model_or_the_machine_excludes_is_refused_by_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(2, 2)
+    strategies.check(Train(strategy="deepspeed"), model)
+    model.scale = nn.Parameter(torch.tensor(1.0))
+    with pytest.raises(UserError, match="fsdp cannot cut the scalar scale; give it one dimension, or use ddp"):
+        strategies.check(Train(strategy="fsdp"), model)
+    strategies.check(Train(strategy="ddp"), model)
+    monkeypatch.setattr(strategies, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="deepspeed is not installed here: pip install deepspeed, or use fsdp"):
+        strategies.check(Train(strategy="deepspeed"), model)

@@ -1,12 +1,11 @@
 """torch's fully_shard (FSDP2, Zhao et al., arXiv 2304.11277): weights, gradients and optimizer state in shards.
 
 A group of weights is gathered for its forward and again for its backward pass. Groups are the repeated blocks of a
-model (`repeated_blocks`), and one of all that is left. Weights stay fp32: autocast is what makes a pass 16-bit.
+model (`acceleration.blocks`), and one of all that is left. Weights stay fp32: autocast is what makes a pass 16-bit.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,20 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from jobs.strategies.whole import Strategy
-
-
-def repeated_blocks(model: nn.Module) -> list[nn.Module]:
-    """Modules of a Sequential or ModuleList that have modules of their own and a sibling of the same class.
-
-    Inner ones come first, as fully_shard wants them.
-    """
-    found: dict[nn.Module, None] = {}
-    for module in reversed(list(model.modules())):
-        if isinstance(module, nn.Sequential | nn.ModuleList):
-            classes = Counter(type(child) for child in module)
-            found |= dict.fromkeys(c for c in module if classes[type(c)] > 1 and any(True for _ in c.children()))
-    return list(found)
+from jobs import acceleration
+from jobs.strategies.whole import Strategy, share_contiguous
 
 
 class Fsdp(Strategy):
@@ -40,10 +27,10 @@ class Fsdp(Strategy):
 
     def shard(self, *models: nn.Module) -> None:
         mesh = init_device_mesh(self._engine.device.type, (self._engine.world_size,))
+        share_contiguous(self._engine, models)
         for model in models:
-            self._engine.share([*model.parameters(), *model.buffers()])
             # else the first group stays gathered after a pass without a backward one, and its shards are out of sight
-            for module in (*repeated_blocks(model), model):
+            for module in (*acceleration.blocks(model), model):
                 fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
     def part(self, last: bool) -> AbstractContextManager[None]:
