@@ -148,8 +148,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RunDir]
     yield made
 
 
-def weights(found: Outcome) -> np.ndarray[Any, Any]:
-    return np.concatenate([np.frombuffer(value, np.float32) for value in found["trained"].values()])
+def weights(found: Outcome, which: str = "trained") -> np.ndarray[Any, Any]:
+    """`weights`: their average, which is evaluated."""
+    return np.concatenate([np.frombuffer(value, np.float32) for value in found[which].values()])
 
 
 def moments(found: Outcome) -> np.ndarray[Any, Any]:
@@ -178,6 +179,9 @@ def test_a_run_changes_strategy_and_ranks(runs: dict[str, RunDir]) -> None:
     """Two ranks of ddp, ZeRO 2 and fsdp, then one alone."""
     found, single = outcome(runs["changing"]), outcome(runs["single"])
     assert len({event["generation"] for event in runs["changing"].read_events()}) == 4
+    assert found["learner"] == single["learner"]
+    np.testing.assert_allclose(weights(found, "weights"), weights(single, "weights"), atol=2e-4)
+    assert found["weights"] != found["trained"], "an average"
     np.testing.assert_allclose(moments(found), moments(single), atol=2e-5)
     np.testing.assert_allclose(weights(found), weights(single), atol=2e-4)
 
