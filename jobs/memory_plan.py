@@ -26,6 +26,7 @@ from jobs.memory import Estimate, Shards, Step, estimate, largest_batch
 from jobs.optimize import build_optimizer
 from jobs.setup import Parts
 from jobs.stages import Stages
+from jobs.strategies.zero import BUCKET
 from jobs.tasks import build
 from jobs.tasks.options import Options
 from models3d import takes
@@ -158,6 +159,7 @@ class _Look:
             self._place, gb = f"one process on {instance.name}", request.mem_gb / request.tasks_per_node
         self._capacity = int(gb * 1e9)
         self._surely = int(self._capacity * (_GIB_PER_GB if self._on_gpu else 1))
+        self._whole: Estimate | None = None
 
     def plan(self) -> MemoryPlan:
         found = self._estimate(self._experiment, self._model, self._samples(self._experiment))
@@ -197,8 +199,13 @@ class _Look:
         return COPIED_AHEAD * math.ceil(batch / self._world) * stored
 
     def _estimate(self, experiment: Experiment, model: nn.Module, samples: int) -> Estimate:
+        """The optimizer, half of the work, is looked at once: nothing that is varied here changes it, but shards."""
         step = self._step(experiment, model, samples)
-        return estimate(model, (samples, *self._parts.shape), step)
+        if step.shards is None:
+            step = dataclasses.replace(step, like=self._whole)
+        found = estimate(model, (samples, *self._parts.shape), step)
+        self._whole = found if step.shards is None else self._whole
+        return found
 
     def _step(self, experiment: Experiment, model: nn.Module, samples: int) -> Step:
         train = experiment.train
@@ -273,7 +280,7 @@ class _Look:
         section, train = self._experiment.model, self._experiment.train
         if "checkpoint" in takes(section.name) and not section.options.get("checkpoint"):
             yield "model.checkpoint=true"
-        if train.precision in ("fp32", "tf32"):
+        if train.precision not in ("bf16", "fp16"):
             yield "train.precision=bf16"
         samples, layout = self._samples(self._experiment), train.deterministic == "layout"
         if samples > 1 and not layout:
@@ -291,7 +298,7 @@ def _shards(experiment: Experiment, world: int) -> Shards | None:
     if train.strategy != "deepspeed":
         return None
     stage, offload = (2, False) if train.zero is None else (train.zero.stage, train.zero.offload)
-    return Shards(world, stage, offload) if world > 1 or offload else None
+    return Shards(world, stage, offload, bucket=4 * BUCKET) if world > 1 or offload else None
 
 
 def _largest_optimizer(experiment: Experiment, model: nn.Module) -> torch.optim.Optimizer:
