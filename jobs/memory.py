@@ -114,6 +114,8 @@ class Estimate:
     """Of gradients, and of the weights that are gathered of shards."""
     validation: int = 0
     """Peak of a validation's batch; 0 where it was not asked for."""
+    training: int = 0
+    """Peak of the step alone."""
     update: int = 0
     """Temporary tensors of the optimizer's step."""
     groups: dict[str, int] = field(default_factory=dict)
@@ -391,8 +393,8 @@ class _Run:
             self._update()
             update, live.peak = live.peak - before, max(most, live.peak)
         del outputs
-        found = {"activations": activations, "peak": live.peak, "update": update, "groups": dict(live.kept)}
-        self.found = replace(self.found, **found)
+        found = replace(self.found, activations=activations, peak=live.peak, groups=dict(live.kept))
+        self.found = replace(found, training=live.peak, update=update)
 
     def _reduced(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
@@ -479,10 +481,8 @@ def _blocks(model: nn.Module) -> list[list[nn.Parameter]]:
 
 def _largest_two(model: nn.Module, live: _Live) -> int:
     """Bytes of two parts after each other: the weights that are gathered while one computes and the next is fetched."""
-    sizes = []
-    for _, part in parts_of(model):
-        tensors = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
-        sizes.append(sum(live.size(tensor.untyped_storage()) for tensor in tensors))
+    tensors = [[part] if isinstance(part, nn.Parameter) else list(part.parameters()) for _, part in parts_of(model)]
+    sizes = [sum(live.size(tensor.untyped_storage()) for tensor in several) for several in tensors]
     return max(sum(pair) for pair in zip([0, *sizes], [*sizes, 0], strict=True))
 
 

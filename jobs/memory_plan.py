@@ -93,7 +93,8 @@ class MemoryPlan:
         e = self.estimate
         parts = {
             "weights": e.parameters + e.buffers,
-            "gradients": e.gradients + e.copies,
+            "gradients": e.gradients,
+            "copies": e.copies,
             "optimizer": e.optimizer,
             "averaged weights": e.ema,
             "batches": e.inputs + self.ahead,

@@ -57,6 +57,8 @@ def test_the_rates_of_this_machine_are_measured_kept_and_compared_by_plan(file: 
         assert row["gb_per_second"] == pytest.approx(row["samples_per_second"] * 1024 / 1e9)
     assert found["verdict"]["words"].startswith("the loader gives ")
     told = hpc("plan", str(file), "launch.cluster=local").stderr
+    planned = json.loads(hpc("plan", str(file), "launch.cluster=local", "--json").stdout)["memory"]
+    assert step["memory"]["planned"] == planned["peak"], "one number from both"
     line = next(line for line in told.splitlines() if "the loader gives" in line)
     assert "with data.threads=1, the model takes" in line and "(measured 20" in line
     assert ("ok" if found["verdict"]["kept_busy"] else "take care") == line.split("  ")[0]
