@@ -38,6 +38,7 @@ _GIB_PER_GB = 2**30 / 10**9
 workspace and fragments; what does not fit 40 * 2**30 cannot run."""
 _LIBRARIES = 0.5e9
 """Bytes of a process on the CPU that has imported torch, about."""
+_CHECKPOINT = "model.checkpoint=true"
 _WORTH = 0.01
 """A switch that changes the peak by a smaller share is not told."""
 
@@ -72,6 +73,8 @@ class MemoryPlan:
     enough: bool = False
     """Whether that is all that the training split has."""
     switches: list[Switch] = field(default_factory=list)
+    tuned: bool = False
+    """train.autotune will try checkpointing where the file's way does not fit."""
 
     @property
     def peak(self) -> int:
@@ -80,13 +83,19 @@ class MemoryPlan:
     @property
     def refusal(self) -> str | None:
         """One line, where it surely does not fit: what does, as keys to type."""
-        if self.peak <= self.surely:
+        if self.peak <= self.surely or self._found_by_tuning:
             return None
         fitting = [f"{s.keys} ({_gb(s.peak)})" for s in self.switches if s.peak <= self.capacity]
         if self.largest_batch:
             fitting.append(f"data.batch_size={self.largest_batch}")
         fits = f"what fits: {', or '.join(fitting)}" if fitting else "no switch makes it fit: use a smaller data.patch"
         return f"memory: a training step takes {_gb(self.peak)}, but {self.place} has {_gb(self.capacity)}; {fits}"
+
+    @property
+    def _found_by_tuning(self) -> int | None:
+        """The peak with what autotune will come upon."""
+        tried = (switch.peak for switch in self.switches if self.tuned and switch.keys == _CHECKPOINT)
+        return next((peak for peak in tried if peak <= self.surely), None)
 
     def lines(self) -> list[str]:
         """What there is to say of one that may fit."""
@@ -112,6 +121,11 @@ class MemoryPlan:
         """One line, where it may not fit."""
         if self.refusal or self.peak + (0 if self.on_gpu else _LIBRARIES) <= self.capacity:
             return None
+        if self.peak > self.surely and self._found_by_tuning:
+            return (
+                f"memory: a training step takes {_gb(self.peak)}, but {self.place} has {_gb(self.capacity)}: "
+                f"train.autotune will find {_CHECKPOINT} ({_gb(self._found_by_tuning)})"
+            )
         return (
             f"memory: a training step takes {_gb(self.peak)} of the {_gb(self.capacity)} of {self.place}, which "
             f"libraries and workspace of kernels need some of; it may not fit"
@@ -165,7 +179,8 @@ class _Look:
     def plan(self) -> MemoryPlan:
         found = self._estimate(self._experiment, self._model, self._samples(self._experiment))
         ahead = self._ahead(self._experiment.data.batch_size)
-        return MemoryPlan(self._place, self._on_gpu, self._capacity, self._surely, found, ahead)
+        tuned = self._experiment.train.autotune
+        return MemoryPlan(self._place, self._on_gpu, self._capacity, self._surely, found, ahead, tuned=tuned)
 
     def detailed(self, found: MemoryPlan) -> MemoryPlan:
         """With the largest batch and the switches."""
@@ -280,7 +295,7 @@ class _Look:
         """Those that this experiment does not have and may have."""
         section, train = self._experiment.model, self._experiment.train
         if "checkpoint" in takes(section.name) and not section.options.get("checkpoint"):
-            yield "model.checkpoint=true"
+            yield _CHECKPOINT
         if train.precision not in ("bf16", "fp16"):
             yield "train.precision=bf16"
         samples, layout = self._samples(self._experiment), train.deterministic == "layout"
