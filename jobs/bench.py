@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import resource
+import signal
 import sys
 import tempfile
 from dataclasses import replace
@@ -265,6 +266,9 @@ def main() -> int:
     except (UserError, ValueError, BadNode) as error:
         print(error, file=sys.stderr)
         return ExitCode.BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped: nothing is kept for hpc plan", file=sys.stderr)
+        return 128 + signal.SIGINT
     if given.json:
         print(json.dumps(found, indent=1))
     else:

@@ -1,5 +1,6 @@
 """hpc bench on a tiny experiment, what hpc plan makes of the rates, and the keys that they are kept under."""
 
+import io
 import json
 import os
 import subprocess
@@ -70,6 +71,17 @@ def test_what_is_measured_elsewhere_is_shown_and_not_kept(file: Path) -> None:
     assert "forward" in done.stdout and "GB predicted of the tensors" in done.stdout
     assert not measured.folder().exists()
     assert "no/such.h5" in hpc("bench", "loader", str(file), "data.file=/no/such.h5", code=2).stderr
+
+
+def test_ctrl_c_is_one_line(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def pressed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run", pressed)
+    monkeypatch.setattr(sys, "argv", ["bench", "step", "--seconds", "1", "--steps", "1"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(file.read_text()))
+    assert bench.main() == 130
+    assert capsys.readouterr().err == "stopped: nothing is kept for hpc plan\n"
 
 
 def make(file: Path, *overrides: str) -> tuple[Experiment, Parts]:
