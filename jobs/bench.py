@@ -10,10 +10,10 @@ import json
 import logging
 import os
 import resource
+import signal
 import sys
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -28,8 +28,7 @@ from hpc.preempt import ExitCode, StopFlag
 from hpc.rundir import RunDir
 from jobs import flops, measured, virtual, waiting
 from jobs.engine import BadNode, Engine, choose_device
-from jobs.memory import Step, estimate
-from jobs.optimize import build_optimizer
+from jobs.memory_plan import NotPlanned, plan_memory
 from jobs.setup import Parts, make_loaders
 from jobs.train import Trainer, wants_determinism
 
@@ -100,22 +99,21 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _memory(trainer: Trainer) -> dict[str, Any]:
-    """Bytes: `peak_allocated` on a GPU, else `peak_rss` of the whole process; `predicted` of the tensors."""
+    """Bytes: `peak_allocated` on a GPU, else `peak_rss` of the whole process; `predicted` of these steps' tensors;
+    `planned`, what hpc plan says of one process: with the validation, and the batches on their way to the GPU.
+    """
     device, experiment = trainer.engine.device, trainer.experiment
     if device.type == "cuda":
         found: dict[str, Any] = {"peak_allocated": torch.cuda.max_memory_allocated(device)}
     else:
         found = {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    parts, train = trainer.parts, experiment.train
-    step = Step(partial(build_optimizer, train.optimizer), train.precision, device.type)
-    shape = (experiment.data.batch_size // train.accumulate, *parts.shape)
     try:
         with torch.device("meta"):
-            model = parts.build_model(experiment.model.name)
-        found["predicted"] = estimate(model, shape, step).peak
-    except (ValueError, RuntimeError, TypeError):  # it computes with values
-        found["predicted"] = None
-    return found
+            model = trainer.parts.build_model(experiment.model.name)
+        plan = plan_memory(experiment, trainer.parts, model, details=False)
+    except (NotPlanned, UserError):
+        return {**found, "predicted": None, "planned": None}
+    return {**found, "predicted": plan.estimate.training, "planned": plan.peak}
 
 
 def measure_loader(experiment: Experiment, parts: Parts, engine: Engine, seconds: float) -> list[dict[str, Any]]:
@@ -172,6 +170,7 @@ def run(experiment: Experiment, what: str, seconds: float, steps: int) -> dict[s
     }
     with tempfile.TemporaryDirectory(prefix="hpc-bench-") as folder:
         trainer = Trainer(RunDir(Path(folder) / "run"), alone, engine, StopFlag())
+        found["precision"] = trainer.experiment.train.precision  # auto: what was found
         try:
             if what != "loader":
                 found["step"] = measure_step(trainer, seconds, steps)
@@ -243,7 +242,9 @@ def show(found: dict[str, Any]) -> None:
 
 def _memory_line(memory: dict[str, Any]) -> str:
     guess = memory["predicted"]
-    predicted = f"{guess / 1e9:.3g} GB predicted of the tensors" if guess else "no prediction for this model"
+    predicted = "no prediction for this model"
+    if guess:
+        predicted = f"{guess / 1e9:.3g} GB predicted of the tensors, {memory['planned'] / 1e9:.3g} GB by hpc plan"
     if "peak_allocated" in memory:
         return f"peak memory {memory['peak_allocated'] / 1e9:.3g} GB allocated on the GPU, {predicted}"
     return f"peak memory {memory['peak_rss'] / 1e9:.3g} GB of the whole process, libraries too; {predicted}"
@@ -265,6 +266,9 @@ def main() -> int:
     except (UserError, ValueError, BadNode) as error:
         print(error, file=sys.stderr)
         return ExitCode.BAD_INPUT
+    except KeyboardInterrupt:
+        print("stopped: nothing is kept for hpc plan", file=sys.stderr)
+        return 128 + signal.SIGINT
     if given.json:
         print(json.dumps(found, indent=1))
     else:

@@ -3,15 +3,14 @@
 Counted, in bytes: parameters, buffers and gradients; the optimizer's state; the average of the weights; the batch; what
 autograd keeps for the backward pass; the temporary tensors of forward, backward and optimizer step: all that torch's
 allocator is asked for, so the peak is its peak (tests/test_memory.py compares with the profiler's allocation events).
-Of several processes: DDP's buckets, and what each keeps where state, gradients or weights are in shards.
-Not counted: what kernels take for themselves (cuDNN's and oneDNN's workspace), CUDA's context (0.3 to 0.5 GB), the
-allocator's fragments, the buckets and flat copies of DeepSpeed, the loader's batches ahead, libraries.
+Of several processes: DDP's buckets, and what each keeps where state, gradients or weights are in shards; of DeepSpeed
+its bucket and flat copies. Not counted: what kernels take for themselves (cuDNN's and oneDNN's workspace), CUDA's
+context (0.3 to 0.5 GB), the allocator's fragments, the loader's batches ahead, libraries.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,9 +22,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
+
+from jobs.cuda_casts import with_cuda_casts
 
 from jobs import acceleration
 
@@ -46,6 +46,9 @@ class Shards:
     by_block: bool = False
     """As jobs/strategies/fsdp.py does it: what is in no repeated block stays gathered for the whole pass, its gradients
     whole until the end of the backward pass, and of several passes all gradients until the last one."""
+    bucket: int = 0
+    """As DeepSpeed does it: gradients are gathered in a buffer of so many bytes at most, and the optimizer works on a
+    flat copy of this process's share of the weights, and of their gradients."""
 
     @property
     def gradients(self) -> float:
@@ -57,7 +60,14 @@ class Shards:
     @property
     def optimizer(self) -> float:
         """Share of the optimizer's state, and of what its step takes."""
-        return 0.0 if self.offload else 1 / self.processes
+        if self.offload:
+            return 0.0
+        return 1.0 if self.bucket else 1 / self.processes  # the flat copy is that share
+
+    @property
+    def reduced(self) -> float:
+        """Share of the gradients that is left for the optimizer's step."""
+        return min(self.gradients, 0.0 if self.offload else 1 / self.processes) if self.bucket else self.gradients
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,8 @@ class Step:
     gradient_copies: int = 0
     """Beside the gradients: 1 for DDP's buckets."""
     shards: Shards | None = None
+    like: Estimate | None = None
+    """Of the same parameters, optimizer and shards: what its optimizer took is taken over, for half of the time."""
     watched: AbstractContextManager[object] | None = None
     """Entered around the step, for example to count what its operators do."""
 
@@ -104,6 +116,10 @@ class Estimate:
     """Of gradients, and of the weights that are gathered of shards."""
     validation: int = 0
     """Peak of a validation's batch; 0 where it was not asked for."""
+    training: int = 0
+    """Peak of the step alone."""
+    update: int = 0
+    """Temporary tensors of the optimizer's step."""
     groups: dict[str, int] = field(default_factory=dict)
     """Of the activations, those made in each of the parts that were asked for."""
 
@@ -216,7 +232,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def shrink(self, tensor: torch.Tensor, share: float) -> None:
         """From now on as long as it lives only this share of a tensor is here."""
         storage = tensor.untyped_storage()
-        if storage in self._seen and storage not in self._shrunk:
+        if share < 1 and storage in self._seen and storage not in self._shrunk:
             away = self._seen[storage][0] - int(self._seen[storage][0] * share)
             self._shrunk.add(storage)
             self._free(away)
@@ -267,39 +283,6 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-class _CudaCasts(TorchFunctionMode):
-    """Where autocast does otherwise on CUDA than on a CPU, which is asked here: poolings stay in the type that they
-    are given there, and norms, softmax, sums and interpolation compute in float32.
-    """
-
-    _kept = re.compile(r"_?(adaptive_)?(max|avg)_pool[123]d")
-    _float = frozenset(
-        {"group_norm", "interpolate", "layer_norm", "log_softmax", "norm", "pow", "prod", "softmax", "sum"}
-    )
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        if torch.is_autocast_enabled("cpu"):
-            if self._kept.fullmatch(name):
-                with torch.autocast("cpu", enabled=False):
-                    return func(*args, **kwargs)
-            if name in self._float:
-                args, kwargs = tree_map(_float32, (args, kwargs))
-        return func(*args, **kwargs)
-
-
-def _with_cuda_casts(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def inside(*args: Any, **kwargs: Any) -> Any:
-        with _CudaCasts():
-            return forward(*args, **kwargs)
-
-    return inside
-
-
-def _float32(value: Any) -> Any:
-    return value.float() if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16 else value
-
-
 def _faked(model: nn.Module) -> nn.Module:
     """A copy in training mode whose parameters and buffers are fake tensors on the CPU; shared ones stay shared."""
     memo: dict[int, Any] = {}
@@ -312,10 +295,12 @@ def _faked(model: nn.Module) -> nn.Module:
 
 
 def _optimizer(model: nn.Module, step: Step) -> torch.optim.Optimizer | None:
-    """The optimizer with its state as after the first step, and no gradients."""
-    if step.optimizer is None:
+    """The optimizer with its state as after the first step, and no gradients; None: not needed."""
+    optimizer = step.optimizer(model) if step.optimizer else None  # which may freeze parameters
+    if optimizer is None or step.like:
         return None
-    optimizer = step.optimizer(model)
+    if step.shards and step.shards.bucket:
+        _flatten(optimizer, step.shards.processes)
     for group in optimizer.param_groups:
         if step.device == "cuda" and "foreach" in group:
             group["foreach"] = True
@@ -325,6 +310,13 @@ def _optimizer(model: nn.Module, step: Step) -> torch.optim.Optimizer | None:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return optimizer
+
+
+def _flatten(optimizer: torch.optim.Optimizer, processes: int) -> None:
+    """One tensor for each group, of this process's share."""
+    for group in optimizer.param_groups:
+        numbers = sum(parameter.numel() for parameter in group["params"])
+        group["params"] = [nn.Parameter(torch.empty(-(-numbers // processes)))]
 
 
 def _state(optimizer: torch.optim.Optimizer | None) -> Iterator[torch.Tensor]:
@@ -352,8 +344,15 @@ class _Run:
         gradients = sum(live.size(p.untyped_storage()) for p in self._trained)
         live.share = shards.optimizer
         optimizer = self._counted(_state(self._optimizer))
+        if step.like:
+            live.add(optimizer := step.like.optimizer)
+        self._flat = (
+            [p for g in self._optimizer.param_groups for p in g["params"]] if self._optimizer and shards.bucket else []
+        )
+        self._master = self._counted(self._flat)
         live.share = 1.0
-        ema, copies = (parameters + buffers) * step.ema, gradients * step.gradient_copies + gathered
+        self._bucket = min(shards.bucket, gradients)
+        ema, copies = (parameters + buffers) * step.ema, gradients * step.gradient_copies + gathered + self._bucket
         blocks = _blocks(model) if shards.by_block else [list(model.parameters())]
         self._at_once = {id(parameter) for block in blocks for parameter in block}
         live.add(ema + copies)
@@ -362,9 +361,8 @@ class _Run:
         inputs = self._counted([self._inputs, self._targets])
         self._fixed = live.peak = live.bytes
         self._shards = shards
-        self.found = Estimate(
-            parameters, buffers, int(gradients * shards.gradients), optimizer, inputs, 0, 0, ema, copies
-        )
+        own, copies = int(gradients * shards.gradients), copies + self._master
+        self.found = Estimate(parameters, buffers, own, optimizer, inputs, 0, 0, ema, copies)
 
     def _counted(self, tensors: Iterable[torch.Tensor]) -> int:
         before = self._live.bytes
@@ -393,21 +391,41 @@ class _Run:
             torch.autograd.backward(self._loss(outputs, self._batch))
             for parameter in self._trained:
                 self._reduced(parameter)
+            before, most, live.peak = live.bytes, live.peak, live.bytes
             self._update()
+            update, live.peak = live.peak - before, max(most, live.peak)
         del outputs
-        self.found = replace(self.found, activations=activations, peak=live.peak, groups=dict(live.kept))
+        found = replace(self.found, activations=activations, peak=live.peak, groups=dict(live.kept))
+        self.found = replace(found, training=live.peak, update=update)
 
     def _reduced(self, parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
             self._live.shrink(parameter.grad, self._shards.gradients)
 
     def _update(self) -> None:
-        if self._optimizer:
+        if like := self._step.like:
+            self._live.add(like.update)
+            self._live.add(-like.update)
+        elif self._optimizer:
             self._live.share = self._shards.optimizer
+            self._flatten_gradients()
             with _Numbers():  # type: ignore[no-untyped-call]
                 self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
             self._live.share = 1.0
+            self._live.add(-self._master * (self._shards.stage == 3))
+
+    def _flatten_gradients(self) -> None:
+        """As DeepSpeed has them in the optimizer's step; of stage 3 once more, and its bucket stays."""
+        if not self._flat:
+            return
+        for parameter in self._trained:
+            if parameter.grad is not None:
+                self._live.shrink(parameter.grad, self._shards.reduced)
+        for flat in self._flat:
+            flat.grad = torch.empty_like(flat)
+            self._live.count([flat.grad])
+        self._live.add(self._master if self._shards.stage == 3 else -self._bucket)
 
     def validate(self) -> int:
         """The peak of a forward pass without gradients, as validation does it."""
@@ -426,7 +444,7 @@ class _Run:
     def _cast(self, model: nn.Module) -> None:
         if self._half and self._step.device == "cuda":
             for module in model.modules():  # not once around all: what is checkpointed is computed anew in backward
-                module.forward = _with_cuda_casts(module.forward)
+                module.forward = with_cuda_casts(module.forward)
 
     @property
     def _half(self) -> bool:
@@ -463,10 +481,8 @@ def _blocks(model: nn.Module) -> list[list[nn.Parameter]]:
 
 def _largest_two(model: nn.Module, live: _Live) -> int:
     """Bytes of two parts after each other: the weights that are gathered while one computes and the next is fetched."""
-    sizes = []
-    for _, part in parts_of(model):
-        tensors = [part] if isinstance(part, nn.Parameter) else list(part.parameters())
-        sizes.append(sum(live.size(tensor.untyped_storage()) for tensor in tensors))
+    tensors = [[part] if isinstance(part, nn.Parameter) else list(part.parameters()) for _, part in parts_of(model)]
+    sizes = [sum(live.size(tensor.untyped_storage()) for tensor in several) for several in tensors]
     return max(sum(pair) for pair in zip([0, *sizes], [*sizes, 0], strict=True))
 
 

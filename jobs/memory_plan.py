@@ -26,6 +26,7 @@ from jobs.memory import Estimate, Shards, Step, estimate, largest_batch
 from jobs.optimize import build_optimizer
 from jobs.setup import Parts
 from jobs.stages import Stages
+from jobs.strategies.zero import BUCKET
 from jobs.tasks import build
 from jobs.tasks.options import Options
 from models3d import takes
@@ -37,6 +38,7 @@ _GIB_PER_GB = 2**30 / 10**9
 workspace and fragments; what does not fit 40 * 2**30 cannot run."""
 _LIBRARIES = 0.5e9
 """Bytes of a process on the CPU that has imported torch, about."""
+_CHECKPOINT = "model.checkpoint=true"
 _WORTH = 0.01
 """A switch that changes the peak by a smaller share is not told."""
 
@@ -71,6 +73,8 @@ class MemoryPlan:
     enough: bool = False
     """Whether that is all that the training split has."""
     switches: list[Switch] = field(default_factory=list)
+    tuned: bool = False
+    """train.autotune will try checkpointing where the file's way does not fit."""
 
     @property
     def peak(self) -> int:
@@ -79,7 +83,7 @@ class MemoryPlan:
     @property
     def refusal(self) -> str | None:
         """One line, where it surely does not fit: what does, as keys to type."""
-        if self.peak <= self.surely:
+        if self.peak <= self.surely or self._found_by_tuning:
             return None
         fitting = [f"{s.keys} ({_gb(s.peak)})" for s in self.switches if s.peak <= self.capacity]
         if self.largest_batch:
@@ -87,12 +91,19 @@ class MemoryPlan:
         fits = f"what fits: {', or '.join(fitting)}" if fitting else "no switch makes it fit: use a smaller data.patch"
         return f"memory: a training step takes {_gb(self.peak)}, but {self.place} has {_gb(self.capacity)}; {fits}"
 
+    @property
+    def _found_by_tuning(self) -> int | None:
+        """The peak with what autotune will come upon."""
+        tried = (switch.peak for switch in self.switches if self.tuned and switch.keys == _CHECKPOINT)
+        return next((peak for peak in tried if peak <= self.surely), None)
+
     def lines(self) -> list[str]:
         """What there is to say of one that may fit."""
         e = self.estimate
         parts = {
             "weights": e.parameters + e.buffers,
-            "gradients": e.gradients + e.copies,
+            "gradients": e.gradients,
+            "copies": e.copies,
             "optimizer": e.optimizer,
             "averaged weights": e.ema,
             "batches": e.inputs + self.ahead,
@@ -110,6 +121,11 @@ class MemoryPlan:
         """One line, where it may not fit."""
         if self.refusal or self.peak + (0 if self.on_gpu else _LIBRARIES) <= self.capacity:
             return None
+        if self.peak > self.surely and self._found_by_tuning:
+            return (
+                f"memory: a training step takes {_gb(self.peak)}, but {self.place} has {_gb(self.capacity)}: "
+                f"train.autotune will find {_CHECKPOINT} ({_gb(self._found_by_tuning)})"
+            )
         return (
             f"memory: a training step takes {_gb(self.peak)} of the {_gb(self.capacity)} of {self.place}, which "
             f"libraries and workspace of kernels need some of; it may not fit"
@@ -158,11 +174,13 @@ class _Look:
             self._place, gb = f"one process on {instance.name}", request.mem_gb / request.tasks_per_node
         self._capacity = int(gb * 1e9)
         self._surely = int(self._capacity * (_GIB_PER_GB if self._on_gpu else 1))
+        self._whole: Estimate | None = None
 
     def plan(self) -> MemoryPlan:
         found = self._estimate(self._experiment, self._model, self._samples(self._experiment))
         ahead = self._ahead(self._experiment.data.batch_size)
-        return MemoryPlan(self._place, self._on_gpu, self._capacity, self._surely, found, ahead)
+        tuned = self._experiment.train.autotune
+        return MemoryPlan(self._place, self._on_gpu, self._capacity, self._surely, found, ahead, tuned=tuned)
 
     def detailed(self, found: MemoryPlan) -> MemoryPlan:
         """With the largest batch and the switches."""
@@ -197,8 +215,13 @@ class _Look:
         return COPIED_AHEAD * math.ceil(batch / self._world) * stored
 
     def _estimate(self, experiment: Experiment, model: nn.Module, samples: int) -> Estimate:
+        """The optimizer, half of the work, is looked at once: nothing that is varied here changes it, but shards."""
         step = self._step(experiment, model, samples)
-        return estimate(model, (samples, *self._parts.shape), step)
+        if step.shards is None:
+            step = dataclasses.replace(step, like=self._whole)
+        found = estimate(model, (samples, *self._parts.shape), step)
+        self._whole = found if step.shards is None else self._whole
+        return found
 
     def _step(self, experiment: Experiment, model: nn.Module, samples: int) -> Step:
         train = experiment.train
@@ -272,8 +295,8 @@ class _Look:
         """Those that this experiment does not have and may have."""
         section, train = self._experiment.model, self._experiment.train
         if "checkpoint" in takes(section.name) and not section.options.get("checkpoint"):
-            yield "model.checkpoint=true"
-        if train.precision in ("fp32", "tf32"):
+            yield _CHECKPOINT
+        if train.precision not in ("bf16", "fp16"):
             yield "train.precision=bf16"
         samples, layout = self._samples(self._experiment), train.deterministic == "layout"
         if samples > 1 and not layout:
@@ -291,7 +314,7 @@ def _shards(experiment: Experiment, world: int) -> Shards | None:
     if train.strategy != "deepspeed":
         return None
     stage, offload = (2, False) if train.zero is None else (train.zero.stage, train.zero.offload)
-    return Shards(world, stage, offload) if world > 1 or offload else None
+    return Shards(world, stage, offload, bucket=4 * BUCKET) if world > 1 or offload else None
 
 
 def _largest_optimizer(experiment: Experiment, model: nn.Module) -> torch.optim.Optimizer:

@@ -1,5 +1,6 @@
 """hpc bench on a tiny experiment, what hpc plan makes of the rates, and the keys that they are kept under."""
 
+import io
 import json
 import os
 import subprocess
@@ -57,6 +58,8 @@ def test_the_rates_of_this_machine_are_measured_kept_and_compared_by_plan(file: 
         assert row["gb_per_second"] == pytest.approx(row["samples_per_second"] * 1024 / 1e9)
     assert found["verdict"]["words"].startswith("the loader gives ")
     told = hpc("plan", str(file), "launch.cluster=local").stderr
+    planned = json.loads(hpc("plan", str(file), "launch.cluster=local", "--json").stdout)["memory"]
+    assert step["memory"]["planned"] == planned["peak"], "one number from both"
     line = next(line for line in told.splitlines() if "the loader gives" in line)
     assert "with data.threads=1, the model takes" in line and "(measured 20" in line
     assert ("ok" if found["verdict"]["kept_busy"] else "take care") == line.split("  ")[0]
@@ -68,6 +71,17 @@ def test_what_is_measured_elsewhere_is_shown_and_not_kept(file: Path) -> None:
     assert "forward" in done.stdout and "GB predicted of the tensors" in done.stdout
     assert not measured.folder().exists()
     assert "no/such.h5" in hpc("bench", "loader", str(file), "data.file=/no/such.h5", code=2).stderr
+
+
+def test_ctrl_c_is_one_line(file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def pressed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run", pressed)
+    monkeypatch.setattr(sys, "argv", ["bench", "step", "--seconds", "1", "--steps", "1"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(file.read_text()))
+    assert bench.main() == 130
+    assert capsys.readouterr().err == "stopped: nothing is kept for hpc plan\n"
 
 
 def make(file: Path, *overrides: str) -> tuple[Experiment, Parts]:

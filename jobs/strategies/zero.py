@@ -25,7 +25,7 @@ from hpc.training import Zero as Settings
 from jobs.engine import Engine
 from jobs.strategies.whole import Strategy, share_contiguous
 
-_BUCKET = 50_000_000
+BUCKET = 50_000_000
 """Numbers that are exchanged at once, at most: two buffers of 200 MB."""
 _KEPT_WHOLE = 1_000
 """ZeRO 3: smaller weights (biases, norms) are on each rank."""
@@ -74,7 +74,7 @@ class Zero(Strategy):
         self._parallel = self._wrapped
 
     def _config(self, count: int) -> dict[str, Any]:
-        zero: dict[str, Any] = {"stage": self._stage, "reduce_bucket_size": min(_BUCKET, max(count, 1))}
+        zero: dict[str, Any] = {"stage": self._stage, "reduce_bucket_size": min(BUCKET, max(count, 1))}
         if self._stage == 3:
             zero["stage3_param_persistence_threshold"] = _KEPT_WHOLE
         if self._zero_settings.offload:
