@@ -25,9 +25,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from jobs.cuda_casts import with_cuda_casts
-
 from jobs import acceleration
+from jobs.cuda_casts import with_cuda_casts
 
 __all__ = ["Estimate", "Shards", "Step", "estimate", "largest_batch", "parts_of"]
 
