@@ -205,7 +205,7 @@ def _check_payload(experiments: Sequence[Experiment], findings: Findings, detail
     answer = ask("jobs.check", ["-", "--json", *(["--details"] if details else [])], text)
     words = answer.stderr.strip().splitlines()
     if answer.returncode in (ExitCode.DONE, ExitCode.BAD_INPUT) and answer.stdout:
-        found = json.loads(answer.stdout)
+        found = json.loads(answer.stdout.splitlines()[-1])  # a user's own model may print, too
         findings.memory = found.get("memory")
         findings.refusals += [_name_rows(line, groups) for line in words if answer.returncode == ExitCode.BAD_INPUT]
         for key in ("passed", "unchecked", "cautions"):

@@ -76,13 +76,16 @@ def hpc(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
     return run
 
 
+QUICK = "import json\nprint('a word of the user\\'s own')\nprint(json.dumps({'passed': ['looked at'], 'unchecked': [], 'cautions': []}))\n"
+
+
 @pytest.fixture
 def quick(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A payload that finds no fault, at once: what the real one finds is tested in tests/test_preflight.py."""
     for room in ("jobs", "models3d", "datasets"):
         (folder / "root" / room).mkdir(parents=True)
         (folder / "root" / room / "__init__.py").touch()
-    (folder / "root" / "jobs" / "check.py").write_text("print('looked at')\n")
+    (folder / "root" / "jobs" / "check.py").write_text(QUICK)
     monkeypatch.setenv("HPC_ROOT", str(folder / "root"))
 
 

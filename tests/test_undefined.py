@@ -171,6 +171,7 @@ def test_early_stopping_and_plateau_do_not_count_undefined_epochs(tmp_path: Path
 def follow(folder: Path) -> None:
     trainer = tiny_run.make_trainer(RunDir(folder))
     learner = trainer.learner
+    learner.started()
     for epoch, dice in enumerate([0.5, math.nan, 0.4, math.nan, math.nan], start=1):
         learner.judged(epoch, {"dice": dice, "loss": 1.0})
         assert learner.ended_early is None

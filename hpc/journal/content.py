@@ -282,20 +282,17 @@ def _timing(run: RunData) -> Table | None:
 
 
 def _metric_names(runs: Iterable[RunData]) -> list[str]:
-    """All metrics of the runs that are numbers, the monitored one first."""
+    """All metrics of the runs that are numbers or undefined, the monitored one first."""
     names: dict[str, None] = {}
     for run in runs:
         seen = {**mapping(run.best.get("metrics")), **mapping(run.last.get("metrics"))}
-        names |= dict.fromkeys(sorted(seen, key=lambda name: name != run.monitor))
-    return [name for name in names if any(is_number(_best(run, name)) or _last(run, name) for run in runs)]
+        told = [name for name, value in seen.items() if value is None or is_number(value)]
+        names |= dict.fromkeys(sorted(told, key=lambda name: name != run.monitor))
+    return list(names)
 
 
 def _best(run: RunData, name: str) -> Any:
     return mapping(run.best.get("metrics")).get(name)
-
-
-def _last(run: RunData, name: str) -> bool:
-    return is_number(mapping(run.last.get("metrics")).get(name))
 
 
 def _compared(run: RunData, first: RunData, name: str) -> Cell:
