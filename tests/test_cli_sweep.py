@@ -76,7 +76,10 @@ def hpc(folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixt
     return run
 
 
-QUICK = "import json\nprint('a word of the user\\'s own')\nprint(json.dumps({'passed': ['looked at'], 'unchecked': [], 'cautions': []}))\n"
+QUICK = """import json
+print("a word of a model")
+print(json.dumps({"passed": ["looked at"], "unchecked": [], "cautions": []}))
+"""
 
 
 @pytest.fixture
