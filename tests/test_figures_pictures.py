@@ -8,7 +8,8 @@ from PIL import Image
 from datasets import open_volumes
 from jobs import palette
 from jobs.figures import canvas, pictures
-from jobs.figures.examples import Example, affordable, read_examples, spread, worst
+from jobs.figures.examples import MOST as MOST_SAMPLES
+from jobs.figures.examples import MOST_MAPS, Example, affordable, read_examples, spread, worst
 from jobs.pictured import MOST, Gallery
 from jobs.tasks.contract import Stored
 from tests.drawn import assert_drawn, ink
@@ -102,6 +103,33 @@ def test_label_maps_show_truth_prediction_and_errors(spatial):
     shown = assert_drawn(pictures.predictions(found, NAMES, "validation"))
     for colour in (palette.class_colour(1), palette.FALSE_POSITIVE, palette.FALSE_NEGATIVE, palette.OTHER_CLASS):
         assert (np.abs(shown.astype(int) - colour).max(axis=2) < 12).sum() > 60, "in the legend, too"
+
+
+def test_all_label_maps_of_a_figure_and_their_legend_fit_into_it(monkeypatch):
+    """Eight square maps are higher than a figure at their largest size: none is cut, the legend neither."""
+    drawn = []
+    monkeypatch.setattr(canvas, "of_pixels", lambda pixels: drawn.append(pixels))
+    truth = np.zeros((64, 64), np.uint8)
+    truth[:9] = 3
+    found = [Example(f"{n}", np.zeros((1, 64, 64), np.float32), truth, 0.5, truth) for n in range(MOST_MAPS)]
+    pictures.predictions(found, NAMES, "validation")
+    (sheet,) = drawn
+    assert sheet.shape[0] <= canvas.MOST_PIXELS and sheet.shape[1] <= canvas.MOST_PIXELS
+    assert (sheet[-40:] == palette.FALSE_NEGATIVE).all(axis=2).any(), "the legend"
+    assert pictures._map_row(found[0], NAMES, set(), 150).heading == "0   loss 0.5, Dice 1.00"
+    bare = Example("a", found[0].image, truth * 0, 0.5, truth * 0)
+    assert pictures._map_row(bare, NAMES, set(), 150).heading == "a   loss 0.5, Dice –"
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 16), (8, 8, 40), (3, 16, 16)])
+@pytest.mark.parametrize("draw", [pictures.predictions, pictures.worst_samples])
+def test_most_samples_fit_into_a_figure(shape, draw, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(canvas, "of_pixels", lambda pixels: drawn.append(pixels))
+    image = np.zeros(shape if shape[0] == 3 else (1, *shape), np.float32)
+    said = np.array([0.1, 0.9, 0, 0])
+    draw([Example(f"{n}", image, 1, 0.5, None, said) for n in range(MOST_SAMPLES)], NAMES, "validation")
+    assert max(drawn[0].shape) <= canvas.MOST_PIXELS
 
 
 def test_samples_are_read_with_their_predictions(tmp_path, caplog):

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 DPI = 110
 MOST_INCHES = 13.0
-"""of either side: 1430 pixels"""
+MOST_PIXELS = int(MOST_INCHES * DPI)
+"""of either side"""
 COLOURS, FEW_COLOURS = 256, 4096
 """in a PNG: a third of the bytes of full colours; those of plots, which have few, are exact"""
 SMALL_FILE = 250_000
@@ -43,9 +44,8 @@ def new(width: float, height: float, layout: Layout | None = "constrained") -> F
 
 
 def of_pixels(pixels: NDArray[np.uint8]) -> Figure:
-    """(height, width, 3), row 0 on top, pixel by pixel; larger pictures than MOST_INCHES are cut."""
-    most = int(MOST_INCHES * DPI)
-    pixels = pixels[:most, :most]
+    """(height, width, 3), row 0 on top, pixel by pixel; larger pictures than MOST_PIXELS are cut."""
+    pixels = pixels[:MOST_PIXELS, :MOST_PIXELS]
     figure = new((pixels.shape[1] + 0.01) / DPI, (pixels.shape[0] + 0.01) / DPI, layout=None)
     figure.figimage(pixels, origin="upper")
     return figure

@@ -9,14 +9,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from hpc.metrics import decimals
 from jobs import palette
 from jobs.figures import canvas, text
 from jobs.figures.examples import Example
 from jobs.sheet import Picture, Row, Sheet
 from jobs.slices import Slice, blend, face, fit, is_colour, level, resize, to_bytes
 
-CELL, MAP_CELL, PER_ROW = 150, 190, 6
-"""pixels of a picture's longer side, of one of four with label maps; pictures in a row"""
+CELL, PER_ROW = 150, 6
+"""pixels of a picture's longer side; pictures in a row"""
+MAP_CELLS = (190, 170, 150)
+"""as CELL, of four with label maps: the largest for which all rows and the legend fit into one figure"""
 BORDER = 4
 IGNORE = 255
 """the label that is left out of loss and counts"""
@@ -45,35 +48,45 @@ def _sheet(examples: Sequence[Example], names: Sequence[str], title: str, planes
         return canvas.say_nothing_to_draw(canvas.new(5, 2), title, "no sample to show")
     axes, names = examples[0].image.ndim - 1, text.readable(names)
     if np.ndim(examples[0].truth) > 1:
-        labels: set[int] = set()
-        rows = [_map_row(example, names, labels) for example in examples]
         words = [f"slices with most label voxels; {_SIDES}"] if axes == 3 else []
-        sheet = Sheet([title, *words], rows, _legend(labels, names), MAP_CELL)
-    else:
-        triple = planes and axes == 3
-        cell, each = (2 * CELL, 3) if triple else (CELL, PER_ROW)
-        drawn = [_picture(example, names, cell, triple, told_loss=planes) for example in examples]
-        rows = [Row("", drawn[first : first + each]) for first in range(0, len(drawn), each)]
-        planes_shown = "axial, coronal and sagittal" if triple else "axial"
-        words = [f"{planes_shown} middle slices; {_SIDES}"] if axes == 3 else []
-        legend = [("✓ right", palette.RIGHT), ("✗ wrong", palette.WRONG)]
-        sheet = Sheet([title, *words], rows, legend, cell)
-    return canvas.of_pixels(np.asarray(sheet.draw()))
+        return canvas.of_pixels(_map_sheet(examples, names, [title, *words]))
+    triple = planes and axes == 3
+    cell, each = (2 * CELL, 3) if triple else (CELL, PER_ROW)
+    drawn = [_picture(example, names, cell, triple, told_loss=planes) for example in examples]
+    rows = [Row("", drawn[first : first + each]) for first in range(0, len(drawn), each)]
+    planes_shown = "axial, coronal and sagittal" if triple else "axial"
+    words = [f"{planes_shown} middle slices; {_SIDES}"] if axes == 3 else []
+    legend = [("✓ right", palette.RIGHT), ("✗ wrong", palette.WRONG)]
+    sheet = np.asarray(Sheet([title, *words], rows, legend, cell).draw())
+    if len(sheet) > canvas.MOST_PIXELS and len(rows) > 1:  # of high pictures fewer rows
+        return _sheet(examples[: (len(rows) - 1) * each], names, title, planes)
+    return canvas.of_pixels(sheet)
 
 
-def _map_row(example: Example, names: Sequence[str], labels: set[int]) -> Row:
+def _map_sheet(examples: Sequence[Example], names: Sequence[str], caption: Sequence[str]) -> Slice:
+    """As many of the first examples as fit with the legend of their colours, at least one."""
+    for cell in MAP_CELLS:
+        labels: set[int] = set()
+        rows = [_map_row(example, names, labels, cell) for example in examples]
+        sheet: Slice = np.asarray(Sheet(caption, rows, _legend(labels, names), cell).draw())
+        if len(sheet) <= canvas.MOST_PIXELS:
+            return sheet
+    return _map_sheet(examples[:-1], names, caption) if len(examples) > 1 else sheet
+
+
+def _map_row(example: Example, names: Sequence[str], labels: set[int], cell: int) -> Row:
     heading = f"{text.printable(example.id)}   loss {example.loss:.3g}"
     if example.damaged or example.prediction is None:
         return Row(heading, [Picture(example.damaged or "no prediction", "", None)])
     truth, found = np.asarray(example.truth), np.asarray(example.prediction)
-    heading += f", Dice {_mean_dice(truth, found, len(names)):.2f}"
+    heading += f", Dice {decimals(_mean_dice(truth, found, len(names)), 2)}"
     shown, spacing = _shown(example.image), example.spacing[:2]
     if truth.ndim == 3:
         known = np.where(truth == IGNORE, 0, truth)
         at = level(known if known.any() else found, truth.shape[2])
         shown, truth, found = face(shown[..., at]), face(truth[..., at]), face(found[..., at])
         spacing = spacing[1::-1]
-    size = fit(shown.shape[1:], spacing, MAP_CELL)
+    size = fit(shown.shape[1:], spacing, cell)
     plain = _fewer_greys(resize(to_bytes(shown), size))
     truth, found = (resize(np.ascontiguousarray(part, dtype=np.uint8), size, nearest=True) for part in (truth, found))
     pictures = [
