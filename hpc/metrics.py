@@ -35,6 +35,10 @@ UNDEFINED = "–"
 """In place of a metric that is undefined: no class has what it needs."""
 
 
+DIFFICULTY = {"classification": ("recall",), "multilabel": ("ap", "f1"), "segmentation": ("dice",)}
+"""Of single classes, by task: the lower, the more difficult; the first of these that the classes have."""
+
+
 def decimals(value: Any, digits: int = 4) -> str:
     """A metric as tables show it: 0.5000, or UNDEFINED of NaN and None (so JSON has it)."""
     undefined = value is None or (isinstance(value, float) and math.isnan(value))

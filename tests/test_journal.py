@@ -244,13 +244,16 @@ def test_a_run_of_another_task(task: str, tmp_path: Path) -> None:
     name = next(iter(metrics))
     told = result() | {"task": task, "monitor": name, "baseline": {name: 0.25}, "confusion_matrix": matrix}
     told |= {"best": {"epoch": 4, "step": 300, "metrics": metrics}, "last": {}}
-    told |= {"per_class": [{"name": one, "support": 4, **row} for one in CLASSES]}
+    key, scores = "dice" if "dice" in row else "f1", (0.3, None, 0.2)
+    rows = zip(CLASSES, scores, strict=True)
+    told |= {"per_class": [{"name": one, "support": 4, **row, "recall": 0.5, key: score} for one, score in rows]}
     del told["majority"]
     text = write_report([RunData("a-1", EXPERIMENT, {}, told)], tmp_path)[0].read_text()
     assert dict(table(text, "### Facts", "a-1")[1:])["Commonest class alone"] == f"{name} 0.25"
     directions = {line[0]: line[1] for line in table(text, "### Validation", "a-1")[1:]}
     assert directions[name] == "higher is better" and directions.get("hamming", "lower is better") == "lower is better"
     assert table(text, "### Classes", "a-1")[0] == ["Class", "Support", *titles]
+    assert [line[0] for line in table(text, "### Classes", "a-1")[1:]] == [CLASSES[k] for k in (2, 0, 1)], "as drawn"
     if task == "multilabel":
         assert table(text, "### Labels", "a-1")[1] == [CLASSES[0], "4", "1", "2", "3"]
     else:
@@ -285,6 +288,22 @@ def test_differences_to_the_first_run(tmp_path: Path) -> None:
     assert '<span class="change better">(+0.02)</span>' in web and '<span class="change worse">(+0.05)</span>' in web
     anchors = {tag[1].get("id") for tag in Page(web).tags if tag[0] == "section"}
     assert {tag[1]["href"] for tag in Page(web).tags if tag[0] == "a"} == {f"#{one}" for one in anchors}
+
+
+def test_runs_of_different_tasks_are_not_compared(tmp_path: Path) -> None:
+    """Their losses have nothing to do with each other: each is compared with the first of its own task."""
+    maps = [RunData(f"map-{k}", EXPERIMENT, {}, result(loss=k) | {"task": "segmentation"}) for k in (2, 3)]
+    text_path, web_path = write_report([finished("base-1", loss=1), *maps], tmp_path)
+    text, web = text_path.read_text(), web_path.read_text()
+    overview = table(text, "Differences in brackets are to the first run of the same task, map-2.")
+    assert [row[6] for row in overview[1:]] == ["1", "2", "3 (+1)"]
+    assert (
+        table(text, "### Validation", "map-2")[3][2] == "2" and table(text, "### Validation", "map-3")[3][2] == "3 (+1)"
+    )
+    assert "## map-2 (baseline)" in text and "base-1 (baseline)" not in text
+    assert web.count('class="tag">baseline') == 1 and web.count('class="change worse">(+1)') == 2
+    text_path, web_path = write_report([finished("base-1"), maps[0]], tmp_path / "two")
+    assert "Each run is of another task" in text_path.read_text() and "is better</span>" not in web_path.read_text()
 
 
 def test_a_run_that_has_nothing_yet(tmp_path: Path) -> None:

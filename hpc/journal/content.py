@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hpc import steptimes
+from hpc.experiment import flatten
 from hpc.journal import captions
 from hpc.journal.compare import difference, is_number, lower_is_better, number, tone
-from hpc.journal.rundata import RunData, Values, flatten, mapping
+from hpc.journal.rundata import RunData, Values, mapping
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _BAR = 20
@@ -82,6 +83,8 @@ class Section:
     tables: tuple[Table, ...]
     figures: tuple[Figure, ...]
     notes: str
+    baseline: bool
+    """Whether others are compared with it."""
 
 
 @dataclass(frozen=True)
@@ -96,23 +99,36 @@ class Report:
         return self.sections[0].run if len(self.sections) == 1 else f"{len(self.sections)} runs"
 
     @property
-    def baseline(self) -> str:
-        """The run that all are compared with; empty for one run."""
-        return self.sections[0].run if len(self.sections) > 1 else ""
-
-    @property
     def legend(self) -> str:
         """What the differences refer to; empty for one run."""
-        return self.baseline and f"Differences in brackets are to the first run, {self.baseline}."
+        if len(self.sections) == 1:
+            return ""
+        match [section.run for section in self.sections if section.baseline]:
+            case []:
+                return "Each run is of another task, so none is compared."
+            case [only]:
+                return f"Differences in brackets are to the first run of the same task, {only}."
+            case several:
+                return f"Differences in brackets are to the first run of the same task: {', '.join(several)}."
 
 
 def compose(runs: Sequence[RunData], notes: Mapping[str, str]) -> Report:
-    """The report of the runs, the first of them being the baseline; `notes` are the hand-written ones by run."""
-    first = runs[0]
-    sections = _within(INLINED, [_section(run, first, notes.get(run.run, "")) for run in runs])
+    """The report of the runs, each compared with the first of its task; `notes` are the hand-written ones by run."""
+    firsts = _firsts(runs)
+    sections = _within(INLINED, [_section(run, firsts[run.task], notes.get(run.run, "")) for run in runs])
+    tasks = [run.task for run in runs]
+    sections = [
+        replace(section, baseline=run is firsts[run.task] and tasks.count(run.task) > 1)
+        for section, run in zip(sections, runs, strict=True)
+    ]
     present = {run.run for run in runs}
     others = {run: text for run, text in notes.items() if run not in present and text.strip()}
     return Report(_overview(runs), tuple(sections), others)
+
+
+def _firsts(runs: Sequence[RunData]) -> dict[str, RunData]:
+    """The baseline of each task."""
+    return {run.task: run for run in reversed(runs)}
 
 
 def _cells(*texts: Any) -> Row:
@@ -124,12 +140,13 @@ def _heads(*texts: str) -> tuple[Head, ...]:
 
 
 def _overview(runs: Sequence[RunData]) -> Table:
-    first = runs[0]
+    firsts = _firsts(runs)
     names = _metric_names(runs)
-    scores = [Head(name, _direction(_lower(name, first))) for name in names]
+    scores = [Head(name, _direction(_lower(name, runs[0]))) for name in names]
     heads = (*_heads("Run", "State", "Best epoch", "Step"), *scores, *_heads("Train samples/s", "Differs in"))
     rows = []
     for run in runs:
+        first = firsts[run.task]
         compared = [_compared(run, first, name) for name in names]
         words = _cells(run.run, run.state, run.best.get("epoch"), run.best.get("step"))
         speed = _versus(run.speed.get("train"), first.speed.get("train"), lower=False, same=run is first)
@@ -142,7 +159,7 @@ def _section(run: RunData, first: RunData, notes: str) -> Section:
     drawn = any("confusion" in figure.name and figure.png for figure in figures)
     scores = [_metrics(run, first), _per_class(run, first), None if drawn else _confusion(run)]
     tables = [_facts(run), *scores, _timing(run)]
-    return Section(run.run, tuple(table for table in tables if table), figures, notes)
+    return Section(run.run, tuple(table for table in tables if table), figures, notes, baseline=False)
 
 
 def _within(most: int, sections: Sequence[Section]) -> list[Section]:
@@ -172,12 +189,12 @@ def _read_png(run: RunData, name: str) -> bytes:
 
 def _facts(run: RunData) -> Table:
     launch = mapping(run.experiment.get("launch"))
-    best, result = run.best, run.result
+    best = run.best
     share = run.waiting_share
     pairs = [
         ("State", run.state),
         ("Differs in", _delta(run)),
-        ("Task", result.get("task") or run.experiment.get("task")),
+        ("Task", run.task or None),
         ("Model", mapping(run.experiment.get("model")).get("name")),
         ("Best", f"epoch {number(best.get('epoch'))}, step {number(best.get('step'))}" if best else None),
         ("Checkpoint", best.get("checkpoint")),

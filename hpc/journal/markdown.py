@@ -19,7 +19,7 @@ def render(report: Report) -> str:
     parts = [notes.HEADER, f"# Report: {escape(report.title)}", escape(report.legend)]
     if report.legend:
         parts.append(_table(report.overview))
-    parts += [part for section in report.sections for part in _section(section, section.run == report.baseline)]
+    parts += [part for section in report.sections for part in _section(section)]
     if report.other_notes:
         parts.append("## Notes of runs that are not in this report")
         parts += [f"### {escape(run)}\n\n{notes.block(run, text)}" for run, text in report.other_notes.items()]
@@ -42,8 +42,8 @@ def _plain(name: str) -> str:
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-def _section(section: Section, baseline: bool) -> list[str]:
-    heading = f"## {escape(section.run)}{' (baseline)' if baseline else ''}"
+def _section(section: Section) -> list[str]:
+    heading = f"## {escape(section.run)}{' (baseline)' if section.baseline else ''}"
     tables = [f"### {escape(table.title)}\n\n{_table(table)}" for table in section.tables]
     figures = [_figure(section.run, figure) for figure in section.figures]
     return [heading, *tables, *(["### Figures", *figures] if figures else []), "### Notes", _notes(section)]

@@ -30,7 +30,8 @@ table { border-collapse: collapse; font-size: .9rem; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
 th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th small { display: block; font-weight: 400; white-space: nowrap; }
-td.words { overflow-wrap: anywhere; min-width: 5.5rem; max-width: 26rem; }
+td.words { overflow-wrap: break-word; min-width: 5.5rem; max-width: 26rem; }
+td.words:last-child { overflow-wrap: anywhere; min-width: min(16rem, 45vw); }
 td.words a { white-space: nowrap; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
@@ -79,12 +80,14 @@ _TEMPLATE = """\
 <body>
 <h1>Report: {{ report.title }}</h1>
 {%- if report.legend %}
-<p>{{ report.legend }} <span class="better">Green is better</span>, <span class="worse">red is worse</span>.</p>
+<p>{{ report.legend }}
+{%- if report.sections | selectattr('baseline') | list %}
+<span class="better">Green is better</span>, <span class="worse">red is worse</span>.{% endif %}</p>
 {{ show(report.overview) }}
 {%- endif %}
 {%- for section in report.sections %}
 <section id="run-{{ loop.index }}">
-<h2>{{ section.run }}{% if section.run == report.baseline %} <span class="tag">baseline</span>{% endif %}</h2>
+<h2>{{ section.run }}{% if section.baseline %} <span class="tag">baseline</span>{% endif %}</h2>
 {%- for table in section.tables %}
 <h3>{{ table.title }}</h3>
 {{ show(table) }}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from hpc import steptimes
 from hpc.journal.compare import better, is_number, lower_is_better
-from hpc.metrics import DEFAULT_MONITOR
+from hpc.metrics import DEFAULT_MONITOR, DIFFICULTY
 
 Values = Mapping[str, Any]
 
@@ -68,13 +69,18 @@ class RunData:
         return sorted(lines, key=lambda line: int(line["step"]))
 
     @property
+    def task(self) -> str:
+        """Empty if unknown."""
+        return str(self.result.get("task") or self.experiment.get("task") or "")
+
+    @property
     def monitor(self) -> str:
         """The metric that names the best checkpoint."""
         named = self.result.get("monitor") or mapping(self.experiment.get("train")).get("monitor")
         if named:
             return str(named)
         seen = mapping(self.validations[-1].get("metrics")) if self.validations else {}
-        default = DEFAULT_MONITOR.get(str(self.experiment.get("task")), "accuracy")
+        default = DEFAULT_MONITOR.get(self.task, "accuracy")
         return "loss" if "loss" in seen and default not in seen else default
 
     @property
@@ -102,9 +108,15 @@ class RunData:
 
     @property
     def per_class(self) -> list[Values]:
-        """{name, support, precision, recall, f1 or dice...} of each class, the most difficult (lowest recall) first."""
+        """{name, support, precision, recall, f1 or dice...} of each class, the most difficult first."""
         rows = [row for row in self.result.get("per_class") or () if isinstance(row, Mapping)]
-        return sorted(rows, key=lambda row: row["recall"] if is_number(row.get("recall")) else float("inf"))
+        keys = [key for key in DIFFICULTY.get(self.task, ("recall",)) if any(is_number(row.get(key)) for row in rows)]
+
+        def score(row: Values) -> float:
+            value = row.get(keys[0]) if keys and row.get("support") else None
+            return value if is_number(value) else math.inf
+
+        return sorted(rows, key=score)
 
     @property
     def class_names(self) -> list[str]:
@@ -166,14 +178,3 @@ class RunData:
 def mapping(value: Any) -> Values:
     """The value if it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}
-
-
-def flatten(values: Values, prefix: str = "") -> dict[str, Any]:
-    """{dotted key: value} of nested mappings."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

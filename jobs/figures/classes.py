@@ -10,13 +10,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from hpc.metrics import DIFFICULTY
 from jobs import palette
 from jobs.figures import canvas, text
 
 MOST_ROWS = 45
 """classes in one figure: the most difficult ones"""
-DIFFICULTY = {"classification": ("recall",), "multilabel": ("ap", "f1"), "segmentation": ("dice",)}
-"""The lower, the more difficult: the first of these that the classes have."""
 COLUMNS = ("dice", "iou", "recall", "precision", "f1", "ap", "auc")
 _POINTS = 400
 """of one class, drawn one by one; of more every n-th"""
