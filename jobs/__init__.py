@@ -4,7 +4,9 @@
 """
 
 import importlib.util
+import sys
 from pathlib import Path
+from types import TracebackType
 
 _root = Path(__file__).resolve().parent.parent
 _spec = importlib.util.find_spec("datasets")
@@ -14,3 +16,14 @@ if _found is None or _found.parent.parent != _root:
         f"jobs was imported from {_root}, but datasets from {_found}. Put {_root} first on PYTHONPATH "
         f"('hpc env' prints the line), or uninstall the other package called datasets."
     )
+
+
+def _ends_in_a_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if sys.argv[:1] == ["-m"]:  # so it stands while `python -m jobs.X` looks for X: what X imports takes a second or more
+    sys.excepthook = _ends_in_a_line

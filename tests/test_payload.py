@@ -176,3 +176,12 @@ def test_a_model_of_ones_own_runs_from_its_copy(tmp_path: Path) -> None:
     assert experiment.model.options == {"hidden": 4}
     assert "class Net" in (run.code / "own" / "mine.py").read_text()
     assert (run.code / "own" / "parts.py").exists()
+
+
+def test_ctrl_c_while_a_command_imports_is_one_line(tmp_path: Path) -> None:
+    """The first second of `hpc pack` is numpy and h5py; no traceback through them."""
+    (tmp_path / "numpy.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(payload.root())])}
+    command = [sys.executable, "-m", "jobs.pack", "scans", "-o", "scans.h5"]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "interrupted\n")
