@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 Direction = Literal["max", "min"]
@@ -35,8 +36,23 @@ UNDEFINED = "–"
 """In place of a metric that is undefined: no class has what it needs."""
 
 
-DIFFICULTY = {"classification": ("recall",), "multilabel": ("ap", "f1"), "segmentation": ("dice",)}
-"""Of single classes, by task: the lower, the more difficult; the first of these that the classes have."""
+_DIFFICULTY = {"multilabel": ("ap", "f1"), "segmentation": ("dice",)}
+"""Of single classes: the lower, the more difficult; the first of these that the classes have. Else recall."""
+
+
+def by_difficulty(task: str, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Positions in `rows` {support, recall, ...}, the most difficult class first, those without a value last.
+
+    A class that does not occur has none.
+    """
+
+    def value(row: Mapping[str, Any], key: str) -> float:
+        found = row.get(key) if row.get("support") else None
+        return float(found) if isinstance(found, int | float) and not math.isnan(found) else math.inf
+
+    keys = _DIFFICULTY.get(task, ("recall",))
+    key = next((key for key in keys if any(math.isfinite(value(row, key)) for row in rows)), keys[-1])
+    return sorted(range(len(rows)), key=lambda place: value(rows[place], key))
 
 
 def decimals(value: Any, digits: int = 4) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from datasets.partition import SPLITS
 from hpc.errors import UserError
-from hpc.metrics import decimals
+from hpc.metrics import by_difficulty, decimals
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, dumps, write_bytes, write_json
 from jobs import checkpoint
@@ -174,14 +174,14 @@ def _show(title: str, found: Scored, bounds: Intervals | None) -> None:
             bracket = "  [{:.4f}, {:.4f}]".format(*known[key])
         told = "" if alone is None else f"   (commonest class alone {decimals(alone)})"
         print(f"  {key:<20}{decimals(value)}{bracket}{told}")
-    _show_classes(scores.per_class())
+    _show_classes(scores.task, scores.per_class())
 
 
-def _show_classes(table: list[dict[str, Any]]) -> None:
+def _show_classes(task: str, table: list[dict[str, Any]]) -> None:
     """The hardest class first."""
     columns = [name for name in ("precision", "recall", "f1", "dice", "iou", "ap", "auc") if name in table[0]]
     print(f"  {'class':<20}{'support':>8}" + "".join(f"{name:>11}" for name in columns))
-    for row in sorted(table, key=lambda row: float(row["recall"])):
+    for row in [table[place] for place in by_difficulty(task, table)]:
         print(f"  {row['name']:<20}{row['support']:>8}" + "".join(f"{decimals(row[name], 3):>11}" for name in columns))
 
 

@@ -5,6 +5,7 @@ import pytest
 from sklearn import metrics
 
 from hpc.journal.captions import CAPTIONS
+from hpc.metrics import by_difficulty
 from jobs import palette
 from jobs.figures import calibration, canvas, classes, matrices, progress, ranking, rates, text
 from jobs.figures.drawings import CURVES, History, drawings, plans
@@ -220,11 +221,9 @@ def test_classes_stand_by_difficulty():
     rows = [
         {"name": n, "support": s, "recall": r, "f1": 0.5} for n, s, r in [("a", 3, 0.9), ("b", 0, 0.0), ("c", 3, 0.2)]
     ]
-    assert classes.by_difficulty("classification", rows) == [2, 0, 1], "what does not occur is last"
-    assert classes.by_difficulty(
-        "multilabel", [{"name": "a", "support": 1, "ap": 0.3}, {"name": "b", "support": 1}]
-    ) == [0, 1]
-    assert classes.by_difficulty("segmentation", [{"support": 1, "dice": d} for d in (0.5, None, 0.1)]) == [2, 0, 1]
+    assert by_difficulty("classification", rows) == [2, 0, 1], "what does not occur is last"
+    assert by_difficulty("multilabel", [{"name": "a", "support": 1, "ap": 0.3}, {"name": "b", "support": 1}]) == [0, 1]
+    assert by_difficulty("segmentation", [{"support": 1, "dice": d} for d in (0.5, None, 0.1)]) == [2, 0, 1]
 
 
 @pytest.mark.parametrize("num", [2, 200])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 
 from hpc import steptimes
 from hpc.journal.compare import better, is_number, lower_is_better
-from hpc.metrics import DEFAULT_MONITOR, DIFFICULTY
+from hpc.metrics import DEFAULT_MONITOR, by_difficulty
 
 Values = Mapping[str, Any]
 
@@ -110,13 +109,7 @@ class RunData:
     def per_class(self) -> list[Values]:
         """{name, support, precision, recall, f1 or dice...} of each class, the most difficult first."""
         rows = [row for row in self.result.get("per_class") or () if isinstance(row, Mapping)]
-        keys = [key for key in DIFFICULTY.get(self.task, ("recall",)) if any(is_number(row.get(key)) for row in rows)]
-
-        def score(row: Values) -> float:
-            value = row.get(keys[0]) if keys and row.get("support") else None
-            return value if is_number(value) else math.inf
-
-        return sorted(rows, key=score)
+        return [rows[place] for place in by_difficulty(self.task, rows)]
 
     @property
     def class_names(self) -> list[str]:

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from hpc.metrics import DIFFICULTY
+from hpc.metrics import by_difficulty
 from jobs import palette
 from jobs.figures import canvas, text
 
@@ -21,13 +21,6 @@ _POINTS = 400
 """of one class, drawn one by one; of more every n-th"""
 
 Rows = Sequence[Mapping[str, Any]]
-
-
-def by_difficulty(task: str, rows: Rows) -> list[int]:
-    """Positions in `rows`, the most difficult first, those that do not occur or have no value last."""
-    key = next((key for key in DIFFICULTY[task] if any(_value(row, key) == _value(row, key) for row in rows)), "f1")
-    values = np.array([_value(row, key) if row.get("support") else np.nan for row in rows], np.float64)
-    return _sorted(values)
 
 
 def _sorted(values: NDArray[np.float64]) -> list[int]:
