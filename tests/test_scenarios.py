@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +23,8 @@ def stage(
 ) -> Iterator[dict[str, "Future[Playing]"]]:
     """Every row of this session, started; a row's test waits for its own."""
     base = tmp_path_factory.mktemp("scenarios")
-    asked = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    items = (item for item in request.session.items if isinstance(item, pytest.Function))
+    asked = [item for item in items if item.path == Path(__file__)]
     wanted = {item.callspec.id for item in asked if "stage" in item.fixturenames}
     reap()
     with ThreadPoolExecutor(AT_A_TIME) as pool:
