@@ -17,6 +17,12 @@ MEASURED = "measured"
 """Property of a test: a line that is shown at the end."""
 
 
+def pytest_configure() -> None:
+    """A shell without job control starts what runs in its background with Ctrl-C ignored, and so would all children."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Tests marked `slurm` are skipped where no such cluster can run, and fail there under HPC_REQUIRE_SLURM=1.
 
