@@ -14,19 +14,19 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12"'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch torchvision
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[jobs,formats,compress,nets,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[jobs,formats,compress,nets,mlflow,dev]'
 	touch $(READY)
 
 demo: $(READY)
 	$(BIN)/python -m jobs.demo
 
 test: check
-	bash tests/slurm/install.sh
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	bash tests/install.sh
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
 
 # The full counts of what `make test` plays once; the faults leave a line each in docs/soak.txt.
 soak: $(READY)
-	bash tests/slurm/install.sh
+	bash tests/install.sh
 	HPC_SOAK=1 $(BIN)/python -m pytest tests/test_faults.py tests/test_scenarios.py tests/test_drill.py
 
 # The tiny form of every recipe on real data; `make test` plays one of each task.

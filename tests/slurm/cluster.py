@@ -60,7 +60,7 @@ def obstacle(*, accounting: bool = False, memory_limit: str = "") -> str | None:
     wanted = PROGRAMS + (database.PROGRAMS if accounting else ())
     missing = [name for name in wanted if shutil.which(name, path=search_path()) is None]
     if missing:
-        return f"not installed: {', '.join(missing)}; install with: sudo sh tests/slurm/install.sh"
+        return f"not installed: {', '.join(missing)}; install with: sudo sh tests/install.sh"
     return memory.obstacle(memory_limit)
 
 

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Installs what tests/slurm/cluster.py starts (Debian, Ubuntu; as root). Where it cannot, it says so and succeeds.
+# Installs what the tests start (Debian, Ubuntu; as root): SLURM for tests/slurm/cluster.py, sshd and rsync for logs that
+# come home, Chromium for the report's page. Where it cannot, it says so and succeeds.
 # Programs only: no service of theirs is started now or enabled for the next boot.
 PATH="$PATH:/usr/sbin:/sbin"
 
@@ -10,11 +11,14 @@ if missing munged; then packages="$packages munge"; fi
 if missing slurmdbd; then packages="$packages slurmdbd"; fi
 # The server without its service: slurmdbd keeps its tables there.
 if missing mariadbd || missing mariadb-install-db; then packages="$packages mariadb-server-core"; fi
+if missing sshd; then packages="$packages openssh-server"; fi
+if missing rsync; then packages="$packages rsync"; fi
+if missing chromium || missing chromedriver; then packages="$packages chromium chromium-driver"; fi
 [ -n "$packages" ] || exit 0
 
 refuse() {
-    echo "NOT INSTALLED: ${packages# }, because $1; tests on a real SLURM that need it will be skipped." \
-        "Remedy, as root on Debian or Ubuntu: sh tests/slurm/install.sh" >&2
+    echo "NOT INSTALLED: ${packages# }, because $1; tests that need it will be skipped." \
+        "Remedy, as root on Debian or Ubuntu: sh tests/install.sh" >&2
     exit 0
 }
 [ "$(id -u)" = 0 ] || refuse "this is not root"
@@ -28,7 +32,7 @@ if [ ! -e "$policy" ]; then
 fi
 enabled=/etc/systemd/system/multi-user.target.wants # links, as systemctl makes them; it is not in every container
 fresh=""
-for unit in slurmctld slurmd slurmdbd munge; do
+for unit in slurmctld slurmd slurmdbd munge ssh rsync; do
     [ -L "$enabled/$unit.service" ] || fresh="$fresh $unit"
 done
 
