@@ -2,8 +2,10 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from jobs.ema import Ema
 from jobs.memory import Estimate, Shards, Step, estimate, largest_batch
 from jobs.optimize import build_optimizer
 from models3d import create_model, takes
+from tests.tiny_run import CONTEXT
 
 ADAMW = partial(build_optimizer, Optimizer(name="adamw"))
 SGD = partial(build_optimizer, Optimizer(name="sgd"))
@@ -36,8 +39,30 @@ def estimated(name: str, shape: tuple[int, ...], step: Step, **options: object) 
     return estimate(model, shape, step)
 
 
+@cache
+def aside() -> ProcessPoolExecutor:
+    """A process of its own: should torch's profiler crash it, a test fails, and the others go on in another."""
+    return ProcessPoolExecutor(1, mp_context=CONTEXT)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _ends_aside() -> Iterator[None]:
+    yield
+    aside().shutdown()
+    aside.cache_clear()
+
+
 def measured(name: str, shape: tuple[int, ...], step: Step, **options: object) -> int:
     """Bytes at the peak of the second step, by the profiler's events of the CPU allocator."""
+    try:
+        return aside().submit(profiled, name, shape, step, **options).result()
+    except BrokenProcessPool:
+        aside.cache_clear()
+        raise
+
+
+def profiled(name: str, shape: tuple[int, ...], step: Step, **options: object) -> int:
+    torch.set_num_threads(1)  # oneDNN's convolutions take other workspace on more
     torch.manual_seed(0)
     model = made(name, shape, **options)
     optimizer = step.optimizer(model) if step.optimizer else None
@@ -70,15 +95,6 @@ def measured(name: str, shape: tuple[int, ...], step: Step, **options: object) -
         live += event.nbytes()
         peak = max(peak, live)
     return base + peak
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """oneDNN's convolutions take other workspace on more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 SEEDS = [("resnet3d", (1, 1, n, n, n)) for n in (16, 24, 32)]

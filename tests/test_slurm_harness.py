@@ -158,14 +158,21 @@ def test_accounting_remembers_each_attempt(tmp_path: Path) -> None:
         print(f"the cluster with accounting was up in {cluster.start_seconds:.2f} s")
         folder = cluster.folder
         job = Watched(cluster, tmp_path)
+        of_batch = ("--noheader", "--parsable2", f"--jobs={job.id}.batch", "--format=MaxRSS")
+
+        def sampled() -> bool:
+            """Each second: an attempt that is shorter, or that starts late on a busy machine, has no figure."""
+            return cluster.run("sstat", *of_batch, check=False).stdout.strip() not in ("", "0")
+
+        cluster.wait_for(sampled, 60, "a sample of the batch shell's memory")
         cluster.preempt(job.id)
         job.finish()
         failed = cluster.submit("--wrap=exit 3", "--output=/dev/null")
         shown = ("sacct", "--noheader", "--parsable2", "--duplicates", "--allocations", "--format=JobID,State,ExitCode")
         expected = {f"{job.id}|PREEMPTED|0:0", f"{job.id}|COMPLETED|0:0", f"{failed}|FAILED|3:0"}
-        cluster.wait_for(lambda: expected <= set(cluster.run(*shown).stdout.splitlines()), 10, "the records")
-        memory = ("sacct", "--noheader", "--parsable2", f"--jobs={job.id}.batch", "--duplicates", "--format=MaxRSS")
-        cluster.wait_for(lambda: cluster.run(*memory).stdout.strip(), 10, "the memory of the batch shell")
+        cluster.wait_for(lambda: expected <= set(cluster.run(*shown).stdout.splitlines()), 60, "the records")
+        memory = ("sacct", "--duplicates", *of_batch)
+        cluster.wait_for(lambda: cluster.run(*memory).stdout.strip(), 60, "the memory of the batch shell")
     nothing_is_left(folder)
 
 

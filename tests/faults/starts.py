@@ -66,8 +66,8 @@ STARTS = [
         "$ umask 000; hpc submit tiny.yaml launch.cluster=local\nwait for step 60..100\n"
         "a second start is refused: is held by process\nall of it is killed\n"
         "the lease is elsewhere's, 50 s old\na second start is refused: on elsewhere\n"
-        "$ find runs/tiny-* -maxdepth 0 -perm /077 | diff - /dev/null\n"
-        "$ find runs/*/code runs/*/job.sbatch runs/*/checkpoints/ -perm /022 | diff - /dev/null\n"
+        '$ test -z "$(find runs/tiny-* -maxdepth 0 -perm /077)"\n'
+        '$ test -z "$(find runs/*/code runs/*/job.sbatch runs/*/checkpoints/ -perm /022)"\n'
         "$ chmod g+w runs/*/job.sbatch\na second start is refused: can be written by others (mode 0620)\n"
         "$ chmod g-w runs/*/job.sbatch\n$ chown -R nobody runs/*/checkpoints/g*\n"
         "the lease is elsewhere's, 61 s old\n$ bash runs/*/job.sbatch 2>&1 | grep nobody\n"
