@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib.resources
 import json
 import os
