@@ -238,6 +238,11 @@ class Store:
                     found[name] = file.read().decode("utf-8", "replace")
         return {}, zlib.compress(json.dumps(found).encode(), 6)
 
+    def do_folders(self, request: Fields, payload: bytes) -> Answer:
+        """The folders in a folder."""
+        folder = self.path(request["path"])
+        return {"names": [name for name in self._names(folder, []) if os.path.isdir(os.path.join(folder, name))]}, b""
+
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def do_put(self, request: Fields, payload: bytes) -> Answer:

@@ -294,4 +294,4 @@ def _control_folder() -> Path:
 
 def here() -> str:
     """This machine as others name it: me@host."""
-    return f"{os.environ.get('USER') or os.getuid()}@{socket.gethostname()}"
+    return f"{getpass.getuser()}@{socket.gethostname()}"
