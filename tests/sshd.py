@@ -67,6 +67,7 @@ class Sshd:
             "PasswordAuthentication no",
             "KbdInteractiveAuthentication no",
             "MaxStartups 100",
+            "SetEnv PATH=/usr/bin:/bin",  # no slow shims
             f"PermitRootLogin {'prohibit-password' if os.getuid() == 0 else 'no'}",
         ]
         (self.folder / "sshd_config").write_text("\n".join(lines) + "\n")
