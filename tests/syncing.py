@@ -24,17 +24,21 @@ from hpc.rundir import RunDir
 FIRST, SECOND, THIRD = (f"events.out.tfevents.17000{k}0000.node{k}.7.0.g00{k}" for k in (1, 2, 3))
 
 
+BEGAN = time.time() // 1 - 3600
+"""TensorBoard's Python loader reads no file again whose newest record is a day old."""
+
+
 def scalar(step: int, value: float, tag: str = "loss", when: float | None = None) -> bytes:
     """One record."""
     summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-    event = Event(wall_time=when or 1.7e9 + step, step=step, summary=summary)
+    event = Event(wall_time=when or BEGAN + step / 100, step=step, summary=summary)
     return frame(event.SerializeToString())
 
 
 def attempt(start: int, stop: int, number: int, **more: float) -> bytes:
     """The event file of one attempt: purge_step is its first step; loss is step + number / 10."""
-    head = [Event(wall_time=1.7e9, step=start, file_version="brain.Event:2")]
-    head += [Event(wall_time=1.7e9, step=start, session_log=SessionLog(status=SessionLog.START))]
+    head = [Event(wall_time=BEGAN, step=start, file_version="brain.Event:2")]
+    head += [Event(wall_time=BEGAN, step=start, session_log=SessionLog(status=SessionLog.START))]
     records = [frame(event.SerializeToString()) for event in head]
     return b"".join([*records, *(scalar(step, step + number / 10, **more) for step in range(start, stop))])
 

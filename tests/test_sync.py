@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc import cli
 from hpc.errors import UserError
 from hpc.logs import agent, positions
 from hpc.logs.deliver import DestinationFailed
@@ -249,8 +250,8 @@ def test_a_source_that_is_written_while_it_is_read(runs: Path, home: Path, monke
 
     def read(self: agent.Store, request: agent.Fields, payload: bytes) -> agent.Answer:
         nonlocal rest
-        append(path, rest[:37], old=False)
-        rest = rest[37:]
+        append(path, rest[:3737], old=False)
+        rest = rest[3737:]
         return answer(self, request, payload)
 
     monkeypatch.setattr(agent.Store, "do_read", read)
@@ -397,13 +398,17 @@ def test_time_is_up(runs: Path, home: Path) -> None:
         (["prune", "--older-than", "1d", "--runs", "hpc", "--only", "log"], "valid: logs, checkpoints"),
     ],
 )
-def test_mistakes_are_told_in_a_line(words: list[str], told: str, tmp_path: Path) -> None:
+def test_mistakes_are_told_in_a_line(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "hpc").mkdir()
-    command = [sys.executable, "-m", "hpc.cli", *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert done.returncode == 2, done
-    assert told in done.stderr and len(done.stderr.splitlines()) == 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["hpc", *words])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    told_there = capsys.readouterr().err
+    assert left.value.code == 2, told_there
+    assert told in told_there and len(told_there.splitlines()) == 1
 
 
 def test_places() -> None:
