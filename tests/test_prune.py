@@ -108,6 +108,9 @@ def test_a_sink_that_has_lost_something_is_not_believed(runs: Path, home: Path) 
     assert list(prune.remove(runs, chosen, 3600, None)) == [f"{NAME} stays: metrics.jsonl is not in {home}"]
     home.rename(home.with_name("away"))
     assert "cannot be asked" in why(runs)[NAME] and run.path.exists()
+    assert [one.kept for one in prune.candidates(runs, 3600, None, None, unasked=True)] == [""]
+    append(run.tensorboard / FIRST, scalar(9, 1.0))
+    assert "as it is here" in prune.candidates(runs, 3600, None, None, unasked=True)[0].kept
 
 
 def test_what_grew_after_it_was_confirmed_stays(runs: Path, home: Path) -> None:

@@ -151,6 +151,9 @@ def prune(
         str | None, typer.Option(help="Only this part of each run: logs or checkpoints.", show_default=False)
     ] = None,
     sink: Annotated[str | None, typer.Option(help="Only what this sink has.", show_default=False)] = None,
+    unasked: Annotated[
+        bool, typer.Option("--unasked", help="Believe a sink that cannot be reached from here.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Remove; without it, only show.")] = False,
     runs: Runs = None,
     as_json: AsJson = False,
@@ -162,7 +165,7 @@ def prune(
     from hpc.units import short_time
 
     folder, older_s = runs_folder(runs), _seconds(older_than, "--older-than")
-    found = pruning.candidates(folder, older_s, only, sink)
+    found = pruning.candidates(folder, older_s, only, sink, unasked)
     chosen = [one for one in found if not one.kept]
     if as_json:
         keys = ("name", "age_s", "size", "kept", "sink")
@@ -172,7 +175,7 @@ def prune(
         words = [f"stays: {one.kept}" if one.kept else f"goes: {one.sink} has it" for one in found]
         table(list(pruning.TITLES), [[*row, word] for row, word in zip(rows, words, strict=True)])
     if yes:
-        for line in pruning.remove(folder, chosen, older_s, only):
+        for line in pruning.remove(folder, chosen, older_s, only, unasked):
             print(line, file=sys.stderr if as_json else sys.stdout)
     elif not as_json:
         total = size(sum(one.size for one in chosen))

@@ -22,7 +22,7 @@ from hpc.errors import UserError
 from hpc.logs import agent
 from hpc.rundir import ROWS, RunDir
 
-IDLE_S = 900
+IDLE_S = 300
 """So long a remote end waits for the next request before it ends, with its lock."""
 _PERSIST = "10m"
 _MOST_CHATTER = 1 << 16  # bytes that login scripts may print before the agent speaks

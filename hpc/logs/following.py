@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from hpc.logs.ends import Place, Unreachable
+from hpc.logs.ends import IDLE_S, Place, Unreachable
 from hpc.logs.sync import Busy, Carried, DestinationFailed, Line, Round, Session
 from hpc.tables import cut, cut_middle
 from hpc.units import short_time
@@ -75,6 +75,9 @@ def follow(source: Place, dest: Place, carried: Carried, every_s: float) -> int:
                     session = session or Session(source, dest, carried, batch=not console.is_terminal)
                     shower.told(session.round())
                     pause_s = 1.0
+                    if every_s > IDLE_S / 2:  # a far end does not wait so long
+                        session.close()
+                        session = None
                     time.sleep(every_s)
                 except (Unreachable, DestinationFailed, Busy) as error:
                     if session:
@@ -122,8 +125,7 @@ def bounded(seconds: float | None) -> Iterator[None]:
 def summary(done: Round) -> str:
     """One round in a line."""
     live = [line for line in done.lines if not line.ended]
-    words = [f"{len(done.lines)} runs" + (f", {len(live)} not ended" if live else "")]
-    words.append(f"{size(done.size)} new in {done.records} records, {done.others} other files, {done.seconds:.1f} s")
+    words = [f"{len(done.lines)} runs" + (f", {len(live)} not ended" if live else ""), news(done)]
     behind = [line for line in done.lines if line.behind]
     if behind:
         worst = max(behind, key=lambda line: line.behind)
@@ -131,6 +133,13 @@ def summary(done: Round) -> str:
     elif live and (newest := min((line.here_s for line in live if line.here_s is not None), default=None)) is not None:
         words.append(f"newest record {short_time(newest)} old")
     return "; ".join(words)
+
+
+def news(done: Round) -> str:
+    """What a round carried."""
+    if not done.records and not done.others:
+        return f"nothing new ({done.seconds:.1f} s)"
+    return f"{size(done.size)} new in {done.records} records, {done.others} other files ({done.seconds:.1f} s)"
 
 
 def size(count: float) -> str:
@@ -182,7 +191,10 @@ class _Table:
 
     def told(self, done: Round) -> None:
         self._last = done
-        self._draw(f"{time.strftime('%H:%M:%S')}  {summary(done)}; every {short_time(self._every_s)}, Ctrl-C ends", "")
+        runs = f"{len(done.lines)} runs" if done.lines else "no runs yet"
+        self._draw(
+            f"{time.strftime('%H:%M:%S')}  {runs}; {news(done)}; every {short_time(self._every_s)}, Ctrl-C ends", ""
+        )
 
     def lost(self, why: str, pause_s: float) -> None:
         self._draw(f"{time.strftime('%H:%M:%S')}  {why}; again in {short_time(pause_s)}", "yellow")

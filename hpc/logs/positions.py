@@ -58,6 +58,11 @@ def digits(name: str) -> str:
     return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
 
 
+def carried_path(runs: Path, sink: str, run: str) -> Path:
+    """Where the sizes of a complete run's other files are kept, as a folder confirmed them: {path: [size, time]}."""
+    return path_of(runs, sink, run).with_suffix(".carried")
+
+
 def quoted(run: str) -> str:
     """A run's path as the name of one file."""
     return run.replace("%", "%25").replace("/", "%2F")

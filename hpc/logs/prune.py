@@ -22,6 +22,7 @@ from hpc.logs import cursor, positions
 from hpc.logs.cursor import RunCursor, delivered_name
 from hpc.logs.ends import End, Unreachable, end_of, here, place_of
 from hpc.logs.positions import Position
+from hpc.logs.status import scan
 from hpc.logs.sync import Carried, more_names
 from hpc.rundir import RunDir, all_runs, locked, write_text
 from hpc.rundir import rows as rows_of
@@ -50,8 +51,13 @@ class Candidate:
     """Who has it."""
 
 
-def candidates(folder: Path, older_s: float, only: str | None, sink: str | None) -> list[Candidate]:
-    """Every run of the folder, with the reason where it stays. Raises UserError."""
+def candidates(
+    folder: Path, older_s: float, only: str | None, sink: str | None, unasked: bool = False
+) -> list[Candidate]:
+    """Every run of the folder, with the reason where it stays. Raises UserError.
+
+    `unasked`: a folder that cannot be asked from here is believed for what it has confirmed.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of runs")
     if only is not None and only not in PARTS:
@@ -61,7 +67,7 @@ def candidates(folder: Path, older_s: float, only: str | None, sink: str | None)
     if sink is not None and sink not in {one.sink for one in known}:
         told = ", ".join(sorted({one.sink for one in known})) or "none; feed one with 'hpc sync'"
         raise UserError(f"--sink {sink}: has confirmed nothing of {folder}; valid: {told}")
-    with _Sinks(folder) as asked:
+    with _Sinks(folder, unasked) as asked:
         found = [
             _candidate(folder, one.run, one.status.state, one.status.age_s, older_s, only, known, sink, asked)
             for one in look(runs)
@@ -135,8 +141,8 @@ def _whole_sweeps(found: list[Candidate], asked: _Sinks) -> list[Candidate]:
 class _Sinks:
     """Sinks that are folders, asked what they have."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, unasked: bool) -> None:
+        self._folder, self._unasked = folder, unasked
         self._ends: dict[str, tuple[End, dict[str, dict[str, int]]] | str] = {}
 
     def __enter__(self) -> _Sinks:
@@ -163,25 +169,35 @@ class _Sinks:
         """What this sink lacks, in words; nothing where it has all."""
         if position.sink.partition(":")[0] == "mlflow":
             return self._by_its_word(position, found, only)
-        end = self._end(position.sink)
+        end, held = self._held(position.sink, position.run)
         if isinstance(end, str):
             return end
-        there, listed = end
-        held = listed.get(position.run, {})
         for path in found.files:
             inside = path.relative_to(found.run.path).as_posix()
             if path.is_symlink() or inside in position.files:
                 continue
             if held.get(inside) != path.lstat().st_size:
                 return _lacks(inside, position.sink)
-        return _compare_events(there, position, found)
+        return _compare_events(end, position, found)
+
+    def _held(self, sink: str, run: str) -> tuple[End | str | None, dict[str, int]]:
+        """The end to ask (None: it is believed; a sentence: it is not), and the sizes of a run's other files there."""
+        end = self._end(sink)
+        if not isinstance(end, str):
+            return end[0], end[1].get(run, {})
+        if not self._unasked:
+            return f"{end}; --unasked takes its word", {}
+        try:
+            carried = json.loads(positions.carried_path(self._folder, sink, run).read_text())
+            return None, {name: int(size) for name, (size, *_) in carried.items()}
+        except (OSError, ValueError):
+            return f"{sink} has left no list of what it has", {}
 
     def missing_of_sweep(self, sweep: Path, sink: str) -> str:
         """A file of a sweep, beside its rows, that this sink lacks."""
-        end = self._end(sink)
+        end, held = self._held(sink, sweep.name)
         if isinstance(end, str):
             return end
-        held = end[1].get(sweep.name, {})
         rows = {row.path for row in rows_of(sweep)}
         for where, folders, names in os.walk(sweep):
             folders[:] = [name for name in folders if Path(where, name) not in rows and not name.startswith(".")]
@@ -223,16 +239,17 @@ def _lacks(inside: str, sink: str) -> str:
     return f"{inside} is not in {sink}" + (f" (hpc sync --with {top})" if top in more_names() else "")
 
 
-def _compare_events(there: End, position: Position, found: Candidate) -> str:
-    """Every byte that the sink confirmed, in both places."""
-    cursors = [text for text in _cursors(there) if text.run == position.run]
+def _compare_events(there: End | None, position: Position, found: Candidate) -> str:
+    """Every byte that the sink confirmed, in both places; of one that is not asked, that it confirmed all."""
+    cursors = [text for text in _cursors(there) if text.run == position.run] if there else []
     for name, size in position.files.items():
         mine = found.run.path / name
         if not mine.is_file():
             continue
         generation = next((one.files[name].generation for one in cursors if name in one.files), 0)
         path = f"{position.run}/{delivered_name(name, generation)}"
-        if there.sum(path, size) != _sum(mine, size):
+        same = there.sum(path, size) == _sum(mine, size) if there else scan(mine, 0)[0] == size
+        if not same:
             return f"{name} is not in {position.sink} as it is here"
     return ""
 
@@ -251,7 +268,9 @@ def _sum(path: Path, size: int) -> str | None:
     return found
 
 
-def remove(folder: Path, chosen: Sequence[Candidate], older_s: float, only: str | None) -> Iterator[str]:
+def remove(
+    folder: Path, chosen: Sequence[Candidate], older_s: float, only: str | None, unasked: bool = False
+) -> Iterator[str]:
     """Remove what may go, each checked again right before; one sentence each."""
     _sweep_up(folder)
     sweeps: dict[Path, list[Candidate]] = {}
@@ -259,14 +278,16 @@ def remove(folder: Path, chosen: Sequence[Candidate], older_s: float, only: str 
         if one.run.in_sweep and only is None:
             sweeps.setdefault(one.run.path.parent, []).append(one)
         else:
-            yield _remove(folder, [one], one.run.path, older_s, only)
+            yield _remove(folder, [one], one.run.path, older_s, only, unasked)
     for path, rows in sweeps.items():
-        yield _remove(folder, rows, path, older_s, only)
+        yield _remove(folder, rows, path, older_s, only, unasked)
 
 
-def _remove(folder: Path, several: Sequence[Candidate], path: Path, older_s: float, only: str | None) -> str:
+def _remove(
+    folder: Path, several: Sequence[Candidate], path: Path, older_s: float, only: str | None, unasked: bool
+) -> str:
     known = positions.read(folder)
-    with _Sinks(folder) as asked, ExitStack() as leases:
+    with _Sinks(folder, unasked) as asked, ExitStack() as leases:
         for one in several:
             if not leases.enter_context(locked(one.run.lease, wait=False)):
                 return f"{one.name} stays: another has its lease"

@@ -171,7 +171,7 @@ def _counted(run: RunDir, files: list[Path], best: Position | None) -> tuple[dic
     records, last = (best.records, best.last_step) if best and starts else (0, None)
     whole, rest = {}, 0
     for path, name in names.items():
-        valid, more, step = _scan(path, starts.get(name, 0))
+        valid, more, step = scan(path, starts.get(name, 0))
         whole[name] = valid
         rest += max(path.stat().st_size - valid, 0)
         records += more
@@ -179,7 +179,7 @@ def _counted(run: RunDir, files: list[Path], best: Position | None) -> tuple[dic
     return whole, rest, records, last
 
 
-def _scan(path: Path, start: int) -> tuple[int, int, int | None]:
+def scan(path: Path, start: int) -> tuple[int, int, int | None]:
     """Where the whole records from `start` on end, their number, and the last step."""
     records, last, buffer = 0, None, b""
     with path.open("rb") as file:

@@ -103,6 +103,8 @@ class Session:
         if source.host and dest.host:
             raise UserError(f"{source} and {dest} are both elsewhere: run this on one of them")
         self._carried = carried
+        self._touched: set[str] = set()
+        """Runs of which other files were carried in this round."""
         self.source = end_of(source, batch=batch)
         try:
             self.dest = end_of(dest, create=True, batch=batch)
@@ -235,6 +237,7 @@ class Session:
         done.others = len(changed) - len(failed)
         for cursor in touched.values():
             self._save(cursor)
+        self._touched = set(touched)
         return failed
 
     def _rsync(self, paths: Sequence[str], done: Round) -> set[str]:
@@ -275,8 +278,6 @@ class Session:
     def _confirm(self, one: Listed, failed: set[str], done: Round) -> None:
         """Write the position at the source, for status and prune there; a source that we may only read gets none."""
         cursor = self._cursor(one.run)
-        if one.sweep:
-            return
         files = {name: known.size for name, known in cursor.files.items() if name in one.events}
         sound = all(known.ending in (Ending.COMPLETE, Ending.TORN) for known in cursor.files.values())
         whole = not any(name.startswith(f"{one.run}/") for name in failed)
@@ -290,9 +291,12 @@ class Session:
             complete=cursor.ended and sound and whole,
         )
         name = positions.path_of(Path(), self.sink, one.run)
-        if _same(self._confirmed.get(name.name), position):
-            return
         try:
+            if one.run in self._touched and (position.complete or one.sweep):
+                carried = positions.carried_path(Path(), self.sink, one.run)
+                self.source.save(carried.as_posix(), json.dumps(cursor.others))
+            if one.sweep or _same(self._confirmed.get(name.name), position):
+                return
             self.source.save(name.as_posix(), json.dumps(asdict(position)))
         except OSError as error:
             note = f"{self.source.place}: positions are not kept there ({error.strerror})"
