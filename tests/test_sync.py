@@ -16,7 +16,7 @@ import pytest
 from hpc import cli
 from hpc.errors import UserError
 from hpc.logs import agent, positions
-from hpc.logs.deliver import DestinationFailed
+from hpc.logs.deliver import DestinationFailed, Listed
 from hpc.logs.ends import End, LocalEnd, Place, place_of
 from hpc.logs.records import Ending, frame
 from hpc.logs.sync import Busy, Carried, Round, Session
@@ -318,6 +318,35 @@ def test_another_run_of_the_same_name_is_not_overwritten(runs: Path, home: Path,
     append(tmp_path / "moved" / NAME / "tb" / FIRST, scalar(30, 1.0))
     done = sync(tmp_path / "moved", home)
     assert (done.problems, done.records) == ([], 1), "the same run from elsewhere goes on"
+
+
+def test_a_source_cannot_name_what_lies_outside() -> None:
+    told = {"run": "a", "sweep": False, "events": [], "others": [], "big": [], "ended": False, "phase": ""}
+    for wrong in (
+        {"run": "../a"},
+        {"others": [["../../.ssh/authorized_keys", 1, 1]]},
+        {"events": [["/tb/x", 1, 1, 1]]},
+    ):
+        with pytest.raises(UserError, match="no path inside"):
+            Listed.of({**told, **wrong})
+
+
+def test_a_run_that_is_a_link_is_told(runs: Path, home: Path, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "elsewhere", first=attempt(0, 3, 1))
+    runs.mkdir()
+    (runs / NAME).symlink_to(run.path)
+    assert "is a link" in sync(runs, home).notes[0] and visible(home) == {}
+
+
+def test_hidden_files_of_copying_tools_are_not_event_files(runs: Path, home: Path) -> None:
+    run = make_run(runs, first=attempt(0, 3, 1))
+    inner = run.tensorboard / "sub run"
+    inner.mkdir()
+    for folder in (run.tensorboard, inner):
+        (folder / f".{SECOND}.Ab12Cd").write_bytes(b"half")
+    (inner / SECOND).write_bytes(attempt(0, 3, 2))
+    sync(runs, home)
+    assert sorted(visible(home)) == [f"{NAME}/tb/{FIRST}", f"{NAME}/tb/sub run/{SECOND}"]
 
 
 def test_two_at_once_and_the_second_leaves(runs: Path, home: Path) -> None:

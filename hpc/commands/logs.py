@@ -92,7 +92,7 @@ def _feed(source: str, uri: str, every_s: float | None, cron: bool) -> int:
     """Replay the runs into a tracker."""
     from hpc.logs import following
     from hpc.logs.ends import place_of
-    from hpc.rundir import all_runs, runs_folder
+    from hpc.rundir import runs_folder
 
     place = place_of(source)
     if place.host:
@@ -103,8 +103,10 @@ def _feed(source: str, uri: str, every_s: float | None, cron: bool) -> int:
     sinks = importlib.import_module("hpc.logs.sinks")
 
     def once() -> int:
-        names = [run.path.relative_to(folder).as_posix() for run in all_runs(folder)]
-        code: int = sinks.feed(folder, uri, names, (lambda _: None) if cron else say)
+        kept: list[str] = []
+        code: int = sinks.feed(folder, uri, (), kept.append if cron else say)
+        if code:
+            print(*kept, sep="\n", end="\n" * bool(kept), file=sys.stderr)
         return code
 
     return once() if every_s is None else following.repeat(once, every_s)

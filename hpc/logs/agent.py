@@ -96,11 +96,13 @@ class Store:
         """Every run and sweep with its event files and the other files that are carried, compressed JSON."""
         found: List[Fields] = []
         denied: List[Any] = []
+        links: List[str] = []
         for name in self._names(self.root, denied):
             if name.startswith("."):
                 continue
             folder = os.path.join(self.root, name)
             if os.path.islink(folder):
+                links.append(name)
                 continue
             if os.path.isfile(os.path.join(folder, self.names["experiment"])):
                 found.append(self._run(name, request, denied))
@@ -109,7 +111,7 @@ class Store:
                 for row in self._names(folder, denied):
                     if os.path.isfile(os.path.join(folder, row, self.names["experiment"])):
                         found.append(self._run(name + "/" + row, request, denied))
-        answer = {"now": time.time(), "runs": found, "denied": denied}
+        answer = {"now": time.time(), "runs": found, "denied": denied, "links": links}
         return {}, zlib.compress(json.dumps(answer).encode(), 6)
 
     def do_look(self, request: Fields, payload: bytes) -> Answer:
@@ -180,7 +182,7 @@ class Store:
             if stat.S_ISDIR(info.st_mode):
                 inner = self._names(os.path.join(folder, name), denied, name)
                 found.extend(
-                    self._walk(folder, [name + "/" + one for one in inner if self._shown(one, hidden)], denied, True)
+                    self._walk(folder, [name + "/" + one for one in inner if self._shown(one, hidden)], denied, hidden)
                 )
             elif stat.S_ISREG(info.st_mode):
                 found.append((name, info))

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from hpc.errors import UserError
 from hpc.logs.blocks import Block, last_event, whole_records
 from hpc.logs.cursor import FileCursor, RunCursor, delivered_name, generation_of, replaced_name, waiting_name
 from hpc.logs.ends import End
@@ -59,6 +60,9 @@ class Listed:
         events: dict[str, tuple[int, ...]] = {name: tuple(stat) for name, *stat in told["events"]}
         others = {name: [size, changed] for name, size, changed in told["others"]}
         big = [(name, size) for name, size in told["big"]]
+        for name in (told["run"], *events, *others):  # another machine says so: nothing may lead out of the folder
+            if not name or name.startswith("/") or {"", ".", ".."} & set(name.split("/")):
+                raise UserError(f"{name!r}: the source lists what is no path inside a folder")
         return Listed(told["run"], told["sweep"], events, others, big, told["ended"], told["phase"])
 
     @property

@@ -154,6 +154,9 @@ class Session:
         told = json.loads(zlib.decompress(self.source.call("list", **self._carried.fields())[1]))
         done = Round()
         done.problems += [f"{name}: {why}" for name, why in told["denied"]]
+        done.notes += [
+            f"{name} is a link: it is not carried; sync the folder that it leads to" for name in told["links"]
+        ]
         listed = [Listed.of(one) for one in told["runs"]]
         kept = [one for one in listed if self._carry_events(one, told["now"], done)]
         failed = self._carry_others(kept, done)
