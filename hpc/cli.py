@@ -17,7 +17,8 @@ from hpc.errors import UserError
 from hpc.preempt import ExitCode
 
 # isort: off
-from hpc.commands import data, run, sweep, pipeline, recipes, watch, inference, results, machine, doctor, drill, bench  # noqa: F401  the order of the panels in the help
+from hpc.commands import data, run, sweep, pipeline, recipes, watch, inference, results  # noqa: F401  the order of the panels in the help
+from hpc.commands import logs, machine, doctor, drill, bench  # noqa: F401
 
 
 def _version(asked: bool) -> None:

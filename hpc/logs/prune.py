@@ -1,0 +1,324 @@
+"""`hpc prune`: takes away runs that a sink has confirmed, and that are older than asked; else nothing, and says why.
+
+Before anything is removed the sink is asked again, file by file: size, and of event files every byte. A sink that
+cannot be asked (mlflow:) answers for event files only, by what it confirmed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc.errors import UserError
+from hpc.ledger import look
+from hpc.logs import cursor, positions
+from hpc.logs.cursor import RunCursor, delivered_name
+from hpc.logs.ends import End, Unreachable, end_of, here, place_of
+from hpc.logs.positions import Position
+from hpc.logs.status import scan
+from hpc.logs.sync import Carried, more_names
+from hpc.rundir import RunDir, all_runs, locked, write_text
+from hpc.rundir import rows as rows_of
+from hpc.units import short_time
+
+TITLES = ("run", "bytes", "files", "age", "what")
+PARTS = ("logs", "checkpoints")
+_OVER = frozenset(["finished", "failed", "cancelled", "lost"])
+_TAKEN = ".pruned-"
+
+
+@dataclass
+class Candidate:
+    """One run, or a part of it."""
+
+    run: RunDir
+    name: str
+    """Its path inside the runs folder."""
+    age_s: float
+    files: list[Path]
+    """What would be removed."""
+    size: int
+    kept: str = ""
+    """Why nothing is removed, in words; empty where it may go."""
+    sink: str = ""
+    """Who has it."""
+
+
+def candidates(
+    folder: Path, older_s: float, only: str | None, sink: str | None, unasked: bool = False
+) -> list[Candidate]:
+    """Every run of the folder, with the reason where it stays. Raises UserError.
+
+    `unasked`: a folder that cannot be asked from here is believed for what it has confirmed.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder of runs")
+    if only is not None and only not in PARTS:
+        raise UserError(f"--only {only}: no such part; valid: {', '.join(PARTS)}")
+    runs = all_runs(folder)
+    known = positions.read(folder)
+    if sink is not None and sink not in {one.sink for one in known}:
+        told = ", ".join(sorted({one.sink for one in known})) or "none; feed one with 'hpc sync'"
+        raise UserError(f"--sink {sink}: has confirmed nothing of {folder}; valid: {told}")
+    with _Sinks(folder, unasked) as asked:
+        found = [
+            _candidate(folder, one.run, one.status.state, one.status.age_s, older_s, only, known, sink, asked)
+            for one in look(runs)
+        ]
+        return found if only else _whole_sweeps(found, asked)
+
+
+def _candidate(
+    folder: Path,
+    run: RunDir,
+    state: str,
+    age_s: float,
+    older_s: float,
+    only: str | None,
+    known: Sequence[Position],
+    sink: str | None,
+    asked: _Sinks,
+) -> Candidate:
+    base = folder.resolve()
+    name = run.path.relative_to(base).as_posix() if run.path.is_relative_to(base) else run.name
+    found = Candidate(run, name, age_s, [], 0)
+    if not run.path.is_relative_to(base) or any((folder / part).is_symlink() for part in _parts(name)):
+        found.kept = "is a link to elsewhere"
+        return found
+    found.files = _files(run, only)
+    found.size = sum(path.lstat().st_size for path in found.files)
+    newest = max((path.lstat().st_mtime for path in found.files), default=0.0)
+    found.age_s = max(min(age_s, time.time() - newest), 0.0)
+    if state not in _OVER:
+        found.kept = state
+    elif found.age_s < older_s:
+        found.kept = f"is {short_time(found.age_s)} old"
+    elif not found.files:
+        found.kept = "has nothing of this"
+    else:
+        mine = [one for one in known if one.run == name and sink in (None, one.sink)]
+        found.sink, found.kept = asked.who_has(found, mine, only)
+    return found
+
+
+def _parts(name: str) -> Iterator[str]:
+    """a/b -> a, a/b"""
+    parts = name.split("/")
+    for count in range(1, len(parts) + 1):
+        yield "/".join(parts[:count])
+
+
+def _files(run: RunDir, only: str | None) -> list[Path]:
+    """Regular files and links of the run, or of a part of it; hidden ones are no one's loss."""
+    starts = {None: [run.path], "logs": [run.tensorboard, run.logs], "checkpoints": [run.checkpoints]}[only]
+    found = []
+    for start in starts:
+        for where, _, names in os.walk(start):  # follows no links
+            found += [Path(where, name) for name in names if not name.startswith(".")]
+    return sorted(found)
+
+
+def _whole_sweeps(found: list[Candidate], asked: _Sinks) -> list[Candidate]:
+    """A sweep goes as a whole, or not: its list of rows names them all, and its code is theirs."""
+    rows = [one for one in found if one.run.in_sweep]
+    stays = {one.run.path.parent: one.name for one in rows if one.kept}
+    for one in rows:
+        sweep = one.run.path.parent
+        if sweep not in stays and (missing := asked.missing_of_sweep(sweep, one.sink)):
+            stays[sweep] = missing
+        if not one.kept and sweep in stays:
+            one.kept = f"its sweep stays: {stays[sweep]}"
+    return found
+
+
+class _Sinks:
+    """Sinks that are folders, asked what they have."""
+
+    def __init__(self, folder: Path, unasked: bool) -> None:
+        self._folder, self._unasked = folder, unasked
+        self._ends: dict[str, tuple[End, dict[str, dict[str, int]]] | str] = {}
+
+    def __enter__(self) -> _Sinks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self._ends.values():
+            if not isinstance(one, str):
+                one[0].close()
+
+    def who_has(self, found: Candidate, known: Sequence[Position], only: str | None) -> tuple[str, str]:
+        """The sink that has all of a candidate's files, or why there is none."""
+        why = "is confirmed by no sink; 'hpc sync' feeds one"
+        for position in known:
+            if not position.complete:
+                why = f"is not complete in {position.sink}"
+                continue
+            why = self._missing(position, found, only)
+            if not why:
+                return position.sink, ""
+        return "", why
+
+    def _missing(self, position: Position, found: Candidate, only: str | None) -> str:
+        """What this sink lacks, in words; nothing where it has all."""
+        if position.sink.partition(":")[0] == "mlflow":
+            return self._by_its_word(position, found, only)
+        end, held = self._held(position.sink, position.run)
+        if isinstance(end, str):
+            return end
+        for path in found.files:
+            inside = path.relative_to(found.run.path).as_posix()
+            if path.is_symlink() or inside in position.files:
+                continue
+            if held.get(inside) != path.lstat().st_size:
+                return _lacks(inside, position.sink)
+        return _compare_events(end, position, found)
+
+    def _held(self, sink: str, run: str) -> tuple[End | str | None, dict[str, int]]:
+        """The end to ask (None: it is believed; a sentence: it is not), and the sizes of a run's other files there."""
+        end = self._end(sink)
+        if not isinstance(end, str):
+            return end[0], end[1].get(run, {})
+        if not self._unasked:
+            return f"{end}; --unasked takes its word", {}
+        try:
+            carried = json.loads(positions.carried_path(self._folder, sink, run).read_text())
+            return None, {name: int(size) for name, (size, *_) in carried.items()}
+        except (OSError, ValueError):
+            return f"{sink} has left no list of what it has", {}
+
+    def missing_of_sweep(self, sweep: Path, sink: str) -> str:
+        """A file of a sweep, beside its rows, that this sink lacks."""
+        end, held = self._held(sink, sweep.name)
+        if isinstance(end, str):
+            return end
+        rows = {row.path for row in rows_of(sweep)}
+        for where, folders, names in os.walk(sweep):
+            folders[:] = [name for name in folders if Path(where, name) not in rows and not name.startswith(".")]
+            for path in (Path(where, name) for name in names if not name.startswith(".")):
+                inside = path.relative_to(sweep).as_posix()
+                if held.get(inside) != path.lstat().st_size:
+                    return _lacks(inside, sink)
+        return ""
+
+    @staticmethod
+    def _by_its_word(position: Position, found: Candidate, only: str | None) -> str:
+        if only != "logs":
+            return f"{position.sink} has its event files alone: --only logs, or sync it to a folder"
+        mine = {path: path.relative_to(found.run.path).as_posix() for path in found.files}
+        found.files = [p for p, name in mine.items() if position.files.get(name, -1) >= p.lstat().st_size]
+        found.size = sum(path.lstat().st_size for path in found.files)
+        return "" if found.files else f"nothing of it is in {position.sink}"
+
+    def _end(self, sink: str) -> tuple[End, dict[str, dict[str, int]]] | str:
+        """A sink, opened once, and the sizes of its files by run; why it cannot be asked."""
+        if sink not in self._ends:
+            self._ends[sink] = self._open(sink)
+        return self._ends[sink]
+
+    def _open(self, sink: str) -> tuple[End, dict[str, dict[str, int]]] | str:
+        place = place_of(sink.removeprefix(f"{here()}:"))
+        try:
+            end = end_of(place, batch=True)
+            everything = Carried(tuple(more_names()), 1 << 62)
+            told = json.loads(zlib.decompress(end.call("list", **everything.fields())[1]))
+        except (Unreachable, UserError, OSError) as error:
+            return f"{sink} cannot be asked: {error}"
+        files = {one["run"]: {name: size for name, size, *_ in one["others"]} for one in told["runs"]}
+        return end, files
+
+
+def _lacks(inside: str, sink: str) -> str:
+    top = inside.split("/", maxsplit=1)[0]
+    return f"{inside} is not in {sink}" + (f" (hpc sync --with {top})" if top in more_names() else "")
+
+
+def _compare_events(there: End | None, position: Position, found: Candidate) -> str:
+    """Every byte that the sink confirmed, in both places; of one that is not asked, that it confirmed all."""
+    cursors = [text for text in _cursors(there) if text.run == position.run] if there else []
+    for name, size in position.files.items():
+        mine = found.run.path / name
+        if not mine.is_file():
+            continue
+        generation = next((one.files[name].generation for one in cursors if name in one.files), 0)
+        path = f"{position.run}/{delivered_name(name, generation)}"
+        same = there.sum(path, size) == _sum(mine, size) if there else scan(mine, 0)[0] == size
+        if not same:
+            return f"{name} is not in {position.sink} as it is here"
+    return ""
+
+
+def _cursors(end: End) -> Iterator[RunCursor]:
+    for folder in end.call("folders", path=cursor.FOLDER)[0]["names"]:
+        yield from cursor.parse(end.load(f"{cursor.FOLDER}/{folder}")).values()
+
+
+def _sum(path: Path, size: int) -> str | None:
+    from hpc.logs.agent import Store
+    from hpc.logs.ends import names
+
+    told, _ = Store(str(path.parent), names()).do_sum({"path": path.name, "size": size}, b"")
+    found: str | None = told["sum"]
+    return found
+
+
+def remove(
+    folder: Path, chosen: Sequence[Candidate], older_s: float, only: str | None, unasked: bool = False
+) -> Iterator[str]:
+    """Remove what may go, each checked again right before; one sentence each."""
+    _sweep_up(folder)
+    sweeps: dict[Path, list[Candidate]] = {}
+    for one in chosen:
+        if one.run.in_sweep and only is None:
+            sweeps.setdefault(one.run.path.parent, []).append(one)
+        else:
+            yield _remove(folder, [one], one.run.path, older_s, only, unasked)
+    for path, rows in sweeps.items():
+        yield _remove(folder, rows, path, older_s, only, unasked)
+
+
+def _remove(
+    folder: Path, several: Sequence[Candidate], path: Path, older_s: float, only: str | None, unasked: bool
+) -> str:
+    known = positions.read(folder)
+    with _Sinks(folder, unasked) as asked, ExitStack() as leases:
+        for one in several:
+            if not leases.enter_context(locked(one.run.lease, wait=False)):
+                return f"{one.name} stays: another has its lease"
+            now = look([one.run])[0].status
+            again = _candidate(folder, one.run, now.state, now.age_s, older_s, only, known, one.sink, asked)
+            if again.kept:
+                return f"{one.name} stays: {again.kept}"
+            if only:
+                for file in again.files:
+                    file.unlink()
+                return f"{one.name}: {only} removed, {one.sink} has them"
+        for one in several:
+            _forget(folder, one.name)
+        taken = path.with_name(f"{_TAKEN}{path.name}")
+        path.rename(taken)  # at once out of every list; a kill leaves a hidden folder, which the next prune removes
+        shutil.rmtree(taken)
+    return f"{path.name} removed, {several[0].sink} has it"
+
+
+def _forget(folder: Path, run: str) -> None:
+    """A run that was brought here from elsewhere is not brought again."""
+    for inner in (folder / cursor.FOLDER).glob("????????"):
+        path = inner / f"{positions.quoted(run)}.json"
+        with suppress(OSError):
+            for one in cursor.parse({path.name: path.read_text()}).values():
+                one.pruned = round(time.time(), 3)
+                write_text(path, one.text())
+
+
+def _sweep_up(folder: Path) -> None:
+    """What a killed prune left."""
+    for path in folder.glob(f"{_TAKEN}*"):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)

@@ -1,0 +1,256 @@
+"""hpc prune and hpc sync --status: what is confirmed where, and what goes, checked against the sink itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from hpc import cli
+from hpc.logs import positions, prune, status
+from hpc.logs.ends import Place
+from hpc.logs.sync import Carried, Session
+from hpc.rundir import ROWS, RunDir, locked, write_json
+from tests.syncing import FIRST, SECOND, age, append, attempt, make_run, scalar, write
+
+NAME = "tiny-1a2b3c4d"
+HELD = {"phase": "training", "pid": os.getpid(), "host": os.uname().nodename, "time": time.time(), "generation": 1}
+
+
+def sync(runs: Path, home: Path, *more: str) -> None:
+    session = Session(Place("", str(runs)), Place("", str(home)), Carried(more))
+    assert session.round().problems == []
+    session.close()
+
+
+def finish(run: RunDir) -> RunDir:
+    write_json(run.result, {"best": {}})
+    write_json(run.state, {**HELD, "phase": "ended", "code": 0, "time": time.time() - 9000})
+    age_all(run.path)
+    return run
+
+
+def age_all(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        age(path, 7200)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+def why(runs: Path, older_s: float = 3600, only: str | None = None, sink: str | None = None) -> dict[str, str]:
+    return {one.name: one.kept for one in prune.candidates(runs, older_s, only, sink)}
+
+
+def removed(runs: Path, only: str | None = None) -> list[str]:
+    chosen = [one for one in prune.candidates(runs, 3600, only, None) if not one.kept]
+    return list(prune.remove(runs, chosen, 3600, only))
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
+    monkeypatch.setattr(sys, "argv", ["hpc", *words])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return left.value.code
+
+
+def test_what_is_confirmed_goes_and_the_rest_stays_with_its_reason(runs: Path, home: Path) -> None:
+    gone = finish(make_run(runs, first=attempt(0, 9, 1)))
+    coded = finish(make_run(runs, "coded-2", first=attempt(0, 9, 1)))
+    coded.code.mkdir()
+    (coded.code / "m.py").write_text("x")
+    live = make_run(runs, "live-3", first=attempt(0, 9, 1))
+    write_json(live.state, {**HELD, "process_start": ""})
+    young = finish(make_run(runs, "young-4", first=attempt(0, 9, 1)))
+    young.metrics.write_text("{}\n")
+    sync(runs, home)
+    finish(make_run(runs, "alone-5", first=attempt(0, 9, 1)))
+    kept = why(runs)
+    assert kept[NAME] == ""
+    assert kept["coded-2"] == f"code/m.py is not in {home} (hpc sync --with code)" or "old" in kept["coded-2"]
+    assert "old" in kept["young-4"] and kept["alone-5"].startswith("is confirmed by no sink")
+    assert (
+        kept["live-3"] in ("running", "lost", "damaged", "is not complete in " + str(home)) or "old" in kept["live-3"]
+    )
+    assert removed(runs) == [f"{NAME} removed, {home} has it"]
+    assert not gone.path.exists() and coded.path.exists() and young.path.exists() and live.path.exists()
+    assert not [path for path in runs.iterdir() if "pruned" in path.name]
+
+
+def test_a_sink_that_has_lost_something_is_not_believed(runs: Path, home: Path) -> None:
+    run = finish(make_run(runs, first=attempt(0, 9, 1)))
+    run.metrics.write_text("{}\n")
+    age_all(run.path)
+    sync(runs, home)
+    there = RunDir(home / NAME)
+    assert why(runs) == {NAME: ""}
+    event_file, content = there.tensorboard / FIRST, attempt(0, 9, 1)
+    for spoiled in (content[:-1], content[:-20] + b"x" + content[-19:], b""):
+        event_file.write_bytes(spoiled)
+        assert "is not in" in why(runs)[NAME]
+    event_file.write_bytes(content)
+    there.metrics.unlink()
+    chosen = prune.candidates(runs, 3600, None, None)
+    assert chosen[0].kept == f"metrics.jsonl is not in {home}"
+    chosen[0].kept, chosen[0].sink = "", str(home)
+    assert list(prune.remove(runs, chosen, 3600, None)) == [f"{NAME} stays: metrics.jsonl is not in {home}"]
+    home.rename(home.with_name("away"))
+    assert "cannot be asked" in why(runs)[NAME] and run.path.exists()
+    assert [one.kept for one in prune.candidates(runs, 3600, None, None, unasked=True)] == [""]
+    append(run.tensorboard / FIRST, scalar(9, 1.0))
+    assert "as it is here" in prune.candidates(runs, 3600, None, None, unasked=True)[0].kept
+
+
+def test_what_grew_after_it_was_confirmed_stays(runs: Path, home: Path) -> None:
+    run = finish(make_run(runs, first=attempt(0, 9, 1)))
+    sync(runs, home)
+    write(run, SECOND, attempt(9, 12, 2))
+    assert why(runs)[NAME] == f"tb/{SECOND} is not in {home}"
+    (run.tensorboard / SECOND).unlink()
+    (run.path / "notes.txt").write_text("by hand")
+    age_all(run.path)
+    assert why(runs)[NAME] == f"notes.txt is not in {home}"
+
+
+def test_a_held_lease_keeps_a_run(runs: Path, home: Path) -> None:
+    run = finish(make_run(runs, first=attempt(0, 9, 1)))
+    sync(runs, home)
+    with locked(run.lease):
+        assert removed(runs) == [f"{NAME} stays: another has its lease"]
+    assert run.path.exists()
+
+
+def test_links_lead_nowhere(runs: Path, home: Path, tmp_path: Path) -> None:
+    run = finish(make_run(tmp_path / "elsewhere", first=attempt(0, 9, 1)))
+    runs.mkdir()
+    (runs / NAME).symlink_to(run.path)
+    sync(tmp_path / "elsewhere", home)
+    position = positions.read(tmp_path / "elsewhere")[0]
+    positions.write(runs, position)
+    assert why(runs) == {NAME: "is a link to elsewhere"}
+    inside = finish(make_run(runs, "in-2", first=attempt(0, 9, 1)))
+    (inside.path / "logs").mkdir()
+    treasure = tmp_path / "treasure"
+    treasure.mkdir()
+    (treasure / "gold").write_text("x")
+    (inside.path / "logs" / "out").symlink_to(treasure)
+    age_all(inside.path)
+    sync(runs, home)
+    assert removed(runs) == [f"in-2 removed, {home} has it"]
+    assert (treasure / "gold").exists() and run.path.exists()
+
+
+def test_a_sweep_goes_as_a_whole(runs: Path, home: Path) -> None:
+    sweep = runs / "s-sweep-1"
+    rows = [finish(make_run(sweep, f"row-{number}", first=attempt(0, 9, number))) for number in (1, 2)]
+    (sweep / ROWS).write_text("row-1\nrow-2\n")
+    (sweep / "sweep.yaml").write_text("axes: {}\nchunks: [{number: 0, first: 0, count: 2}]\n")
+    write_json(sweep / "submit.json", {"submissions": []})
+    rows[1].result.unlink()
+    write_json(rows[1].state, {**HELD, "phase": "training", "process_start": ""})
+    sync(runs, home)
+    kept = why(runs)
+    if any("damaged" in reason for reason in kept.values()):
+        pytest.fail(f"the sweep is not one: {kept}")
+    assert kept["s-sweep-1/row-1"].startswith("its sweep stays: ") and kept["s-sweep-1/row-2"]
+    finish(rows[1])
+    sync(runs, home)
+    assert why(runs) == {"s-sweep-1/row-1": "", "s-sweep-1/row-2": ""}
+    (sweep / "job.sbatch").write_text("#!/bin/bash\n")
+    assert "job.sbatch is not in" in why(runs)["s-sweep-1/row-1"]
+    sync(runs, home)
+    assert removed(runs) == [f"s-sweep-1 removed, {home} has it"] and not sweep.exists()
+
+
+def test_a_part_of_a_run(runs: Path, home: Path) -> None:
+    run = finish(make_run(runs, first=attempt(0, 9, 1)))
+    (run.checkpoints / "g001-s00000009").mkdir(parents=True)
+    (run.checkpoints / "g001-s00000009" / "weights").write_bytes(b"w" * 100)
+    age_all(run.path)
+    sync(runs, home)
+    assert "hpc sync --with checkpoints" in why(runs, only="checkpoints")[NAME]
+    assert "hpc sync --with checkpoints" in why(runs)[NAME]
+    sync(runs, home, "checkpoints")
+    assert removed(runs, "checkpoints") == [f"{NAME}: checkpoints removed, {home} has them"]
+    assert not list(run.checkpoints.rglob("weights")) and run.result.exists() and (run.tensorboard / FIRST).exists()
+    assert removed(runs, "logs") == [f"{NAME}: logs removed, {home} has them"]
+    assert not list(run.tensorboard.iterdir()) and run.result.exists()
+    assert why(runs) == {NAME: ""}, "what is left is in the sink, too"
+
+
+def test_a_tracker_answers_for_event_files_alone(runs: Path, home: Path) -> None:
+    run = finish(make_run(runs, first=attempt(0, 9, 1)))
+    run.logs.mkdir()
+    (run.logs / "1_0_log.out").write_text("x")
+    age_all(run.path)
+    sync(runs, home)
+    (known,) = positions.read(runs)
+    positions.path_of(runs, known.sink, NAME).unlink()
+    uri = "mlflow:http://127.0.0.1:5000"
+    positions.write(runs, replace(known, sink=uri))
+    assert "event files alone" in why(runs)[NAME]
+    assert removed(runs, "logs") == [f"{NAME}: logs removed, {uri} has them"]
+    assert (run.logs / "1_0_log.out").exists() and not list(run.tensorboard.iterdir())
+
+
+def test_what_was_pruned_here_is_not_brought_again(runs: Path, home: Path, tmp_path: Path) -> None:
+    finish(make_run(runs, first=attempt(0, 9, 1)))
+    sync(runs, home)
+    age_all(home / NAME)
+    sync(home, tmp_path / "archive")
+    assert removed(home) == [f"{NAME} removed, {tmp_path / 'archive'} has it"]
+    sync(runs, home)
+    assert not (home / NAME).exists()
+
+
+def test_the_command_shows_first(
+    runs: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = finish(make_run(runs, first=attempt(0, 9, 1)))
+    sync(runs, home)
+    assert command(monkeypatch, "prune", "--older-than", "1h", "--runs", str(runs)) == 0
+    told = capsys.readouterr().out
+    assert "1 of 1 would go" in told and f"goes: {home} has it" in told and run.path.exists()
+    assert command(monkeypatch, "prune", "--older-than", "1h", "--runs", str(runs), "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["sink"] == str(home)
+    assert command(monkeypatch, "prune", "--older-than", "1h", "--runs", str(runs), "--sink", "/none") == 2
+    assert f"valid: {home}" in capsys.readouterr().err
+    assert command(monkeypatch, "prune", "--older-than", "1h", "--runs", str(runs), "--yes") == 0
+    assert not run.path.exists()
+
+
+def test_status_tells_what_is_where(
+    runs: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(runs, first=attempt(0, 9, 1))
+    assert command(monkeypatch, "sync", "--status", "--runs", str(runs)) == 1
+    assert "nowhere" in capsys.readouterr().out
+    sync(runs, home)
+    assert command(monkeypatch, "sync", "--status", str(runs)) == 0
+    assert f"{home}: all, " in capsys.readouterr().out
+    assert command(monkeypatch, "sync", "--status", str(home)) == 0
+    assert "all, " in capsys.readouterr().out
+    append(run.tensorboard / FIRST, scalar(9, 1.0))
+    append(run.tensorboard / FIRST, scalar(10, 1.0)[:9])
+    assert command(monkeypatch, "sync", "--status", "--runs", str(runs), "--json") == 1
+    told = json.loads(capsys.readouterr().out)
+    (one,) = told["runs"]
+    assert (told["confirmed"], one["records"], one["last_step"], one["rest"]) == (False, 12, 9, 9)
+    assert [(sink["sink"], sink["behind"]) for sink in one["sinks"]] == [(str(home), len(scalar(9, 1.0)))]
+    sync(runs, home)
+    assert status.look(runs).exit_code == 0, "an unfinished record is not behind"
+    make_run(runs, "new-2", first=attempt(0, 3, 1))
+    found = status.look(runs)
+    assert found.exit_code == 1 and "new-2" in found.sentence
