@@ -9,6 +9,7 @@ from hpc.errors import UserError
 from hpc.ledger import look
 from hpc.logs import positions
 from hpc.logs.sinks.base import Sink, SinkError, SinkGone
+from hpc.logs.sinks.facts import name_of
 from hpc.logs.sinks.replay import Sent, replay
 from hpc.rundir import RunDir, all_runs, find_run
 
@@ -44,6 +45,8 @@ def feed(runs: Path, uri: str, names: Sequence[str], tell: Callable[[str], None]
     try:
         for number, (run, seen) in enumerate(zip(chosen, look(chosen), strict=True)):
             try:
+                if seen.records is None:
+                    raise UserError(seen.status.detail)
                 sent = replay(run, seen.status, sink, tell)
             except SinkGone as error:
                 left = len(chosen) - number
@@ -67,9 +70,10 @@ def _chosen(runs: Path, names: Sequence[str]) -> list[RunDir]:
     if not names:
         return known
     found: dict[Path, RunDir] = {}
+    paths = {name_of(run): run for run in known}
     for name in names:
         rows = [run for run in known if run.in_sweep and run.path.parent.name == name]
-        for run in rows or [find_run(runs, name)]:
+        for run in rows or [paths.get(name) or find_run(runs, name)]:
             found[run.path] = run
     return list(found.values())
 

@@ -123,6 +123,10 @@ class Pending:
         ]
         return sorted(found, key=lambda point: (point.step, point.tag))
 
+    def has(self, tag: str, step: int) -> bool:
+        """Whether the files read have a scalar of this tag at this step."""
+        return step in self._scalars.get(tag, ())
+
     def pictures(self, below: int | None) -> Iterator[tuple[str, int, Image]]:
         """Likewise the pictures: tag, step and picture."""
         for tag, steps in sorted(self._images.items()):

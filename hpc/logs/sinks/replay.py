@@ -85,14 +85,13 @@ class _Replay:
     def _send_points(self, remote: Remote, pending: Pending, below: int | None) -> Cursor:
         points = pending.points(below)
         if self.over and (points or pending.cursor.below is not None):
-            points += self._only_in_metrics(Pending(self.run.tensorboard, Cursor()))
+            points += self._only_in_metrics(pending)
             points.sort(key=lambda point: (point.step, point.tag))
         for first in range(0, len(points), _BATCH):
             some = points[first : first + _BATCH]
-            marked = first and first % _MARKED_EVERY == 0
-            notes = {_CURSOR: _dumped(pending.halfway(some[0].step, some[0].step - 1))} if marked else {}
-            if marked:
-                self.sink.points(remote, (), notes)
+            if first and first % _MARKED_EVERY == 0:
+                halfway = pending.halfway(some[0].step, some[0].step - 1)
+                self.sink.points(remote, (), {_CURSOR: _dumped(halfway)})
             self.sink.points(remote, some, {})
             self.points += len(some)
         return pending.after(below, max((point.step for point in points), default=-1))
@@ -102,11 +101,13 @@ class _Replay:
 
         One millisecond per step after the run's beginning: the same in every replay.
         """
-        have = {(point.tag, point.step) for point in pending.points(None)}
+        told = list(facts.evaluations(self.run))
+        if told and pending.cursor.start != (0, 0):
+            pending = Pending(self.run.tensorboard, Cursor())
         return [
             Point(tag, step, self.about.started_ms + step, value)
-            for tag, step, value in facts.evaluations(self.run)
-            if (tag, step) not in have
+            for tag, step, value in told
+            if not pending.has(tag, step)
         ]
 
     def _send_files(self, remote: Remote, pending: Pending, below: int | None) -> None:
@@ -121,12 +122,12 @@ class _Replay:
                 (folder / target).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, folder / target)
             drawn = 0
-            for path, content in self._pictures(pending, below):
+            for picture, content in self._pictures(pending, below):
                 if count + drawn >= MOST_PICTURES:
                     self.tell(f"{self.run.name}: more than {MOST_PICTURES} pictures; the later ones are left out")
                     break
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                (folder / path).write_bytes(content)
+                (folder / picture).parent.mkdir(parents=True, exist_ok=True)
+                (folder / picture).write_bytes(content)
                 drawn += 1
             if new or drawn:
                 self.sink.artifacts(remote, folder, {_FILES: _note(now), _PICTURES: str(count + drawn)})
