@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # Most tests wait for SLURM, most of their time.
 WORKERS := 2
 READY := $(VENV)/.ready
+# A server's 90 packages stay out of ours.
+MLFLOW := .cache/mlflow
+MLFLOW_READY := $(MLFLOW)/.ready
 
 .PHONY: setup demo test soak recipes check clean
 
@@ -20,7 +23,12 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/python -m jobs.demo
 
-test: check
+$(MLFLOW_READY): tests/mlflow-constraints.txt
+	$(PYTHON) -m venv $(MLFLOW)
+	$(MLFLOW)/bin/python -m pip install --quiet --disable-pip-version-check -c tests/mlflow-constraints.txt mlflow
+	touch $(MLFLOW_READY)
+
+test: check $(MLFLOW_READY)
 	bash tests/install.sh
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
