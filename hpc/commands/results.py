@@ -38,11 +38,12 @@ def report(
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of EXPERIMENTS.md and index.html.")] = Path("report"),
     runs: Runs = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write the journal: Markdown, and one self-contained HTML page. Hand-written notes are kept."""
     from hpc import ledger
     from hpc.journal.reading import read
-    from hpc.journal.report import write_report
+    from hpc.journal.report import plain, write_report
     from hpc.rundir import all_runs, runs_folder
 
     folder = runs_folder(runs)
@@ -54,8 +55,11 @@ def report(
     for run in told:
         for fault in run.damage:
             print(f"{run.run}: {fault}", file=sys.stderr)
-    for path in write_report(told, out, first.name if first else ""):
-        say(str(path))
+    written = write_report(told, out, first.name if first else "")
+    if as_json:
+        print_json({"files": list(map(str, written)), "runs": plain(told, first.name if first else "")})
+    else:
+        say("\n".join(map(str, written)))
 
 
 def _run(name: str, runs: Path | None) -> RunDir:

@@ -34,6 +34,7 @@ def versus(value: Any, baseline: Any, lower: bool, same: bool) -> Cell:
 
 def falls(name: str, run: RunData) -> bool:
     """Whether less is better of a metric of this run."""
+    name = name.removeprefix("test ")
     return run.lower if name == run.monitor else lower_is_better(name)
 
 

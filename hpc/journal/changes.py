@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,9 @@ from hpc.journal.rundata import RunData
 from hpc.metrics import UNDEFINED
 
 SEED = "train.seed"
-_DATA = "data fingerprint"
+_DATA, _OWN = "data fingerprint", "own code"
+_OF_SNAPSHOT = re.compile(r"^file:.*/code/(?=own\d*/)")
+"""Where a run has its copy of the user's own model: each run has one of its own."""
 _LABELS = frozenset({"name"})
 """What says nothing of the training."""
 _PLACE = "launch."
@@ -25,8 +28,9 @@ def changes(run: RunData, first: RunData) -> dict[str, tuple[str, str]]:
     if not (run.experiment and first.experiment):
         return from_base(run)
     mine, theirs = settings(run), settings(first)
-    if not (_DATA in mine and _DATA in theirs):  # a run that has not begun knows no data yet
-        mine.pop(_DATA, None), theirs.pop(_DATA, None)
+    for key in (_DATA, _OWN):  # a run that has not begun knows no data, one whose logs alone are here no code
+        if not (key in mine and key in theirs):
+            mine.pop(key, None), theirs.pop(key, None)
     keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
     return {key: (theirs.get(key, UNDEFINED), mine.get(key, UNDEFINED)) for key in sorted(keys, key=_order)}
 
@@ -40,13 +44,15 @@ def settings(run: RunData) -> dict[str, str]:
     """{dotted key: value as it is written in an override} of all that decides what a run comes to, and where it ran."""
     flat = flatten(run.experiment)
     found = {key: spelt(value) for key, value in flat.items() if key not in _LABELS and value != {}}
-    told = run.data.get("fingerprint")
-    return {**found, **({_DATA: str(told)[:12]} if told else {})}
+    told = {_DATA: str(run.data.get("fingerprint") or "")[:12], _OWN: run.own_code}
+    return {**found, **{key: value for key, value in told.items() if value}}
 
 
 def spelt(value: Any) -> str:
     """As in an override; the keys of mappings in lists sorted."""
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False, sort_keys=True)
+    if isinstance(value, str):
+        return _OF_SNAPSHOT.sub("file:", value)
+    return json.dumps(value, default=str, ensure_ascii=False, sort_keys=True)
 
 
 def listed(found: Mapping[str, tuple[str, str]], at_most: int | None = None) -> str:

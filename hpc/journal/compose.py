@@ -9,12 +9,10 @@ from hpc.journal import captions, cells, groups, notes, sections
 from hpc.journal.changes import changes, listed
 from hpc.journal.compare import is_number
 from hpc.journal.content import INLINED, Cell, Head, Report, Row, Section, Table
-from hpc.journal.rundata import RunData, Values, mapping
+from hpc.journal.rundata import RunData, mapping
 from hpc.units import short_time
 
 _SHOWN = 6  # differences of a run in the overview
-_TEST = "test"
-"""The evaluation of which the overview has a column."""
 
 
 def compose(runs: Sequence[RunData], written: Mapping[str, str], baseline: str = "") -> Report:
@@ -38,7 +36,7 @@ def compose(runs: Sequence[RunData], written: Mapping[str, str], baseline: str =
     return Report(
         overview=_overview(runs, firsts),
         sections=tuple(_within(INLINED, made)),
-        other_notes={run: text for run, text in written.items() if run not in present and text.strip()},
+        other_notes={run: text for run, text in written.items() if run not in present and text},
         groups=groups.table(several, firsts, metric_names(runs)),
         baseline=baseline,
         introduction=written.get(notes.INTRODUCTION, ""),
@@ -52,19 +50,19 @@ def baselines(runs: Sequence[RunData], named: str) -> dict[str, RunData]:
 
 
 def metric_names(runs: Iterable[RunData]) -> list[str]:
-    """All metrics of the runs that are numbers or undefined, the monitored one first."""
+    """All metrics of the runs that are numbers or undefined, the monitored one first, on the test split next."""
     names: dict[str, None] = {}
     for run in runs:
         seen = {**mapping(run.best.get("metrics")), **mapping(run.last.get("metrics"))}
         told = [name for name, value in seen.items() if value is None or is_number(value)]
-        names |= dict.fromkeys(sorted(told, key=lambda name: name != run.monitor))
+        told += [tested] if (tested := f"test {run.monitor}") in run.scores else []
+        names |= dict.fromkeys(sorted(told, key=lambda name: (name != run.monitor, name != tested)))
     return list(names)
 
 
 def _overview(runs: Sequence[RunData], firsts: Mapping[str, RunData]) -> Table:
     """A metric that only runs of other tasks have is a dash; so is one that is undefined."""
     names = metric_names(runs)
-    tested = [name for name in names if any(name in tests(run) for run in runs)]
     task = cells.heads("Task") if len({run.task for run in runs}) > 1 else ()
     way = {name: cells.direction(cells.falls(name, next(run for run in runs if _has(run, name)))) for name in names}
     heads = (
@@ -72,28 +70,21 @@ def _overview(runs: Sequence[RunData], firsts: Mapping[str, RunData]) -> Table:
         *task,
         *cells.heads("Best epoch", "Step"),
         *(Head(name, way[name]) for name in names),
-        *(Head(f"{_TEST} {name}", way[name]) for name in tested),
         *cells.heads("Train samples/s", "Wall time", "Differs in"),
     )
-    rows = [_row(run, firsts[run.task], names, tested, bool(task)) for run in runs]
+    rows = [_row(run, firsts[run.task], names, bool(task)) for run in runs]
     words = (0, 1, *range(2, 2 + len(task)), len(heads) - 1)
-    return Table("Runs", heads, tuple(rows), words)
+    return Table("Runs", heads, tuple(rows), words, tuple(run.task for run in runs))
 
 
-def _row(run: RunData, first: RunData, names: Sequence[str], tested: Sequence[str], with_task: bool) -> Row:
+def _row(run: RunData, first: RunData, names: Sequence[str], with_task: bool) -> Row:
     same = run is first
     scores = [sections.compared(run, first, name) for name in names]
-    scores += [cells.versus(tests(run).get(n), tests(first).get(n), cells.falls(n, run), same) for n in tested]
     speed = cells.versus(run.speed.get("train"), first.speed.get("train"), lower=False, same=same)
     task = cells.cells(run.task or None) if with_task else ()
     words = (*cells.cells(run.run, run.state), *task, *cells.cells(run.best.get("epoch"), run.best.get("step")))
     apart = "the baseline" if same else listed(changes(run, first), at_most=_SHOWN)
     return (*words, *scores, speed, wall_time(run), cells.cell(apart))
-
-
-def tests(run: RunData) -> Values:
-    """Metrics on the test split, where it was evaluated."""
-    return mapping(mapping(run.evaluations.get(_TEST)).get("metrics"))
 
 
 def wall_time(run: RunData) -> Cell:
@@ -102,7 +93,7 @@ def wall_time(run: RunData) -> Cell:
 
 
 def _has(run: RunData, name: str) -> bool:
-    return name in mapping(run.best.get("metrics")) or name in mapping(run.last.get("metrics"))
+    return name in run.scores or name in mapping(run.last.get("metrics"))
 
 
 def _within(most: int, made: Sequence[Section]) -> list[Section]:

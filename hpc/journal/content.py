@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc.journal import captions
+from hpc.metrics import UNDEFINED
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 INLINED = 1_350_000
@@ -43,6 +44,20 @@ class Table:
     rows: tuple[Row, ...]
     words: tuple[int, ...] = (0,)
     """The columns of text; the others hold numbers and stand at the right."""
+    tasks: tuple[str, ...] = ()
+    """Of each row, in a table of several runs."""
+
+    def by_task(self) -> list[tuple[str, Table]]:
+        """A table of each task, without the columns in which none of its rows has anything; the first column stays."""
+        found = []
+        for task in dict.fromkeys(self.tasks):
+            rows = [row for row, of in zip(self.rows, self.tasks, strict=True) if of == task]
+            kept = [k for k in range(len(self.heads)) if not k or any(row[k].text != UNDEFINED for row in rows)]
+            heads = tuple(self.heads[k] for k in kept)
+            words = tuple(place for place, k in enumerate(kept) if k in self.words)
+            some = tuple(tuple(row[k] for k in kept) for row in rows)
+            found.append((task, Table(self.title, heads, some, words, (task,) * len(rows))))
+        return found
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from hpc.journal import statistics as tests
 from hpc.journal.changes import SEED, changes, listed, settings
 from hpc.journal.compare import better, is_number, number
 from hpc.journal.content import Cell, Head, Row, Table
-from hpc.journal.rundata import RunData, mapping
+from hpc.journal.rundata import RunData
 
 _SHOWN = 6  # seeds or differences in a cell
 _TITLE = "Over seeds: mean ± half of its 95 % t interval; in brackets the difference to the baseline and p of one test"
@@ -34,7 +34,7 @@ class Group:
         """Of the best evaluation, by seed, of the finished runs; of two runs of one seed the later counts."""
         found = {}
         for run in self.runs:
-            value = mapping(run.best.get("metrics")).get(metric)
+            value = run.scores.get(metric)
             if run.finished and is_number(value):
                 found[_seed(run)] = float(value)
         return found
@@ -63,7 +63,8 @@ def table(groups: Sequence[Group], firsts: Mapping[str, RunData], metrics: Seque
     rows = [_row(group, of_run[firsts[group.first.task].run], metrics) for group in groups]
     titles = [Head(name, cells.direction(cells.falls(name, groups[0].first))) for name in metrics]
     heads = (*cells.heads("Group", "Seeds", "Finished"), *titles, *cells.heads("Test", "Differs in"))
-    return Table(_TITLE, heads, tuple(rows), words=(0, 1, len(heads) - 2, len(heads) - 1))
+    words, tasks = (0, 1, len(heads) - 2, len(heads) - 1), tuple(group.first.task for group in groups)
+    return Table(_TITLE, heads, tuple(rows), words, tasks)
 
 
 def _row(group: Group, baseline: Group, metrics: Sequence[str]) -> Row:

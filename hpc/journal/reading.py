@@ -55,6 +55,7 @@ def read(run: RunDir) -> RunData:
         data=load(run.data),
         used=attempted(lambda: result.get("usage") or usage.summary(run), {}, run.usage.name),
         commit=payload.commit(run.code) or _commit(events),
+        own_code=attempted(lambda: payload.own_code(run.code), "", run.code.name),
         damage=damage,
     ).slim()
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hpc.errors import UserError
 from hpc.journal import markdown, notes, page
-from hpc.journal.compose import compose
+from hpc.journal.changes import changes
+from hpc.journal.compose import baselines, compose
 from hpc.journal.content import Report
 from hpc.journal.rundata import RunData
 from hpc.rundir import write_bytes
@@ -41,6 +43,30 @@ def write_report(runs: Sequence[RunData], out: Path, baseline: str = "") -> tupl
     write_bytes(web, page.render(report).encode())
     write_bytes(text, markdown.render(report).encode())
     return text, web
+
+
+def plain(runs: Sequence[RunData], baseline: str = "") -> list[dict[str, Any]]:
+    """The report for scripts: what each run came to, and with whom it is compared."""
+    firsts = baselines(runs, baseline)
+    return [
+        {
+            "run": run.run,
+            "state": run.state,
+            "task": run.task,
+            "baseline": firsts[run.task].run,
+            "changes": {key: mine for key, (_, mine) in changes(run, firsts[run.task]).items()},
+            "monitor": run.monitor,
+            "direction": "min" if run.lower else "max",
+            "best": dict(run.best),
+            "last": {key: run.last.get(key) for key in ("epoch", "step", "metrics") if run.last},
+            "evaluations": {name: dict(told["metrics"]) for name, told in run.evaluations.items()},
+            "samples_per_second": dict(run.speed),
+            "wall_seconds": run.wall_seconds,
+            "jobs": run.jobs,
+            "commit": run.commit,
+        }
+        for run in runs
+    ]
 
 
 def _write_figures(report: Report, out: Path) -> None:

@@ -57,6 +57,8 @@ class RunData:
     """The card of hpc.usage."""
     commit: str = ""
     """Of the code that was submitted."""
+    own_code: str = ""
+    """Of the user's own models, see hpc.payload."""
     damage: Sequence[str] = ()
     """Files that could not be read, each with its fault."""
     typical: Values = field(default_factory=dict)
@@ -249,6 +251,12 @@ class RunData:
                 spans.setdefault(int(event.get("generation", 0)), []).append(float(event["time"]))
         found = sum(max(times) - min(times) for times in spans.values())
         return found or None
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Metrics of the best evaluation, and those that `hpc evaluate --split test` has found as `test METRIC`."""
+        tested = mapping(mapping(self.evaluations.get("test")).get("metrics"))
+        return {**mapping(self.best.get("metrics")), **{f"test {name}": value for name, value in tested.items()}}
 
     @property
     def seed(self) -> int | None:

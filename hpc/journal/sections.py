@@ -44,9 +44,8 @@ def section(run: RunData, first: RunData, notes: str) -> Section:
 
 
 def compared(run: RunData, first: RunData, name: str) -> Cell:
-    """A metric of the best evaluation."""
-    mine, theirs = (mapping(one.best.get("metrics")).get(name) for one in (run, first))
-    return versus(mine, theirs, falls(name, run), same=run is first)
+    """A metric of the best evaluation, or `test METRIC`."""
+    return versus(run.scores.get(name), first.scores.get(name), falls(name, run), same=run is first)
 
 
 def _facts(run: RunData, first: RunData) -> Table:
