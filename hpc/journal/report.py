@@ -10,7 +10,7 @@ from hpc.errors import UserError
 from hpc.journal import markdown, notes, page
 from hpc.journal.changes import changes
 from hpc.journal.compose import baselines, compose
-from hpc.journal.content import Report
+from hpc.journal.content import Figure, Report
 from hpc.journal.rundata import RunData
 from hpc.rundir import write_bytes
 
@@ -70,8 +70,14 @@ def plain(runs: Sequence[RunData], baseline: str = "") -> list[dict[str, Any]]:
 
 
 def _write_figures(report: Report, out: Path) -> None:
-    """Copies beside the Markdown, so that the folder can be moved without the runs."""
+    """Copies beside the Markdown, so that the folder can be moved without the runs; what is the same stays."""
     for section in report.sections:
         for figure in section.figures:
             if figure.size:
-                write_bytes(out / FIGURES / markdown.figure_file(section.run, figure), figure.png)
+                _copy(figure, out / FIGURES / markdown.figure_file(section.run, figure))
+
+
+def _copy(figure: Figure, target: Path) -> None:
+    content = figure.png
+    if not (target.is_file() and target.stat().st_size == len(content) and target.read_bytes() == content):
+        write_bytes(target, content, durable=False)
