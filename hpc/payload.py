@@ -6,6 +6,7 @@ jobs/__init__.py; else the folder beside hpc.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -24,6 +25,7 @@ from hpc.errors import UserError
 
 _CARRIED = ("jobs", "models3d", "datasets")
 _INSTALLED = (hpc, slurm_templates)
+_COMMIT, _CHANGES = "commit.txt", "changes.diff"
 
 
 def root() -> Path:
@@ -94,10 +96,28 @@ def snapshot(target: Path) -> None:
         shutil.copytree(folder, target / folder.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     versions = sorted(f"{d.name}=={d.version}" for d in distributions() if d.name)
     (target / "requirements.txt").write_text("\n".join(versions) + "\n")
-    for name, command in (("commit.txt", ("rev-parse", "HEAD")), ("changes.diff", ("diff", "HEAD"))):
+    for name, command in ((_COMMIT, ("rev-parse", "HEAD")), (_CHANGES, ("diff", "HEAD"))):
         answer = _git(source, *command)
         if answer:
             (target / name).write_bytes(answer)
+
+
+def own_code(code: Path) -> str:
+    """8 hex digits of the user's own models in a snapshot; empty where there are none, or the code is not here."""
+    files = sorted(path for path in code.glob("own*/**/*.py") if path.is_file())
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.relative_to(code)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:8] if files else ""
+
+
+def commit(code: Path) -> str:
+    """The commit of a snapshot, and whether it was changed; empty where that is not known."""
+    try:
+        name = (code / _COMMIT).read_text(errors="replace").strip()
+        return f"{name} with changes" if (code / _CHANGES).exists() else name
+    except OSError:
+        return ""
 
 
 def _git(folder: Path, *arguments: str) -> bytes:
