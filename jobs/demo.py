@@ -110,7 +110,7 @@ def main() -> None:
     hpc("report", resnet.name, transformer.name, "--runs", str(_RUNS), "-o", str(_DEMO / "report"))
     _check((resnet, transformer))
     say(f"Done in {time.monotonic() - started:.0f} s. Figures:")
-    for path in sorted([_DEMO / "patches.png", *_RUNS.glob("*/figures/*.png"), _DEMO / "report" / "report.html"]):
+    for path in sorted([_DEMO / "patches.png", *_RUNS.glob("*/figures/*.png"), _DEMO / "report" / "index.html"]):
         print(f"  {path}")
     print("\nTensorBoard, with a confusion matrix for every epoch:")
     print(f"  {Path(sys.executable).parent}/hpc board --runs {_RUNS}")

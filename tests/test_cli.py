@@ -189,9 +189,9 @@ def test_a_damaged_run_is_listed_as_such_and_left_out_of_the_report(tmp_path: Pa
         "12345678": "failed",
     }
     done = hpc(tmp_path, "report -o journal")
-    assert done.code == 0 and done.out.splitlines() == ["journal/report.md", "journal/report.html"]
+    assert done.code == 0 and done.out.splitlines() == ["journal/EXPERIMENTS.md", "journal/index.html"]
     assert done.err.startswith("tiny-0000bbbb is left out: state.json: damaged") and done.err.count("\n") == 1
-    text = (tmp_path / "journal" / "report.md").read_text()
+    text = (tmp_path / "journal" / "EXPERIMENTS.md").read_text()
     assert "tiny-0000aaaa" in text and "tiny-0000bbbb" not in text
     for command in ("report tiny-0000bbbb", "resume 0000bbbb", "cancel 0000bbbb"):
         refused = hpc(tmp_path, command)

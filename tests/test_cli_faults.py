@@ -35,7 +35,7 @@ def one_line(done: Done, code: int, words: str) -> None:
 
 def test_what_the_machine_refuses_is_one_line_and_a_traceback_on_demand(folder: Path) -> None:
     (folder / "file").touch()
-    one_line(hpc(folder, "report -o file/x"), 1, "file/x/report.md: Not a directory (HPC_DEBUG=1 shows where)")
+    one_line(hpc(folder, "report -o file/x"), 1, "file/x/EXPERIMENTS.md: Not a directory (HPC_DEBUG=1 shows where)")
     done = hpc(folder, "report -o file/x", HPC_DEBUG="1")
     assert done.code == 1 and "Traceback" in done.err and "write_report" in done.err
 
@@ -59,7 +59,7 @@ def test_a_name_of_300_letters_is_a_users_mistake(folder: Path, command: str) ->
 def test_a_report_of_a_sweep_is_one_of_its_rows(folder: Path) -> None:
     done = hpc(folder, "report 0123abcd -o out")
     assert done.code == 0, done.err
-    text = (folder / "out" / "report.md").read_text()
+    text = (folder / "out" / "EXPERIMENTS.md").read_text()
     assert "exp-00000001" in text and "exp-00000002" in text and "exp-0000aaaa" not in text
 
 

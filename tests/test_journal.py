@@ -94,7 +94,7 @@ def finished(run: str, **options: Any) -> RunData:
 
 
 def table(text: str, heading: str, run: str = "") -> list[list[str]]:
-    """The cells of the table behind `heading` (in the section of `run`) of report.md, without the rule."""
+    """The cells of the table behind `heading` (in the section of `run`) of EXPERIMENTS.md, without the rule."""
     part = text[text.index(f"## {run}") :] if run else text
     part = part[part.index(heading) :].split("\n\n")[1]
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in part.splitlines()]

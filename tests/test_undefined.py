@@ -148,7 +148,7 @@ def hpc_says(run: RunDir, monkeypatch: Any) -> None:
     ):
         answer = CliRunner().invoke(app, words)
         assert answer.exit_code == 0 and part in answer.output and "nan" not in answer.output, answer.output
-    page = (run.path.parent / "journal" / "report.md").read_text()
+    page = (run.path.parent / "journal" / "EXPERIMENTS.md").read_text()
     assert "| nan" not in page and "| dice | higher is better | – | – |" in page, page
 
 

@@ -34,7 +34,7 @@ def report(
     names: Annotated[
         list[str] | None, typer.Argument(help="Runs, the baseline first, and sweeps (all).", metavar="[RUN]...")
     ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of report.md and report.html.")] = Path("report"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of EXPERIMENTS.md and index.html.")] = Path("report"),
     runs: Runs = None,
 ) -> None:
     """Write the journal: Markdown, and one self-contained HTML page. Hand-written notes are kept."""

@@ -39,6 +39,8 @@ class Cell:
     """The signed difference to the baseline."""
     tone: str = ""
     """better, worse or empty."""
+    sort: float | str | None = None
+    """What a column is sorted by: a number's full value, else the text; None stands last either way."""
 
 
 Row = tuple[Cell, ...]
@@ -77,6 +79,22 @@ class Figure:
         return f"data:image/png;base64,{base64.b64encode(self.png).decode('ascii')}"
 
 
+CURVE_POINTS = 200
+"""A longer curve is thinned out to so many points; its first and last stay."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric of one split over a run; the three sequences have the same length, by step."""
+
+    metric: str
+    split: str
+    steps: tuple[float, ...]
+    epochs: tuple[float, ...]
+    values: tuple[float | None, ...]
+    """None where it is undefined."""
+
+
 @dataclass(frozen=True)
 class Section:
     run: str
@@ -85,6 +103,13 @@ class Section:
     notes: str
     baseline: bool
     """Whether others are compared with it."""
+    task: str = ""
+    curves: tuple[Curve, ...] = ()
+    """The monitored metric first, the loss next; of a metric the training split first."""
+    best_epoch: float | None = None
+    best_step: float | None = None
+    group: str = ""
+    """Name of the runs that differ in their seed alone, as Report.groups has it."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +118,12 @@ class Report:
     sections: tuple[Section, ...]
     other_notes: Mapping[str, str]
     """Hand-written notes of runs that are not in this report."""
+    groups: Table | None = None
+    """Runs that differ in their seed alone, as one row each: mean, interval and test; None where no two do."""
+    baseline: str = ""
+    """The run that was asked for with --baseline; empty: the first of each task."""
+    introduction: str = ""
+    """The journal's own hand-written words, before all runs."""
 
     @property
     def title(self) -> str:

@@ -15,7 +15,7 @@ _HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "\n": " ", "\r": 
 
 
 def render(report: Report) -> str:
-    """The text of report.md."""
+    """The text of EXPERIMENTS.md."""
     parts = [notes.HEADER, f"# Report: {escape(report.title)}", escape(report.legend)]
     if report.legend:
         parts.append(_table(report.overview))

@@ -129,7 +129,7 @@ _TEMPLATE = """\
 
 
 def render(report: Report) -> str:
-    """The text of report.html; everything that comes from runs and notes is escaped by the template engine."""
+    """The text of index.html; everything that comes from runs and notes is escaped by the template engine."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 

@@ -1,4 +1,4 @@
-"""`hpc report [RUN...] -o DIR`: the journal of one or several runs, report.md and one self-contained report.html."""
+"""`hpc report`: the journal of one or several runs, EXPERIMENTS.md and one self-contained index.html."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["RunData", "write_report"]
 
 
 def write_report(runs: Sequence[RunData], out: Path) -> tuple[Path, Path]:
-    """Writes `out`/report.md, its figures/ and `out`/report.html; returns the two pages' paths.
+    """Writes `out`/EXPERIMENTS.md, its figures/ and `out`/index.html; returns the two pages' paths.
 
     The first run is the baseline of all differences. Hand-written text between the notes markers of an existing
-    report.md is kept, that of runs which are not in this report too; the same runs and notes give the same bytes.
-    Raises UserError without runs, for a run given twice, and for a report.md that it must not overwrite.
+    EXPERIMENTS.md is kept, that of runs which are not in this report too; the same runs and notes give the same bytes.
+    Raises UserError without runs, for a run given twice, and for a EXPERIMENTS.md that it must not overwrite.
     """
     names = [run.run for run in runs]
     if not names:
@@ -28,7 +28,7 @@ def write_report(runs: Sequence[RunData], out: Path) -> tuple[Path, Path]:
         raise UserError(f"{', '.join(twice)}: given more than once; name each run once")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; -o takes a folder")
-    text, web = out / "report.md", out / "report.html"
+    text, web = out / "EXPERIMENTS.md", out / "index.html"
     report = compose(runs, notes.read(text))
     _write_figures(report, out)
     write_bytes(web, page.render(report).encode())
