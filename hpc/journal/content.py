@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from hpc import steptimes
@@ -64,11 +66,28 @@ class Table:
 
 @dataclass(frozen=True)
 class Figure:
+    """A picture of a run; its bytes are read when they are asked for: a report of 200 runs has thousands."""
+
     name: str
-    png: bytes
-    """Empty where the file is missing or no PNG."""
+    path: Path
+    size: int
+    """Bytes; 0 where the file is missing or no PNG."""
     inline: bool = True
     """Whether it stands in the page itself, see INLINED; else the page refers to the file beside."""
+
+    @classmethod
+    def of(cls, name: str, path: Path) -> Figure:
+        try:
+            with path.open("rb") as file:
+                whole = file.read(len(_PNG)) == _PNG
+                return cls(name, path, os.fstat(file.fileno()).st_size if whole else 0)
+        except OSError:
+            return cls(name, path, 0)
+
+    @property
+    def png(self) -> bytes:
+        """Empty where the size is 0."""
+        return self.path.read_bytes() if self.size else b""
 
     @property
     def caption(self) -> str:
@@ -186,8 +205,8 @@ def _overview(runs: Sequence[RunData]) -> Table:
 
 
 def _section(run: RunData, first: RunData, notes: str) -> Section:
-    figures = tuple(Figure(name, _read_png(run, name)) for name in sorted(run.figures, key=captions.place))
-    drawn = any("confusion" in figure.name and figure.png for figure in figures)
+    figures = tuple(Figure.of(name, run.figures[name]) for name in sorted(run.figures, key=captions.place))
+    drawn = any("confusion" in figure.name and figure.size for figure in figures)
     scores = [_metrics(run, first), _per_class(run, first), None if drawn else _confusion(run)]
     tables = [_facts(run), *scores, _timing(run)]
     return Section(run.run, tuple(table for table in tables if table), figures, notes, baseline=False)
@@ -198,7 +217,7 @@ def _within(most: int, sections: Sequence[Section]) -> list[Section]:
     sizes: dict[str, int] = {}
     for section in sections:
         for figure in section.figures:
-            sizes[figure.name] = sizes.get(figure.name, 0) + len(figure.png)
+            sizes[figure.name] = sizes.get(figure.name, 0) + figure.size
     chosen, used = set(), 0
     for name in sorted(sizes, key=captions.place):
         if used + sizes[name] <= most:
@@ -208,14 +227,6 @@ def _within(most: int, sections: Sequence[Section]) -> list[Section]:
         replace(section, figures=tuple(replace(figure, inline=figure.name in chosen) for figure in section.figures))
         for section in sections
     ]
-
-
-def _read_png(run: RunData, name: str) -> bytes:
-    try:
-        content = run.figures[name].read_bytes()
-    except OSError:
-        return b""
-    return content if content.startswith(_PNG) else b""
 
 
 def _facts(run: RunData) -> Table:

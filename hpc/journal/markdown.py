@@ -54,7 +54,7 @@ def _notes(section: Section) -> str:
 
 
 def _figure(run: str, figure: Figure) -> str:
-    if not figure.png:
+    if not figure.size:
         return f"Figure {escape(figure.name)}: the file is missing or no PNG."
     picture = f"![{escape(figure.name)}](figures/{figure_file(run, figure)})"
     return picture if figure.caption == figure.name else f"{picture}\n\n{escape(figure.caption)}"

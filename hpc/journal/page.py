@@ -96,10 +96,10 @@ _TEMPLATE = """\
 <h3>Figures</h3>
 <div class="figures">
 {%- for figure in section.figures %}
-{%- if figure.png and figure.inline %}
+{%- if figure.size and figure.inline %}
 <figure><img src="{{ figure.uri }}" alt="{{ figure.name }} of {{ section.run }}">
 <figcaption>{{ figure.caption }}</figcaption></figure>
-{%- elif figure.png %}
+{%- elif figure.size %}
 <p><a href="figures/{{ file_of(section.run, figure) }}">{{ figure.name }}</a>: {{ figure.caption }}
 (a file beside this page)</p>
 {%- else %}

@@ -40,5 +40,5 @@ def _write_figures(report: Report, out: Path) -> None:
     """Copies beside the Markdown, so that the folder can be moved without the runs."""
     for section in report.sections:
         for figure in section.figures:
-            if figure.png:
+            if figure.size:
                 write_bytes(out / "figures" / markdown.figure_file(section.run, figure), figure.png)
