@@ -15,17 +15,29 @@ import pytest
 PHONE, DESKTOP = (390, 844), (1280, 900)
 
 # Without the background flags Chromium asks for its makers' hosts at every start.
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --force-device-scale-factor=1 --hide-scrollbars"
-).split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--force-device-scale-factor=1",
+    "--hide-scrollbars",
+]
 
 
 def obstacle() -> str | None:
     """Why no browser can be started here."""
     missing = [program for program in ("chromium", "chromedriver") if shutil.which(program) is None]
     missing += [] if importlib.util.find_spec("selenium") else ["selenium"]
-    return f"{', '.join(missing)} not installed: apt-get install chromium chromium-driver, pip install selenium" if missing else None
+    return (
+        f"{', '.join(missing)} not installed: apt-get install chromium chromium-driver, pip install selenium"
+        if missing
+        else None
+    )
 
 
 def require() -> None:
@@ -64,7 +76,9 @@ class Browser:
 
     def texts(self, selector: str) -> list[str]:
         """Of what is shown, in the page's order."""
-        script = "return [...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility()).map(e => e.innerText)"
+        script = (
+            "return [...document.querySelectorAll(arguments[0])].filter(e => e.checkVisibility()).map(e => e.innerText)"
+        )
         return list(self.run(script, selector))
 
     def press(self, *keys: str) -> None:
