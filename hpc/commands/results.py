@@ -18,14 +18,26 @@ if TYPE_CHECKING:
 
 @app.command(rich_help_panel="Results")
 def board(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Runs and sweeps (all).", metavar="[RUN]...", show_default=False)
+    ] = None,
     runs: Runs = None,
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 0,
+    host: Annotated[str, typer.Option(help="Address to serve on; others need --open-to-others.")] = "127.0.0.1",
+    bind_all: Annotated[bool, typer.Option("--bind-all", "--bind_all", help="Serve on every address.")] = False,
+    open_to_others: Annotated[
+        bool, typer.Option("--open-to-others", help="Allow an address that others can reach: there is no login.")
+    ] = False,
 ) -> None:
-    """Open TensorBoard on the runs, on 127.0.0.1, with every confusion matrix kept."""
-    from hpc import board
-    from hpc.rundir import runs_folder
+    """Open TensorBoard on the runs, on 127.0.0.1, with every confusion matrix and scalar kept."""
+    from hpc import board, ledger
+    from hpc.rundir import all_runs, runs_folder
 
-    board.serve(runs_folder(runs), port)
+    folder = runs_folder(runs)
+    targets = [ledger.find(folder, name) for name in names or ()]
+    host = board.EVERYWHERE if bind_all else host
+    code = board.serve(lambda: expanded(targets) if names else all_runs(folder), folder, port, host, open_to_others)
+    raise typer.Exit(code)
 
 
 @app.command(rich_help_panel="Results")

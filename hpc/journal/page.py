@@ -1,131 +1,29 @@
-"""The report as one HTML page that needs nothing else: figures inside, no script, light and dark.
+"""The report as one HTML page that needs nothing else: figures, style, script and curves inside, no network.
 
 Of many runs the foremost figures only (content.INLINED); the others are files beside it, as in the Markdown.
 """
 
 from __future__ import annotations
 
-from hpc.journal.content import Report
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hpc.journal.content import Cell, Curve, Report, Section
 from hpc.journal.markdown import figure_file
 
-_STYLE = """
-:root { color-scheme: light dark; --back: #ffffff; --text: #1c2024; --soft: #5d6670; --line: #d9dee3;
-  --band: #f5f7f9; --link: #0b5cad; --better: #17703a; --worse: #b3261e; }
-@media (prefers-color-scheme: dark) {
-  :root { --back: #14171a; --text: #e6e9ec; --soft: #9aa4ae; --line: #343b42; --band: #1d2226; --link: #7db7f2;
-    --better: #6fcf8f; --worse: #ff8a80; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 88rem; background: var(--back); color: var(--text);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
-h1, h2, h3 { line-height: 1.25; overflow-wrap: anywhere; }
-h1 { margin: 0 0 .5rem; font-size: 1.75rem; }
-h2 { margin: 3rem 0 0; padding-top: 1.25rem; border-top: 1px solid var(--line); font-size: 1.35rem; }
-h3 { margin: 1.75rem 0 .5rem; font-size: 1rem; color: var(--soft); font-weight: 600; }
-a { color: var(--link); }
-p { margin: .5rem 0; color: var(--soft); }
-.tag { font-size: .8rem; font-weight: 600; color: var(--soft); border: 1px solid var(--line); border-radius: 1rem;
-  padding: .1rem .6rem; vertical-align: middle; white-space: nowrap; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }
-th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-th small { display: block; font-weight: 400; white-space: nowrap; }
-td.words { overflow-wrap: break-word; min-width: 5.5rem; max-width: 26rem; }
-td.words:last-child { overflow-wrap: anywhere; min-width: min(16rem, 45vw); }
-td.words a { white-space: nowrap; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.number { white-space: nowrap; }
-tbody tr:nth-child(even) { background: var(--band); }
-.change { color: var(--soft); }
-.better { color: var(--better); }
-.worse { color: var(--worse); }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.25rem; }
-figure { margin: 0; min-width: 0; }
-figure img { display: block; max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line);
-  border-radius: 4px; }
-figcaption { color: var(--soft); font-size: .85rem; margin-top: .25rem; overflow-wrap: anywhere; }
-.notes { white-space: pre-wrap; overflow-wrap: anywhere; border-left: 3px solid var(--line); padding: .25rem 1rem; }
-@media print { h2 { break-before: page; } .wide { overflow: visible; } }
-"""
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
-_TEMPLATE = """\
-{%- macro show(table) -%}
-<div class="wide"><table>
-<thead><tr>
-{%- for head in table.heads %}
-<th scope="col"{% if loop.index0 not in table.words %} class="number"{% endif %}>{{ head.text }}
-{%- if head.remark %}<small>{{ head.remark }}</small>{% endif %}</th>
-{%- endfor %}
-</tr></thead>
-<tbody>
-{%- for row in table.rows %}
-{%- set place = loop.index %}
-<tr>{% for cell in row %}<td class="{{ 'words' if loop.index0 in table.words else 'number' }}">
-{%- if table is sameas report.overview and loop.first %}<a href="#run-{{ place }}">{{ cell.text }}</a>
-{%- else %}{{ cell.text }}{% endif %}
-{%- if cell.change %} <span class="change {{ cell.tone }}">({{ cell.change }})</span>{% endif %}</td>{% endfor %}</tr>
-{%- endfor %}
-</tbody>
-</table></div>
-{%- endmacro -%}
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Report: {{ report.title }}</title>
-<style>{{ style }}</style>
-</head>
-<body>
-<h1>Report: {{ report.title }}</h1>
-{%- if report.legend %}
-<p>{{ report.legend }}
-{%- if report.sections | selectattr('baseline') | list %}
-<span class="better">Green is better</span>, <span class="worse">red is worse</span>.{% endif %}</p>
-{{ show(report.overview) }}
-{%- endif %}
-{%- for section in report.sections %}
-<section id="run-{{ loop.index }}">
-<h2>{{ section.run }}{% if section.baseline %} <span class="tag">baseline</span>{% endif %}</h2>
-{%- for table in section.tables %}
-<h3>{{ table.title }}</h3>
-{{ show(table) }}
-{%- endfor %}
-{%- if section.figures %}
-<h3>Figures</h3>
-<div class="figures">
-{%- for figure in section.figures %}
-{%- if figure.size and figure.inline %}
-<figure><img src="{{ figure.uri }}" alt="{{ figure.name }} of {{ section.run }}">
-<figcaption>{{ figure.caption }}</figcaption></figure>
-{%- elif figure.size %}
-<p><a href="figures/{{ file_of(section.run, figure) }}">{{ figure.name }}</a>: {{ figure.caption }}
-(a file beside this page)</p>
-{%- else %}
-<p>Figure {{ figure.name }}: the file is missing or no PNG.</p>
-{%- endif %}
-{%- endfor %}
-</div>
-{%- endif %}
-{%- if section.notes %}
-<h3>Notes</h3>
-<div class="notes">{{ section.notes }}</div>
-{%- endif %}
-</section>
-{%- endfor %}
-{%- if report.other_notes %}
-<section>
-<h2>Notes of runs that are not in this report</h2>
-{%- for run, text in report.other_notes.items() %}
-<h3>{{ run }}</h3>
-<div class="notes">{{ text }}</div>
-{%- endfor %}
-</section>
-{%- endif %}
-</body>
-</html>
-"""
+_HERE = Path(__file__).parent
+_OPEN = 3  # runs that are shown unfolded
+_POINTS = 20_000  # of all curves together, about 150 kB
+_FEWEST = 40  # points of a curve, however many runs there are
+_IN_SCRIPT = str.maketrans({sign: f"\\u{ord(sign):04x}" for sign in "<>&\u2028\u2029"})
 
 
 def render(report: Report) -> str:
@@ -133,5 +31,86 @@ def render(report: Report) -> str:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_TEMPLATE)
-    return template.render(report=report, style=Markup(_STYLE), file_of=figure_file)
+    style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    source = (_HERE / "page.html.j2").read_text(encoding="utf-8")
+    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
+    return template.render(
+        report=report,
+        style=Markup(style),
+        script=Markup(script),
+        policy=_policy(style, script),
+        data=Markup(_json(_curves(report.sections))),
+        key_of=_sort_key,
+        file_of=figure_file,
+        open_runs=_OPEN,
+    )
+
+
+def _policy(style: str, script: str) -> str:
+    """Nothing but this page's own style and script runs, and nothing is fetched."""
+    return (
+        f"default-src 'none'; img-src data:; style-src {_digest(style)}; script-src {_digest(script)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode('ascii')}'"
+
+
+def _json(value: Any) -> str:
+    """Text that can stand in a script element: no tag can end it."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).translate(_IN_SCRIPT) if value else ""
+
+
+def _sort_key(cell: Cell) -> Markup:
+    """Attribute of a cell: a number to sort by, an empty one for what stands last, none where the text serves."""
+    from markupsafe import Markup
+
+    key = cell.sort
+    if isinstance(key, str):
+        return Markup("") if key == cell.text and not cell.change else Markup(' data-text="{}"').format(key)
+    if key is None or math.isnan(key):
+        return Markup(' data-number=""')
+    shown = repr(key) if math.isfinite(key) else ("Infinity" if key > 0 else "-Infinity")
+    return Markup(' data-number="{}"').format(shown)
+
+
+def _curves(sections: Sequence[Section]) -> dict[str, Any] | None:
+    """What the script draws: names once, steps and epochs once for all curves that share them; None without curves."""
+    curves = [curve for section in sections for curve in section.curves]
+    if not curves:
+        return None
+    most = max(_FEWEST, _POINTS // len(curves))
+    metrics = list(dict.fromkeys(curve.metric for curve in curves))
+    splits = list(dict.fromkeys(curve.split for curve in curves))
+    axes: dict[tuple[tuple[float, ...], tuple[float, ...]], int] = {}
+    runs = []
+    for section in sections:
+        lines = []
+        for curve in section.curves:
+            kept = _kept(curve, most, section.best_step)
+            axis = tuple(_picked(curve.steps, kept)), tuple(_picked(curve.epochs, kept))
+            place = axes.setdefault(axis, len(axes))
+            values = [_short(value) for value in _picked(curve.values, kept)]
+            lines.append([metrics.index(curve.metric), splits.index(curve.split), place, values])
+        runs.append({"name": section.run, "best": [section.best_step, section.best_epoch], "lines": lines})
+    return {"metrics": metrics, "splits": splits, "axes": list(axes), "runs": runs}
+
+
+def _kept(curve: Curve, most: int, best_step: float | None) -> list[int]:
+    """Places of at most about `most` points: evenly spread, with the first, the last and the best one."""
+    count = len(curve.steps)
+    if count <= most:
+        return list(range(count))
+    spread = {round(k * (count - 1) / (most - 1)) for k in range(most)}
+    return sorted(spread | {k for k, step in enumerate(curve.steps) if step == best_step})
+
+
+def _picked(sequence: Sequence[Any], places: Iterable[int]) -> list[Any]:
+    return [sequence[place] for place in places]
+
+
+def _short(value: float | None) -> float | None:
+    """Five digits: what a reader of a curve can tell apart."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
