@@ -147,6 +147,10 @@ class Recorder:
         self._tracker.flush(_BEFORE_SAVE_S)
         self.hold()
 
+    def flush(self, wait_s: float = 0.0) -> None:
+        """Events to the disk, by a thread; wait_s: for at most so long until they are there."""
+        self._tracker.flush(wait_s)
+
     def hold(self) -> dict[str, Any]:
         """state.json, while this attempt holds the run. Raises UserError when the lease was lost, OSError.
 
