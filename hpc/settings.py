@@ -32,7 +32,7 @@ class Section(BaseModel):
     def _refuse_bool(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML reads yes, no, on and off as true and false, and pydantic takes true for 1."""
         annotation = cls.model_fields[str(info.field_name)].annotation
-        if value is False and "off" in get_args(annotation):
+        if value is False and any("off" in get_args(one) for one in (annotation, *get_args(annotation))):
             return "off"
         if isinstance(value, bool) and annotation is not bool:
             raise ValueError("is no place for true or false, as which YAML reads yes, no, on and off")

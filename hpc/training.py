@@ -139,6 +139,8 @@ class Train(Section):
     """A rank silent for longer than this and ten times its slow steps (their 99th percentile) is ended as hung."""
     figures: Literal["all", "few"] = "all"
     """few: of the best evaluation its confusion matrix and the curves alone, for sweeps of many short runs."""
+    stage_logs: Literal["off"] | Duration = "off"
+    """Events wait on the node's own disk (as of data.stage: node) and are copied every so often, and at each save."""
     ledger: bool = False
     """Record what each step did (samples, pixels, loss, weights), to compare runs step by step: see hpc drill."""
 

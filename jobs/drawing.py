@@ -1,12 +1,13 @@
 """The figures of a run while it trains: to TensorBoard, and at its end as PNG. None of them can stop the training.
 
 At each evaluation the confusion matrix is drawn; at a new best all figures, as far as that takes a twentieth of the
-time at most; at the end those of the best evaluation, as PNG and to TensorBoard.
+time at most; both by a thread beside the training. At the end those of the best evaluation, as PNG and to TensorBoard.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from hpc.metrics import STEP_METRIC, decimals, defined
 from hpc.rundir import RunDir, write_bytes
 from jobs import bestrows
 from jobs.pictured import Pictured
+from jobs.renderer import Renderer
 from jobs.tasks.contract import Stored
 from jobs.tracking import Tracker
 from jobs.validation import Evaluation
@@ -38,6 +40,8 @@ FIRST_S = 60.0
 """into an attempt before they are drawn at a new best"""
 MOST_EVENT_BYTES = 32 << 20
 """of event files that are read for the losses of single steps: some ten seconds"""
+_FLUSH_S = 30.0
+"""until the run's own losses are in its files"""
 FEW = ("confusion_matrix", "curves")
 """with train.figures=few"""
 
@@ -66,10 +70,28 @@ class Drawer:
         self._all = experiment.train.figures == "all"
         self._best: tuple[int, Stored, bestrows.Pictures] | None = None
         self._free_at, self._warned = time.monotonic() + FIRST_S, False
+        self._renderer, self._lock = Renderer(), threading.Lock()
+        self._round = self._drawn_round = 0
 
     def evaluated(self, step: int, words: str, found: Evaluation, is_best: bool) -> None:
-        """After each evaluation."""
-        self._safely(lambda: self._evaluated(step, words, found, is_best))
+        """After each evaluation: drawn beside the training."""
+        of_round = self._round
+
+        def draw() -> None:
+            self._drawn_round = of_round
+            self._safely(lambda: self._evaluated(step, words, found, is_best))
+
+        self._renderer.put(draw)
+
+    def go_back(self) -> None:
+        """The training has gone back: what is not drawn yet is not to be seen."""
+        with self._lock:
+            self._round += 1
+        self._renderer.forget()
+
+    def close(self, most_s: float) -> None:
+        """Draw what waits, for at most so long."""
+        self._renderer.wait(most_s)
 
     def _evaluated(self, step: int, words: str, found: Evaluation, is_best: bool) -> None:
         from jobs import figures
@@ -95,7 +117,8 @@ class Drawer:
         self._free_at = now + (now - began) / SHARE
 
     def finish(self, step: int, best: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> None:
-        """Of the best evaluation: figures/*.png, and TensorBoard at `step`, the last one."""
+        """Of the best evaluation: figures/*.png, and TensorBoard at `step`, the last one. Waits for all before."""
+        self._renderer.wait()
         self._safely(lambda: self._finish(step, best, lines))
 
     def _finish(self, step: int, best: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> None:
@@ -123,7 +146,10 @@ class Drawer:
     def _draw(self, step: int, tag: str, draw: Callable[[], Any]) -> None:
         from jobs.figures import canvas
 
-        self._tracker.picture(step, tag, canvas.rendered(draw()))
+        pixels = canvas.rendered(draw())
+        with self._lock:
+            if self._drawn_round == self._round:
+                self._tracker.picture(step, tag, pixels)
 
     def _safely(self, draw: Callable[[], None]) -> None:
         """An error is one warning of the attempt."""
@@ -178,7 +204,7 @@ class Drawer:
     def _history(self, best_epoch: int, lines: Sequence[Mapping[str, Any]]) -> History:
         from jobs import figures
 
-        self._tracker.flush()
+        self._tracker.flush(_FLUSH_S)
         size = sum(path.stat().st_size for path in self._run.tensorboard.glob("*tfevents*"))
         loss = rate = None
         if self._all and 0 < size <= MOST_EVENT_BYTES:

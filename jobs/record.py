@@ -23,6 +23,9 @@ from jobs.validation import Evaluation
 
 _LOG = logging.getLogger(__name__)
 _STATE_EVERY_S = 1.0
+STOP_S = 5.0
+"""What figures may still take at a stop."""
+_BEFORE_SAVE_S = 3.0
 
 
 class Recorder:
@@ -42,7 +45,7 @@ class Recorder:
         self._epochs, self._task = experiment.train.epochs, experiment.task
         self._monitor, self._step_metric = experiment.monitor, STEP_METRIC[experiment.task]
         resumed, self._total, self._per_epoch = steps
-        self._tracker = Tracker(run, generation, resumed)
+        self._tracker = Tracker(run, generation, resumed, experiment.train.stage_logs)
         self._drawer = Drawer(run, experiment, names, self._tracker, volumes)
         self._written_at = 0.0
         self.sample_usage: Callable[[], None] = lambda: None
@@ -78,8 +81,7 @@ class Recorder:
 
     def times(self, step: int, timing: Mapping[str, Any]) -> None:
         """Where the time of the steps up to this one has gone, see jobs.flops.Work.timing."""
-        if not (values := _time_tags(timing)):
-            return  # the first event opens the file, which may wait for the clock's next second
+        values = _time_tags(timing)
         if self._shown[0] == step:
             self._shown = (step, {**self._shown[1], **values})
         self._tracker.scalars(step, values)
@@ -90,6 +92,7 @@ class Recorder:
 
     def evaluates_again(self, step: int, shown: dict[str, float]) -> None:
         """The evaluation after `step` comes again: all events of that step are taken back, but its own are kept."""
+        self._drawer.go_back()
         self._tracker.go_back(step - 1)
         self._shown = (step, shown)
         self._tracker.scalars(step, shown)
@@ -115,6 +118,7 @@ class Recorder:
 
     def roll_back(self, left: int, step: int, passed_over: Sequence[int]) -> None:
         """The run has gone back to a checkpoint: what was written after its step is taken back."""
+        self._drawer.go_back()
         self._tracker.go_back(step)
         self.event("rollback", step=step, left=left, passed_over=list(passed_over))
         _LOG.warning("went back from step %d to %d; passed over from there: %s", left, step, list(passed_over))
@@ -134,6 +138,18 @@ class Recorder:
         monitored = {"monitor": self._monitor, "best": _brief(best or {})}
         state = {**held, **progress, **monitored, "time": round(time.time(), 3)}
         self._quietly(partial(write_json, self._run.state, state))
+
+    def commit(self) -> None:
+        """Asked by the saver's thread before each commit: the events of its steps come first, if their disk is well.
+
+        Raises as `hold` does.
+        """
+        self._tracker.flush(_BEFORE_SAVE_S)
+        self.hold()
+
+    def flush(self, wait_s: float = 0.0) -> None:
+        """Events to the disk, by a thread; wait_s: for at most so long until they are there."""
+        self._tracker.flush(wait_s)
 
     def hold(self) -> dict[str, Any]:
         """state.json, while this attempt holds the run. Raises UserError when the lease was lost, OSError.
@@ -183,9 +199,10 @@ class Recorder:
 
     def stop(self, step: int, cause: str) -> None:
         """The word that the batch script's tail decides by. Raises UserError when the lease was lost."""
-        self._tracker.close()
         self.hold()
         write_json(self._run.stop, {"generation": self._generation, "step": step, "cause": cause})
+        self._drawer.close(STOP_S)  # the logs come after the word: a dead disk of theirs costs seconds alone
+        self._tracker.close()
         _LOG.info("stopped by %s: saved at step %d", cause, step)
 
     def result(

@@ -2,95 +2,90 @@
 
 purge_step is given on the first attempt too: TensorBoard's Python loader takes the first SessionLog.START of a run for
 "not a restart". One writer per attempt, in a later second than the last: readers order files by the second in their
-name. A disk that refuses turns the events off with one warning (lines of metrics.jsonl are still tried); it never
-stops training.
+name. Not all readers know START, so the values of lost steps leave the older files (docs/decisions/0014). The disk is
+met by a thread alone (jobs/events_writer.py); the lines of metrics.jsonl, one an epoch, are written at once.
 """
 
 from __future__ import annotations
 
+import io
 import logging
-import re
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch.utils.tensorboard import SummaryWriter
 
+from hpc.allocation import scratch_folders
 from hpc.rundir import RunDir, append_line
+from jobs import event_file
+from jobs.events_writer import EventsWriter
+from jobs.spool import Spool
 
 _LOG = logging.getLogger(__name__)
-_SKEW_S = 3.0
+CLOSE_S = 10.0
+"""What the end of an attempt may take, of the time before a node is taken away."""
+_MOST_LINES = 10_000
 
 
 class Tracker:
     """The one writer of an attempt (rank 0)."""
 
-    def __init__(self, run: RunDir, generation: int, resumed_step: int) -> None:
-        self._run = run
-        self._generation = generation
-        self._resumed_step = resumed_step
-        self._writer: SummaryWriter | None = None
+    def __init__(
+        self, run: RunDir, generation: int, resumed_step: int, stage_s: float | Literal["off"] = "off"
+    ) -> None:
+        """stage_s: seconds for which events may wait on the node's own disk."""
+        self._run, self._generation = run, generation
+        spool = None if stage_s == "off" else Spool(scratch_folders())
+        self._writer = EventsWriter(run.tensorboard, f".g{generation:03d}", resumed_step, self._held, spool)
+        if stage_s != "off":
+            self._writer.every = float(stage_s)
+        self._lines: list[dict[str, Any]] = []
         self._refused = False
+
+    def _held(self) -> bool:
+        return self._run.last_generation() <= self._generation
 
     def go_back(self, step: int) -> None:
         """Take back what was written after `step`."""
-        self.close()
-        self._writer, self._resumed_step = None, step
-
-    def _open(self) -> SummaryWriter:
-        folder = self._run.tensorboard
-        taken = [int(m[1]) for path in folder.glob("*tfevents*") if (m := re.search(r"tfevents\.(\d+)\.", path.name))]
-        if taken and max(taken) > time.time() + _SKEW_S:
-            _LOG.warning("a clock is wrong: %s holds events of the future; readers may show old values last", folder)
-        else:
-            while taken and int(time.time()) <= max(taken):
-                time.sleep(0.05)
-        # Values of lost steps go; those of the step that was saved stay.
-        purge = self._resumed_step + 1 if self._resumed_step else 0
-        return SummaryWriter(str(folder), purge_step=purge, filename_suffix=f".g{self._generation:03d}")
-
-    def _write(self, write: Callable[[SummaryWriter], Any]) -> None:
-        """The first one opens the file: training need not wait for the clock's next second."""
-        if self._refused:
-            return
-        try:
-            if self._writer is None:
-                self._writer = self._open()
-            write(self._writer)
-        except OSError as error:
-            self._refuse(error)
-
-    def _refuse(self, error: OSError) -> None:
-        if not self._refused:
-            _LOG.warning("TensorBoard events are off for the rest of this attempt: %s", error)
-        self._writer, self._refused = None, True
+        self._writer.cut(step)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One value per tag at a step (steps done so far)."""
-
-        def write(writer: SummaryWriter) -> None:
-            for tag, value in values.items():
-                writer.add_scalar(tag, value, step)
-
-        self._write(write)
+        if values:
+            self._writer.put(event_file.scalars(step, time.time(), values))
 
     def picture(self, step: int, tag: str, pixels: NDArray[np.uint8]) -> None:
-        """(height, width, 3)."""
-        self._write(lambda writer: writer.add_image(tag, pixels, step, dataformats="HWC"))
+        """(height, width, 3); it is encoded by the thread that calls."""
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        height, width = pixels.shape[:2]
+        self._writer.put(event_file.picture(step, time.time(), tag, buffer.getvalue(), (height, width)))
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl."""
+        """One line of metrics.jsonl; one that the disk refuses is tried again with the next."""
+        self._lines = [*self._lines[-_MOST_LINES:], {"generation": self._generation, **line}]
+        self._write_lines()
+
+    def _write_lines(self) -> None:
         try:
-            append_line(self._run.metrics, {"generation": self._generation, **line})
+            while self._lines:
+                append_line(self._run.metrics, self._lines[0])
+                self._lines.pop(0)
         except OSError as error:
-            self._refuse(error)
+            if not self._refused:
+                _LOG.warning("%s is not written for now: %s", self._run.metrics.name, error)
+            self._refused = True
+        else:
+            self._refused = False
 
-    def flush(self) -> None:
-        if self._writer is not None:
-            self._write(SummaryWriter.flush)
+    def flush(self, wait_s: float = 0.0) -> None:
+        """Write what waits, in a thread; wait_s: for at most so long until it is done."""
+        self._writer.flush(wait_s)
 
-    def close(self) -> None:
-        if self._writer is not None:
-            self._write(SummaryWriter.close)
+    def close(self, wait_s: float = CLOSE_S) -> None:
+        """In at most wait_s, whatever the disk does."""
+        self._write_lines()
+        self._writer.close(wait_s)

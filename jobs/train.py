@@ -160,7 +160,7 @@ class Trainer:
             self.generation,
             keep=self.settings.keep,
             device=self.engine.device,
-            fence=self.recorder.hold,
+            fence=self.recorder.commit,
             report=self.recorder.event,
             keeps=lambda step: bool(epochs) and step % epochs == 0,
         )

@@ -46,7 +46,7 @@ def test_a_run_leaves_all_figures_of_its_task(task, tmp_path):
 
 
 class NoTracker:
-    def flush(self):
+    def flush(self, *_):
         pass
 
     def picture(self, *_):

@@ -37,7 +37,7 @@ def attempt(run: RunDir, generation: int, resumed: int, last: int, closed: bool 
     if closed:
         tracker.close()
     else:
-        tracker.flush()
+        tracker.flush(10)
 
 
 def killed_attempt(folder: str, generation: int, resumed: int, last: int) -> None:
