@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,6 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    "--force-device-scale-factor=1",
     "--hide-scrollbars",
 ]
 
@@ -63,6 +64,7 @@ class Browser:
         self.cdp("Emulation.setEmulatedMedia", features=[scheme])
         self.driver.get("about:blank")
         self.logs()
+        self.requests()
         self.driver.get(path.as_uri() + address)
 
     def cdp(self, command: str, **arguments: Any) -> Any:
@@ -81,6 +83,13 @@ class Browser:
         )
         return list(self.run(script, selector))
 
+    def wait(self, wanted: Callable[[], bool], at_most_s: float = 20) -> None:
+        """What the page does at its next pictures."""
+        end = time.monotonic() + at_most_s
+        while not wanted():
+            assert time.monotonic() < end, f"not in {at_most_s} s"
+            time.sleep(0.02)
+
     def press(self, *keys: str) -> None:
         """Keys to whatever has the focus."""
         self.driver.switch_to.active_element.send_keys(*keys)
@@ -90,12 +99,10 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """Addresses asked for since the last call, but for data: and the pages' own files."""
-        import json
-
+        """Addresses asked for since the last call, but for data: and the browser's own pages."""
         messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-        return [url for url in sent if not url.startswith(("data:", "about:")) and not url.endswith("/index.html")]
+        return [url for url in sent if not url.startswith(("data:", "about:", "chrome:"))]
 
     def shot(self, path: Path) -> None:
         self.driver.save_screenshot(str(path))

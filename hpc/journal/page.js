@@ -7,7 +7,7 @@ const COLOURS = 8, SHOWN = 6;
 const DASHES = ["none", "7 4", "2 3", "10 3 2 3", "5 2"];
 const data = JSON.parse(document.getElementById("data").textContent || '{"runs":[]}');
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
-let unique = 0;
+const charts = [];
 
 function make(name, attributes = {}, ...children) {
   const drawn = ["svg", "g", "path", "line", "text", "circle", "rect", "clipPath", "defs"].includes(name);
@@ -102,11 +102,13 @@ class Chart {
     this.cursor = null;
     this.pointers = new Map();
     this.build();
+    charts.push(this);
+    // Also draws it at first, once it is near the window.
     new ResizeObserver(() => this.draw()).observe(this.svg);
   }
 
   build() {
-    const id = `clip-${unique++}`;
+    const id = `clip-${charts.length}`;
     this.svg = make("svg", {
       class: "curves", tabindex: "0", role: "application", "aria-describedby": `${id}-hint`,
       onpointerdown: (e) => this.down(e), onpointermove: (e) => this.move(e), onpointerup: (e) => this.up(e),
@@ -162,7 +164,7 @@ class Chart {
       const name = make("span", { class: "name" }, this.single ? data.splits[key] : run.name);
       const best = run.best[this.axis];
       if (best !== null && !this.single) name.append(make("small", {}, `best: ${this.axis ? "epoch" : "step"} ${best}`));
-      this.entries.push({ key, value, name: run.name });
+      this.entries.push({ key, value });
       if (this.single) return make("li", {}, make("span", { class: "entry" }, swatch, name, value));
       const box = make("input", { type: "checkbox", onchange: (e) => {
         if (e.target.checked) this.chosen.add(key); else this.chosen.delete(key);
@@ -177,13 +179,14 @@ class Chart {
       const words = `best: ${this.axis ? "epoch" : "step"} ${best}`;
       this.legend.append(make("li", {}, make("span", { class: "entry" }, ring, make("span", { class: "name" }, words))));
     }
-    this.filter(this.words ?? []);
+    this.filter(this.listed ?? null);
   }
 
-  filter(words) {
-    this.words = words;
+  // listed: numbers of runs, or null for all.
+  filter(listed) {
+    this.listed = listed;
     if (this.single) return;
-    this.entries.forEach(({ name }, k) => { this.legend.children[k].hidden = !fits(name, words); });
+    this.entries.forEach(({ key }, k) => { this.legend.children[k].hidden = listed !== null && !listed.has(key); });
   }
 
   visible() { return this.entries.filter((_, k) => !this.legend.children[k].hidden).map(({ key }) => key); }
@@ -433,7 +436,7 @@ function filter(text, count) {
     const { id } = run.querySelector("section");
     run.hidden = !fits(overview.get(`#${id}`) ?? run.querySelector("h3").textContent, words);
   }
-  compared?.filter(words);
+  compared?.filter(new Set(runs.flatMap((run, k) => (run.hidden ? [] : [k]))));
   count.textContent = words.length ? `${runs.filter((run) => !run.hidden).length} of ${runs.length} runs` : "";
 }
 
@@ -488,6 +491,6 @@ if (shared) {
   compared = new Chart(shared, data.runs.map((_, k) => k).filter((k) => data.runs[k].lines.length));
 }
 addEventListener("hashchange", unfold);
-addEventListener("beforeprint", () => runs.forEach((run) => { if (run.open) ready(run); }));
+addEventListener("beforeprint", () => { runs.forEach(ready); charts.forEach((chart) => chart.draw()); });
 unfold();
 })();
