@@ -211,6 +211,21 @@ def test_killed_at_any_moment_it_ends_equal(place: Place) -> None:
     assert len(place.files()) == 6
 
 
+def test_two_senders_at_once_make_one_run(place: Place) -> None:
+    """Both may find none and make one each; the younger is retired, and who was sending to it fails and comes again."""
+    run = finished(place, steps=300)
+    children = []
+    for _ in range(2):
+        if not (child := os.fork()):
+            os._exit(place.feed())
+        children.append(child)
+    for child in children:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (0, 1)
+    assert place.feed() == 0
+    assert place.points()["step/loss"] == truth(run)["step/loss"]
+    assert place.one().data.tags["hpc.version"] == "1"
+
+
 def test_a_server_that_lost_the_run_is_told_again(place: Place) -> None:
     run = finished(place)
     place.feed()

@@ -30,6 +30,8 @@ _OURS = "hpc."
 _KEY, _VERSION, _SUPERSEDED, _CHANGED, _WHOLE = "hpc.run_key", "hpc.version", "hpc.superseded_by", "changed.", "name."
 _STATUS = {RUNNING: "RUNNING", FINISHED: "FINISHED", FAILED: "FAILED", KILLED: "KILLED", WAITING: "SCHEDULED"}
 _STATES = {status: state for state, status in _STATUS.items()}
+_KIND = {"mlflow.experimentKind": "custom_model_development"}
+"""Else the server's pages take it for one of language models."""
 _TEXT, _TAG = 6000, 8000
 """Characters of a parameter's and of a tag's value."""
 _AT_ONCE = 100
@@ -134,7 +136,7 @@ class MlflowSink:
         from mlflow.exceptions import MlflowException
 
         try:
-            return str(self._client.create_experiment(name))
+            return str(self._client.create_experiment(name, tags=_KIND))
         except MlflowException:
             found = self._client.get_experiment_by_name(name)  # made by somebody else in between
             if found is None:
