@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hpc import drill, drilling, drilltable, plan, slurm, stepledger
+from hpc import drill, drilling, drilltable, payload, plan, preflight, slurm, stepledger
 from hpc.drilling import FINISHED, Injection, Road, Steps, Way
 from hpc.drillproof import EQUAL, SAMPLES, Report, Rules, report
 from hpc.errors import UserError
@@ -314,6 +315,23 @@ def hpc(folder: Path, *words: str, **environ: str) -> subprocess.CompletedProces
     return subprocess.run(command, cwd=folder, env=own, capture_output=True, text=True)
 
 
+ANSWERS: dict[str, subprocess.CompletedProcess[str]] = {}
+
+
+@pytest.fixture
+def asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The preflight's process looks at data and model, which these experiments have in common, once for each file."""
+
+    def ask(module: str, arguments: list[str], text: str) -> subprocess.CompletedProcess[str]:
+        (file,) = re.findall(r"^  file: (.*)$", text, re.MULTILINE)
+        if file not in ANSWERS:
+            ANSWERS[file] = payload.ask(module, arguments, text)
+        return ANSWERS[file]
+
+    monkeypatch.setattr(preflight, "ask", ask)
+
+
+@pytest.mark.usefixtures("asked_once")
 def test_the_drill_refuses_what_it_cannot_do(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     without_slurm(monkeypatch)
     runs, file = tmp_path / "runs", folder / "small.yaml"
@@ -332,6 +350,7 @@ def test_the_drill_refuses_what_it_cannot_do(folder: Path, monkeypatch: pytest.M
     assert planned.submit == f"hpc submit {file} train.checkpoint_every=7s"
 
 
+@pytest.mark.usefixtures("asked_once")
 def test_each_stage_of_a_drill_is_short_and_nothing_ends_it_early(folder: Path, tmp_path: Path) -> None:
     stages = "[{epochs: 30, freeze: backbone}, {epochs: 70, lr: 1e-4}]"
     staged = folder / "staged.yaml"
@@ -350,6 +369,7 @@ def test_each_stage_of_a_drill_is_short_and_nothing_ends_it_early(folder: Path, 
         ("{name: step, milestones: [30, 60], gamma: 0.5}", {"name": "step", "step_size": 1, "gamma": 0.5}),
     ],
 )
+@pytest.mark.usefixtures("asked_once")
 def test_a_schedule_is_made_to_fit_the_epochs_of_a_drill(
     scheduler: str, wanted: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
