@@ -23,6 +23,7 @@ train:
   precision: bf16
   checkpoint_every: 1s
   device: cpu
+  figures: few
   ledger: true
   optimizer: {name: adamw, lr: 2e-3}
   scheduler: {name: cosine, warmup_epochs: 1}
@@ -36,6 +37,7 @@ data: {file: maps.h5, batch_size: 12, augment: {flip: [0], noise: 0.2}, threads:
 train:
   checkpoint_every: 1s
   device: cpu
+  figures: few
   ledger: true
   ema: {decay: 0.9}
   clip_norm: 1

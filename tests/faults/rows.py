@@ -17,6 +17,8 @@ from tests.playing import Playing, Row
 from tests.stage import played
 
 Measure = Callable[[Playing], str]
+SOAK = os.environ.get("HPC_SOAK") == "1"
+"""The full counts, on a machine of their own."""
 
 
 def scripted(
@@ -83,7 +85,7 @@ def freed(play: Playing) -> str:
 
 def within(seconds: float, limit: float) -> bool:
     """By the clock where rows have the machine to themselves; beside other tests all takes longer."""
-    return seconds < limit * (1 if os.environ.get("HPC_SOAK") == "1" else 6)
+    return seconds < limit * (1 if SOAK else 6)
 
 
 def at_most_an_interval(play: Playing) -> str:
