@@ -22,7 +22,7 @@ demo: $(READY)
 
 test: check
 	bash tests/install.sh
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # The full counts of what `make test` plays once; the faults leave a line each in docs/soak.txt.
 soak: $(READY)

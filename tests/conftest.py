@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,15 @@ from tests.slurm.cluster import Cluster, obstacle, reap
 
 UNTESTED = "submission, preemption, requeue and cancellation on a real SLURM"
 
+SLOW_FIRST = (
+    *("faults", "scenarios", "recipes", "strategies", "strategies_speed", "drill", "badnodes", "autotune", "learner"),
+    *("slurm_harness", "train_tasks", "launcher", "train", "acceleration", "resume_elsewhere", "memory", "bench"),
+)
+"""Files that take longest. The suite's workers take file after file in this order, then the others in theirs, so that
+none of them is left with a long one in the end."""
+TOGETHER = ("tests/test_faults.py", "tests/test_scenarios.py")
+"""Done by one worker: they share undisturbed runs, and one of them at a time is enough for the machine."""
+
 MEASURED = "measured"
 """Property of a test: a line that is shown at the end."""
 
@@ -21,6 +31,23 @@ def pytest_configure() -> None:
     """A shell without job control starts what runs in its background with Ctrl-C ignored, and so would all children."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {f"test_{name}.py": place for place, name in enumerate(SLOW_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "+".join(TOGETHER) if file in TOGETHER else file
+
+    return Files(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
