@@ -262,6 +262,22 @@ def test_a_source_that_is_written_while_it_is_read(runs: Path, home: Path, monke
     assert visible(home) == visible(runs)
 
 
+def test_what_a_power_cut_left_behind_the_cursor_is_not_believed(runs: Path, home: Path) -> None:
+    run = make_run(runs, first=attempt(0, 5, 1))
+    sync(runs, home)
+    there = home / NAME / "tb" / FIRST
+    for rubbish in (bytes(700), scalar(5, 9.0), scalar(5, 5.1)[:-1]):
+        append(there, rubbish)
+        append(run.tensorboard / FIRST, scalar(5, 5.1))
+        sync(runs, home)
+        assert visible(home) == visible(runs)
+    append(there, bytes(50))
+    there.write_bytes(there.read_bytes()[:30])
+    append(run.tensorboard / FIRST, scalar(6, 6.1))
+    sync(runs, home)
+    assert visible(home) == visible(runs), "somebody has cut it"
+
+
 def test_records_larger_than_a_block(runs: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpc.logs.deliver.BLOCK", 1000)
     content = b"".join(frame(os.urandom(size)) for size in (10, 5000, 990, 1, 20_000))
@@ -329,6 +345,12 @@ def test_a_source_cannot_name_what_lies_outside() -> None:
     ):
         with pytest.raises(UserError, match="no path inside"):
             Listed.of({**told, **wrong})
+
+
+def test_a_run_is_no_folder_of_runs(runs: Path, home: Path) -> None:
+    run = make_run(runs, first=attempt(0, 3, 1))
+    with pytest.raises(UserError, match="name the folder of runs"):
+        sync(run.path, home)
 
 
 def test_a_run_that_is_a_link_is_told(runs: Path, home: Path, tmp_path: Path) -> None:
@@ -467,26 +489,22 @@ def test_the_agent_stays_in_its_folder_and_in_its_python(tmp_path: Path) -> None
     assert not {name for name in imported if name.startswith("hpc")} and "__future__" not in source
 
 
-def test_endings_are_told_alike() -> None:
+def test_endings_are_told_alike(tmp_path: Path) -> None:
     """blocks.py and records.py see the same in any cut or damaged bytes."""
     from hpc.logs.blocks import whole_records
     from hpc.logs.records import RecordReader
 
-    rng, content = random.Random(1), attempt(0, 6, 1)
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"hpc-{os.getpid()}"
-    try:
-        for _ in range(300):
-            data = bytearray(content[: rng.randrange(len(content))])
-            if data and rng.random() < 0.5:
-                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-            path.write_bytes(data)
-            reader = RecordReader(path)
-            list(reader)
-            block = whole_records(bytes(data))
-            assert (block.valid, block.records) == (reader.valid, reader.records)
-            assert block.ending is reader.ending or {block.ending, reader.ending} <= {Ending.FLIPPED, Ending.ZEROS}
-    finally:
-        path.unlink(missing_ok=True)
+    rng, content, path = random.Random(1), attempt(0, 6, 1), tmp_path / "f"
+    for _ in range(300):
+        data = bytearray(content[: rng.randrange(len(content))])
+        if data and rng.random() < 0.5:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+        reader = RecordReader(path)
+        list(reader)
+        block = whole_records(bytes(data))
+        assert (block.valid, block.records) == (reader.valid, reader.records)
+        assert block.ending is reader.ending or {block.ending, reader.ending} <= {Ending.FLIPPED, Ending.ZEROS}
 
 
 def test_run_dir_names_are_asked_of_rundir() -> None:
