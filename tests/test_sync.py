@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import random
 import shutil
@@ -13,14 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from hpc import cli
 from hpc.errors import UserError
 from hpc.logs import agent, positions
 from hpc.logs.deliver import DestinationFailed, Listed
-from hpc.logs.ends import End, LocalEnd, Place, place_of
-from hpc.logs.records import Ending, frame
+from hpc.logs.ends import End, LocalEnd, Place
+from hpc.logs.records import frame
 from hpc.logs.sync import Busy, Carried, Round, Session
-from hpc.rundir import ROWS, RunDir, all_runs
+from hpc.rundir import ROWS, all_runs
 from tests.syncing import FIRST, SECOND, THIRD, append, attempt, make_run, scalar, visible, write
 
 ROOT = Path(__file__).parents[1]
@@ -262,6 +260,22 @@ def test_a_source_that_is_written_while_it_is_read(runs: Path, home: Path, monke
     assert visible(home) == visible(runs)
 
 
+def test_what_a_power_cut_left_behind_the_cursor_is_not_believed(runs: Path, home: Path) -> None:
+    run = make_run(runs, first=attempt(0, 5, 1))
+    sync(runs, home)
+    there = home / NAME / "tb" / FIRST
+    for rubbish in (bytes(700), scalar(5, 9.0), scalar(5, 5.1)[:-1]):
+        append(there, rubbish)
+        append(run.tensorboard / FIRST, scalar(5, 5.1))
+        sync(runs, home)
+        assert visible(home) == visible(runs)
+    append(there, bytes(50))
+    there.write_bytes(there.read_bytes()[:30])
+    append(run.tensorboard / FIRST, scalar(6, 6.1))
+    sync(runs, home)
+    assert visible(home) == visible(runs), "somebody has cut it"
+
+
 def test_records_larger_than_a_block(runs: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hpc.logs.deliver.BLOCK", 1000)
     content = b"".join(frame(os.urandom(size)) for size in (10, 5000, 990, 1, 20_000))
@@ -329,6 +343,12 @@ def test_a_source_cannot_name_what_lies_outside() -> None:
     ):
         with pytest.raises(UserError, match="no path inside"):
             Listed.of({**told, **wrong})
+
+
+def test_a_run_is_no_folder_of_runs(runs: Path, home: Path) -> None:
+    run = make_run(runs, first=attempt(0, 3, 1))
+    with pytest.raises(UserError, match="name the folder of runs"):
+        sync(run.path, home)
 
 
 def test_a_run_that_is_a_link_is_told(runs: Path, home: Path, tmp_path: Path) -> None:
@@ -408,89 +428,3 @@ def test_time_is_up(runs: Path, home: Path) -> None:
     assert done.returncode == 1 and "stopped after 2 s" in done.stderr
     assert visible(home) == visible(runs)
     assert "5 records" in done.stdout.splitlines()[0], done.stdout
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["sync"], "hpc sync SRC DEST"),
-        (["sync", "--", "a", "-oProxyCommand=x:y"], "is no host:path"),
-        (["sync", "a:", "b"], "write a:runs"),
-        (["sync", "a:x", "b:y"], "both elsewhere"),
-        (["sync", "no-such-folder", "b"], "no such folder of runs"),
-        (["sync", "hpc", "hpc/in"], "one is in the other"),
-        (["sync", "hpc", "b", "--with", "cod"], "did you mean 'code'"),
-        (["sync", "hpc", "b", "--watch", "--from-cron"], "exclude each other"),
-        (["sync", "hpc", "b", "--every", "soon", "--watch"], "--every: 'soon' is not a duration"),
-        (["sync", "hpc", "b", "--json"], "--json goes with --status"),
-        (["prune", "--older-than", "soon"], "--older-than: 'soon'"),
-        (["prune", "--older-than", "1d", "--runs", "hpc", "--only", "log"], "valid: logs, checkpoints"),
-    ],
-)
-def test_mistakes_are_told_in_a_line(
-    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "hpc").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["hpc", *words])
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    told_there = capsys.readouterr().err
-    assert left.value.code == 2, told_there
-    assert told in told_there and len(told_there.splitlines()) == 1
-
-
-def test_places() -> None:
-    assert place_of("me@host:a b/c:d") == Place("me@host", "a b/c:d")
-    assert place_of("[::1]:runs") == Place("[::1]", "runs")
-    assert place_of("./a:b") == Place("", str(Path("a:b").resolve()))
-    assert place_of("/x/../y").path == "/y"
-    for wrong in ("", " ", "-x:y", "h:"):
-        with pytest.raises(UserError):
-            place_of(wrong)
-
-
-def test_the_agent_stays_in_its_folder_and_in_its_python(tmp_path: Path) -> None:
-    end = LocalEnd(Place("", str(tmp_path)))
-    (tmp_path / "out").symlink_to("/etc")
-    (tmp_path / "link").symlink_to("/etc/passwd")
-    for path in ("../x", "/etc/passwd", "a/../../x", "", "a\0b", "out/passwd", "./x", "a//b"):
-        with pytest.raises(UserError, match="folder"):
-            end.read(path, 0, 10)
-    with pytest.raises(OSError, match="link"):
-        end.read("link", 0, 10)
-    with pytest.raises(UserError, match="unknown request"):
-        end.call("shell")
-    source = Path(agent.__file__).read_text()
-    tree = ast.parse(source, feature_version=(3, 6))
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert not {name for name in imported if name.startswith("hpc")} and "__future__" not in source
-
-
-def test_endings_are_told_alike() -> None:
-    """blocks.py and records.py see the same in any cut or damaged bytes."""
-    from hpc.logs.blocks import whole_records
-    from hpc.logs.records import RecordReader
-
-    rng, content = random.Random(1), attempt(0, 6, 1)
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"hpc-{os.getpid()}"
-    try:
-        for _ in range(300):
-            data = bytearray(content[: rng.randrange(len(content))])
-            if data and rng.random() < 0.5:
-                data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-            path.write_bytes(data)
-            reader = RecordReader(path)
-            list(reader)
-            block = whole_records(bytes(data))
-            assert (block.valid, block.records) == (reader.valid, reader.records)
-            assert block.ending is reader.ending or {block.ending, reader.ending} <= {Ending.FLIPPED, Ending.ZEROS}
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def test_run_dir_names_are_asked_of_rundir() -> None:
-    from hpc.logs.sync import carried_names, more_names
-
-    run = RunDir("x")
-    assert run.tensorboard.name in carried_names() and run.code.name in more_names()

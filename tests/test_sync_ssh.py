@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hpc.logs import positions
-from hpc.logs.ends import RemoteEnd, Unreachable, end_of, place_of
+from hpc.logs.ends import RemoteEnd, Unreachable, end_of, place_of, ssh_command
 from hpc.logs.sync import Busy, Carried, Round, Session
 from tests.sshd import MISSING, Sshd
 from tests.sync_killed import STEPS, life
@@ -217,6 +217,18 @@ def test_a_host_that_is_down_and_comes_back(server: Sshd, tmp_path: Path) -> Non
         watching.send_signal(2)
         assert watching.wait(20) == 0
     assert visible(home) == visible(runs)
+
+
+def test_a_shared_connection_of_the_users_own_is_used(
+    server: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert any(part.startswith("ControlPath=") for part in ssh_command(server.host))
+    config = tmp_path / "config"
+    config.write_text(f"{server.config.read_text()}    ControlPath /tmp/mine-%C\n    ServerAliveInterval 7\n")
+    monkeypatch.setenv("HPC_SSH", f"ssh -F '{config}'")
+    command = ssh_command(server.host, batch=True)
+    assert not [part for part in command if part.startswith(("Control", "ServerAlive"))]
+    assert "BatchMode=yes" in command
 
 
 def test_nothing_secret_and_nothing_of_ssh_is_left_in_runs(server: Sshd, tmp_path: Path) -> None:

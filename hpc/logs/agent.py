@@ -112,7 +112,8 @@ class Store:
                     if os.path.isfile(os.path.join(folder, row, self.names["experiment"])):
                         found.append(self._run(name + "/" + row, request, denied))
         answer = {"now": time.time(), "runs": found, "denied": denied, "links": links}
-        return {}, zlib.compress(json.dumps(answer).encode(), 6)
+        alone = os.path.isfile(os.path.join(self.root, self.names["experiment"]))
+        return {"run": alone}, zlib.compress(json.dumps(answer).encode(), 6)
 
     def do_look(self, request: Fields, payload: bytes) -> Answer:
         """Every file under the folder of event files of one run: [path in the run, size]."""

@@ -151,8 +151,10 @@ class Session:
     def round(self) -> Round:
         """Carry what is new. Raises DestinationFailed and Unreachable; what failed of single files is told."""
         began, moved = time.monotonic(), self.source.moved + self.dest.moved
-        told = json.loads(zlib.decompress(self.source.call("list", **self._carried.fields())[1]))
-        done = Round()
+        about, listing = self.source.call("list", **self._carried.fields())
+        if about["run"]:
+            raise UserError(f"{self.source.place} is a run: name the folder of runs that it is in")
+        told, done = json.loads(zlib.decompress(listing)), Round()
         done.problems += [f"{name}: {why}" for name, why in told["denied"]]
         done.notes += [
             f"{name} is a link: it is not carried; sync the folder that it leads to" for name in told["links"]
