@@ -23,6 +23,7 @@ from typing import TextIO
 import hpc
 import slurm_templates
 from hpc.errors import UserError
+from hpc.parent import end_with_parent
 
 _CARRIED = ("jobs", "models3d", "datasets")
 _INSTALLED = (hpc, slurm_templates)
@@ -52,14 +53,17 @@ def child(module: str, arguments: Sequence[str], text: str | None = None, output
     """Run `python -m MODULE ARGUMENTS` from the root, its output ours, or all of it `output`'s; the exit code.
 
     128 + N where signal N ended it, as of a shell; SIGKILL says nothing itself, so that is said here. A terminal sends
-    Ctrl-C to the child as well, so it has the time to end its work; SIGTERM is passed on. Raises KeyboardInterrupt when
+    Ctrl-C to the child as well, so it has the time to end its work; SIGTERM is passed on, and sent where this process
+    is killed: a command given again must not find the first one still at work. Raises KeyboardInterrupt when
     the child has not succeeded after a Ctrl-C.
     """
     command = [sys.executable, "-m", module, *arguments]
     given = None if text is None else subprocess.PIPE
     interrupted = threading.Event()
     with _heard(signal.SIGINT, interrupted.set):
-        process = subprocess.Popen(command, env=environment(root()), stdin=given, text=True, stdout=output)
+        process = subprocess.Popen(
+            command, env=environment(root()), stdin=given, text=True, stdout=output, preexec_fn=end_with_parent
+        )
         with _heard(signal.SIGTERM, process.terminate):
             process.communicate(text)
     code = process.returncode

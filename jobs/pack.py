@@ -99,6 +99,7 @@ def parse(arguments: Sequence[str] | None) -> PackOptions:
 def _options(given: argparse.Namespace) -> PackOptions:
     plain = {name: getattr(given, name) for name in AS_GIVEN}
     recipe = Recipe(
+        nan=given.nan,
         spacing=_numbers("--spacing", given.spacing, float),
         resize=_numbers("--resize", given.resize),
         window=_numbers("--window", given.window, float, (2,)),
@@ -216,6 +217,7 @@ def _add_parts(add: Any) -> None:
 
 
 def _add_recipe(add: Any) -> None:
+    add("--nan", type=float, metavar="VALUE", help="takes the place of NaN (default: a file with NaN is a bad one)")
     add("--spacing", metavar="MM|X,Y,Z", help="resample to voxels of this size")
     add("--resize", metavar="N|X,Y,Z", help="resample to this shape; N: the shorter side, the others follow")
     add("--window", metavar="LOW,HIGH", help="clip intensities, such as -160,240 for CT")

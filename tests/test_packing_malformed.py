@@ -115,7 +115,7 @@ BAD = {
     "cut.nii.gz": (nifti()[:-40], "44 too early"),
     "flipped.nii.gz": (nifti()[:200] + b"\xff\x00\xff" + nifti()[203:], "broken data"),
     "text.nii.gz": (b"hello", "not NIfTI"),
-    "nothing.nii": (b"", "not NIfTI"),
+    "nothing.nii": (b"", r"the file is empty \(0 bytes\)"),
     "short.nii": (nifti(packed=False)[:-9], "cut off or forged"),
     "magic.nii": (nifti(put(344, "S4", b"abcd"), packed=False), "its magic is"),
     "object.npy": (npy(np.array([{"a": 1}], object), allow_pickle=True), "object"),

@@ -88,7 +88,7 @@ def test_a_child_that_was_killed_is_told(
     assert payload.child("jobs.die", ["15"], "") == 143
 
 
-@pytest.mark.parametrize(("number", "group"), [("SIGINT", True), ("SIGTERM", False)])
+@pytest.mark.parametrize(("number", "group"), [("SIGINT", True), ("SIGTERM", False), ("SIGKILL", False)])
 def test_a_stop_reaches_the_child_which_ends_its_own_work(tmp_path: Path, number: str, group: bool) -> None:
     root = checkout(tmp_path / "root")
     (root / "jobs" / "slow.py").write_text(
@@ -104,7 +104,8 @@ def test_a_stop_reaches_the_child_which_ends_its_own_work(tmp_path: Path, number
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         (os.killpg if group else os.kill)(process.pid, signal.Signals[number])
         assert process.communicate(timeout=30)[0] == "ended well\n"
-    assert process.returncode == (-signal.SIGINT if group else 7)  # KeyboardInterrupt, which the command line answers
+    code = {"SIGINT": -signal.SIGINT, "SIGTERM": 7, "SIGKILL": -signal.SIGKILL}[number]
+    assert process.returncode == code  # SIGINT: a KeyboardInterrupt, which the command line answers
 
 
 def git(folder: Path, *arguments: str) -> str:

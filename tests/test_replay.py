@@ -82,6 +82,32 @@ def test_a_file_is_replayed_bit_by_bit(tmp_path, options):
     assert_the_same(volumes, replayed(volumes, files))
 
 
+def test_nan_becomes_a_given_value(tmp_path, capsys):
+    """As SPM writes what lies around a head; of numbers that the header scales, too. Predicting does the same."""
+    data = noise((9, 10, 11)).astype(np.float32)
+    data[:3] = np.nan
+    scaled = nibabel.Nifti1Image(data[::-1], np.eye(4))
+    scaled.header.set_slope_inter(2, 1)
+    nibabel.save(scaled, tmp_path / "b.nii")
+    files = [save(tmp_path / "a.nii.gz", data), tmp_path / "b.nii", tmp_path / "c.npy"]
+    np.save(files[2], data * 3)
+    volumes = packed(tmp_path, files, "--nan", "-5")
+    assert_the_same(volumes, replayed(volumes, files))
+    stored = volumes.read(0)[0]
+    assert np.array_equal(stored[0], np.where(np.isnan(data), -5, data))
+    assert [np.count_nonzero(volumes.read(n)[0] == -5) for n in range(3)] == [330, 330, 330]
+    older = {name: value for name, value in volumes.packing.items() if name != "nan"}
+    with pytest.raises(UnusableSource, match="330 voxels are NaN"):
+        Replay.of(older, 1, 3).read(find([files[0]])["a"])
+    save(tmp_path / "d.nii.gz", np.full((9, 10, 11), np.nan, np.float32))
+    again = ("-o", tmp_path / "n.h5", "--labels", table(tmp_path / "n.csv", ["a,x", "d,y"]), "--split", "100/0/0")
+    assert run(files[0], tmp_path / "d.nii.gz", *again) == 1
+    assert "330 voxels are NaN or infinite; repair or mask them, or fill NaN by --nan 0" in capsys.readouterr().err
+    assert run(files[0], tmp_path / "d.nii.gz", *again, "--nan", 0) == 1
+    assert "all its voxels are NaN" in capsys.readouterr().err
+    assert run(files[0], *again, "--nan", "inf") == 2
+
+
 def test_channels_other_formats_and_images_are_replayed(tmp_path):
     for name, seed in itertools.product("ab", (0, 1)):
         np.save(tmp_path / f"{name}_{seed:04d}.npy", noise((6, 7, 8), seed + 10 * (name == "b")))

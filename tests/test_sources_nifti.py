@@ -165,7 +165,7 @@ def rgb(path):
 
 WRONG = {
     "text": (lambda path: path.write_text("hello"), "it is not NIfTI, whatever its name says: it starts with b'hell'"),
-    "nothing": (lambda path: path.write_bytes(b""), "it is not NIfTI"),
+    "nothing": (lambda path: path.write_bytes(b""), r"the file is empty \(0 bytes\)"),
     "half a header": (lambda path: path.write_bytes(path.read_bytes()[:200]), "it is not NIfTI.*its magic is b''"),
     "magic": (patched(344, "S3", b"xyz"), r"its magic is b'xyz"),
     "pair": (pair, "half of an .hdr/.img pair"),

@@ -85,10 +85,11 @@ def _sums(flat: NDArray[Any], pivot: float, everything: bool) -> tuple[int, floa
     """
     count, total, squares = 0, 0.0, 0.0
     room = np.empty(_BLOCK)
+    below = not everything and bool(flat.min() < pivot)
     for start in range(0, flat.size, _BLOCK):
         block = flat[start : start + _BLOCK]
         part = np.subtract(block, pivot, out=room[: block.size])
-        if not everything:
+        if below:
             np.maximum(part, 0.0, out=part)
         count += part.size if everything else int(np.count_nonzero(block > pivot))
         total += float(part.sum())

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from datasets.codecs import CODECS
 from datasets.duplicates import ACTIONS
 from datasets.packing.prepare import DTYPES, NORMALISATIONS
@@ -21,6 +23,8 @@ class Recipe:
     A length of 1 stands for all axes. ValueError for options that contradict each other.
     """
 
+    nan: float | None = None
+    """in place of voxels that are NaN, as around a head; None: a source that has some is refused"""
     window: tuple[float, float] | None = None
     """intensities are clipped to it, in units of the source (CT: Hounsfield units)"""
     spacing: tuple[float, ...] | None = None
@@ -55,6 +59,8 @@ class Recipe:
             raise ValueError(f"--per-class {self.per_class} counts patches, from 1 on; it needs --patch")
         if self.patch is not None and self.per_class is None:
             raise ValueError("how many patches of each class in each volume? add --per-class, for example 100")
+        if self.nan is not None and not abs(self.nan) <= float(np.finfo(np.float32).max):
+            raise ValueError(f"--nan {self.nan:g} is no number that float32 holds; write for example 0")
         if self.window is not None and not self.window[0] < self.window[1]:
             raise ValueError(f"--window {_spell(self.window)} is not LOW,HIGH; write for example -160,240")
         if self.dtype not in DTYPES:

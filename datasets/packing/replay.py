@@ -139,6 +139,7 @@ class Replay:
     @classmethod
     def of(cls, packing: Mapping[str, Any], channels: int, axes: int) -> Self:
         """From the attribute `packing` of a volume file. ValueError where there are no such options, or odd ones."""
+        packing = {"nan": None, **packing}  # files from before that option have none filled
         names = [field.name for field in fields(Recipe)]
         if missing := [name for name in names if name not in packing]:
             raise ValueError(
@@ -166,7 +167,7 @@ class Replay:
             header = sources.header(source)
             grey = self.channels == 3 and header.shape[0] == 1 and source.kind == "image" and header.dtype == np.uint8
             self._check((3, *header.shape[1:]) if grey else header.shape, header.affine)
-            volume = sources.read(source)
+            volume = sources.read(source, self.recipe.nan)
             if grey:  # as packing does among colour
                 volume = replace(volume, data=np.repeat(volume.data, 3, axis=0))
             made = make_sample(self.recipe, self.dtype, volume)

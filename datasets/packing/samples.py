@@ -23,6 +23,7 @@ from datasets.packing.journal import NOW, Entry, Finished, Piece
 from datasets.packing.making import TooWide, make_sample
 from datasets.packing.recipe import Recipe, expand
 from datasets.sources import Header, Source, UnusableSource, Volume
+from datasets.sources.contract import NotFinite
 
 _BLOCK = 1 << 16
 """voxels among which places are drawn at once"""
@@ -129,7 +130,10 @@ def make_samples(bench: Bench, writer: "Appender", task: Task) -> Finished:
 
 def _prepare(bench: Bench, task: Task) -> _Prepared:
     recipe = bench.recipe
-    volume = sources.read(task.source)
+    try:
+        volume = sources.read(task.source, recipe.nan)
+    except NotFinite as error:
+        raise UnusableSource(f"{error}{'' if recipe.nan is not None else ', or fill NaN by --nan 0'}") from error
     if bench.channels == 3 and len(volume.data) == 1 and task.source.kind == "image":
         volume = replace(volume, data=np.repeat(volume.data, 3, axis=0))  # grey among colour
     maps = _map(bench, task, volume)

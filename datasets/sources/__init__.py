@@ -7,6 +7,7 @@ are in datasets/sources/contract.py.
 import hashlib
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ import numpy as np
 from datasets.sources import arrays, dicom, images, nifti, nrrd, tiff
 from datasets.sources.contract import SUFFIXES, Header, NotASource, Source, UnusableSource, Volume, split_name
 from datasets.sources.finding import find
-from datasets.sources.voxels import check_values
+from datasets.sources.voxels import check_values, fill_missing
 
 __all__ = [
     "SUFFIXES",
@@ -53,14 +54,17 @@ def header(source: Source) -> Header:
     return Header((len(heads), *heads[0].shape[1:]), dtype, heads[0].affine)
 
 
-def read(source: Source) -> Volume:
-    """All voxels of a source. UnusableSource with the reason; values that are NaN, infinite or huge are one."""
+def read(source: Source, nan: float | None = None) -> Volume:
+    """All voxels of a source, `nan` in place of NaN. UnusableSource with the reason.
+
+    Values that are infinite or huge are one, and NaN without `nan`.
+    """
     if not source.channels:
-        return _volume(source, source.files)
+        return _volume(source, source.files, nan)
     head = header(source)
     data = np.empty(head.shape, head.dtype)
     for number, file in enumerate(source.files):
-        data[number] = _volume(source, (file,)).data[0]
+        data[number] = _volume(source, (file,), nan).data[0]
     return Volume(data, head.affine)
 
 
@@ -87,8 +91,10 @@ def _header(source: Source, files: tuple[Path, ...]) -> Header:
     return found
 
 
-def _volume(source: Source, files: tuple[Path, ...]) -> Volume:
+def _volume(source: Source, files: tuple[Path, ...], nan: float | None) -> Volume:
     found: Volume = _worded(READERS[source.kind].read_volume, files)
+    if nan is not None:
+        found = replace(found, data=fill_missing(found.data, nan))
     check_values(found.data)
     return found
 

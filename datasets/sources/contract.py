@@ -46,6 +46,10 @@ class UnusableSource(ValueError):
     """A source that cannot be packed; the message is the reason, without the file's name."""
 
 
+class NotFinite(UnusableSource):
+    """Voxels are NaN or infinite."""
+
+
 @dataclass(frozen=True)
 class Source:
     """One sample-to-be on disk, nothing read yet."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from datasets.sources.contract import Header, UnusableSource, Volume
 from datasets.sources.packed import GZIP_MAGIC, Gunzip
-from datasets.sources.voxels import Turn, check_claim, check_shape, check_values, compact, packable, turn_to_ras
+from datasets.sources.voxels import Turn, check_claim, check_range, check_shape, compact, packable, turn_to_ras
 
 START = 64 * 2**10
 """bytes of a file that hold its header, compressed or not"""
@@ -72,7 +72,7 @@ def read_volume(files: tuple[Path, ...]) -> Volume:
     count = int(np.prod(layout.shape))
     data: NDArray[Any] = np.frombuffer(raw, layout.stored, count, layout.offset).reshape(layout.shape, order="F")
     if (layout.slope, layout.intercept) != (1.0, 0.0):
-        check_values(data, layout.slope, layout.intercept)
+        check_range(data, layout.slope, layout.intercept)
     view = layout.turn.view(data.transpose(3, 0, 1, 2))
     return Volume(compact(view, layout.dtype, layout.slope, layout.intercept), layout.turn.affine)
 
@@ -100,6 +100,8 @@ def _layout(start: bytes, size: int) -> _Layout:
 
 def _block(stream: Gunzip | None, raw: bytes) -> bytes:
     """The binary header, 348 or 540 bytes long as its first four bytes say."""
+    if not raw:
+        raise UnusableSource("the file is empty (0 bytes)")
     first = stream.take(4) if stream else raw[:4]
     sizes = {int.from_bytes(first, order) for order in ("little", "big")} & set(SIZES)
     if len(first) < 4 or not sizes:

@@ -7,7 +7,7 @@ import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.sources.contract import UnusableSource
+from datasets.sources.contract import NotFinite, UnusableSource
 
 orientations: Any = nibabel.orientations  # untyped
 
@@ -51,14 +51,34 @@ def packable(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float32) if dtype == np.float16 else dtype.newbyteorder("=")
 
 
-def check_values(data: NDArray[Any], slope: float = 1.0, intercept: float = 0.0) -> None:
-    """UnusableSource for voxels that are NaN or infinite, or beyond float32's range once scaled."""
-    if data.dtype.kind != "f" and (slope, intercept) == (1.0, 0.0):
+def fill_missing(data: NDArray[Any], value: float) -> NDArray[Any]:
+    """(C, *spatial) with `value` in place of NaN, in the array given if it may be written. UnusableSource: all NaN."""
+    if data.dtype.kind != "f":
+        return data
+    out = data if data.flags.writeable else data.copy()
+    count = 0
+    for channel in out:
+        missing = np.isnan(channel)
+        count += int(np.count_nonzero(missing))
+        channel[missing] = value
+    if count == out.size:
+        raise UnusableSource("all its voxels are NaN")
+    return out
+
+
+def check_values(data: NDArray[Any]) -> None:
+    """UnusableSource for voxels that are NaN or infinite, or beyond float32's range."""
+    if data.dtype.kind != "f":
         return
-    ends = float(data.min()), float(data.max())  # a NaN is both; no second array is made
-    if not np.isfinite(ends).all():
-        raise UnusableSource(f"{np.count_nonzero(~np.isfinite(data))} voxels are NaN or infinite; repair or mask them")
-    extreme = max((end * slope + intercept for end in ends), key=abs)
+    if not np.isfinite((data.min(), data.max())).all():  # a NaN is both; no second array is made
+        raise NotFinite(f"{np.count_nonzero(~np.isfinite(data))} voxels are NaN or infinite; repair or mask them")
+    check_range(data)
+
+
+def check_range(data: NDArray[Any], slope: float = 1.0, intercept: float = 0.0) -> None:
+    """UnusableSource for finite values that are beyond float32's range once scaled."""
+    ends = float(np.fmin.reduce(data, axis=None)), float(np.fmax.reduce(data, axis=None))
+    extreme = max((end * slope + intercept for end in ends if np.isfinite(end)), key=abs, default=0.0)
     if abs(extreme) > LARGEST:
         raise UnusableSource(f"its value {extreme:g} is beyond float32's range of +-{LARGEST:.3g}; rescale or mask it")
 
