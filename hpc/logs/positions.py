@@ -45,15 +45,26 @@ class Position:
 
 def folder_of(runs: Path, sink: str) -> Path:
     """Where the positions of one sink are kept."""
-    return runs / FOLDER / hashlib.sha256(sink.encode(errors="surrogateescape")).hexdigest()[:8]
+    return runs / FOLDER / digits(sink)
 
 
 def path_of(runs: Path, sink: str, run: str) -> Path:
     """Where one position is kept."""
-    return folder_of(runs, sink) / f"{_quoted(run)}.json"
+    return folder_of(runs, sink) / f"{quoted(run)}.json"
 
 
-def _quoted(run: str) -> str:
+def digits(name: str) -> str:
+    """8 hex digits that stand for a sink or a source."""
+    return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
+
+
+def carried_path(runs: Path, sink: str, run: str) -> Path:
+    """Where the sizes of a complete run's other files are kept, as a folder confirmed them: {path: [size, time]}."""
+    return path_of(runs, sink, run).with_suffix(".carried")
+
+
+def quoted(run: str) -> str:
+    """A run's path as the name of one file."""
     return run.replace("%", "%25").replace("/", "%2F")
 
 
@@ -64,7 +75,7 @@ def write(runs: Path, position: Position) -> None:
 
 def read(runs: Path, run: str | None = None) -> list[Position]:
     """All positions, or those of one run, by sink and run; a damaged one counts as none: its sink is asked again."""
-    wanted = None if run is None else _quoted(run)
+    wanted = None if run is None else quoted(run)
     paths = (path for path in runs.glob(f"{FOLDER}/*/*.json") if wanted in (None, path.stem))
     found = [position for path in paths for position in _load(path)]
     return sorted(found, key=lambda one: (one.sink, one.run))
