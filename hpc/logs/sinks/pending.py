@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hpc.logs.event import EventError, Image, decode
-from hpc.logs.records import Ending, RecordReader
+from hpc.logs.event import Event, EventError, Image, scalars_of
+from hpc.logs.event import Point as Logged
+from hpc.logs.records import FOOTER, HEADER, Ending, RecordReader
 from hpc.logs.series import event_files
 from hpc.logs.sinks.base import Point
 
@@ -77,30 +78,34 @@ class Pending:
 
     def _read(self) -> None:
         for number in range(self._first, len(self.files)):
-            begin = self.cursor.start[1] if number == self._first else 0
-            reader = RecordReader(self.files[number], begin)
-            for record in reader:
-                try:
-                    self._take(number, record.offset, record.payload)
-                except EventError as error:
-                    self.damaged.append(f"{self.files[number].name}: byte {record.offset}: {error}")
-                    reader.valid = record.offset
-                    break
+            offset = self.cursor.start[1] if number == self._first else 0
+            reader = RecordReader(self.files[number], offset)
+            try:
+                for payloads in reader.payloads():
+                    for payload, found in zip(payloads, scalars_of(payloads), strict=True):
+                        self._take(number, offset, found)
+                        offset += HEADER + len(payload) + FOOTER
+            except EventError as error:
+                self.damaged.append(f"{self.files[number].name}: byte {offset}: {error}")
             if reader.ending in (Ending.ZEROS, Ending.FLIPPED):
                 self.damaged.append(f"{self.files[number].name}: {reader.ending.value} at byte {reader.valid}")
-            self._ends = [number, reader.valid]
+            self._ends = [number, offset]
 
-    def _take(self, number: int, offset: int, payload: bytes) -> None:
-        event = decode(payload)
+    def _take(self, number: int, offset: int, found: tuple[Logged, ...] | Event) -> None:
         here = len(self._places) // 2
-        self._places.extend((number, offset))
-        if event.start:
-            self._restart((number, offset), event.wall_time, event.step)
-        for value in event.values:
+        self._places.append(number)
+        self._places.append(offset)
+        if isinstance(found, tuple):
+            for tag, step, wall_time, scalar in found:
+                self._scalars.setdefault(tag, {})[step] = (wall_time, scalar, here)
+            return
+        if found.start:
+            self._restart((number, offset), found.wall_time, found.step)
+        for value in found.values:
             if value.scalar is not None:
-                self._scalars.setdefault(value.tag, {})[event.step] = (event.wall_time, value.scalar, here)
+                self._scalars.setdefault(value.tag, {})[found.step] = (found.wall_time, value.scalar, here)
             elif value.image is not None:
-                self._images.setdefault(value.tag, {})[event.step] = (event.wall_time, value.image, here)
+                self._images.setdefault(value.tag, {})[found.step] = (found.wall_time, value.image, here)
 
     def _restart(self, place: tuple[int, int], wall_time: float, step: int) -> None:
         if place >= self.cursor.head and step <= self.cursor.last:
