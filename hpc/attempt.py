@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hpc import allocation, limits, slurm, trust
+from hpc import allocation, limits, payload, slurm, trust
 from hpc.errors import UserError
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, locked, read_json, write_json
@@ -87,7 +87,9 @@ def _begin(run: RunDir, shell_pid: int) -> dict[str, str]:
             "time": now,
         },
     )
-    run.event("start", "shell", generation, job=job, node=allocation.node_name(), restart=allocation.restart_count())
+    commit = {"commit": name} if (name := payload.commit(run.code)) else {}  # the code does not come home with the logs
+    place = {"job": job, "node": allocation.node_name(), "restart": allocation.restart_count()}
+    run.event("start", "shell", generation, **place, **commit)
     return {"HPC_GENERATION": str(generation), "HPC_MASTER_ADDR": address, "HPC_MASTER_PORT": str(port)}
 
 

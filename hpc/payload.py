@@ -6,7 +6,9 @@ jobs/__init__.py; else the folder beside hpc.
 
 from __future__ import annotations
 
+import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,8 @@ from hpc.errors import UserError
 
 _CARRIED = ("jobs", "models3d", "datasets")
 _INSTALLED = (hpc, slurm_templates)
+_IMPORT = re.compile(rb"^\s*(?:from|import)\s+\.?(\w+)", re.MULTILINE)
+_COMMIT, _CHANGES = "commit.txt", "changes.diff"
 
 
 def root() -> Path:
@@ -94,10 +98,35 @@ def snapshot(target: Path) -> None:
         shutil.copytree(folder, target / folder.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     versions = sorted(f"{d.name}=={d.version}" for d in distributions() if d.name)
     (target / "requirements.txt").write_text("\n".join(versions) + "\n")
-    for name, command in (("commit.txt", ("rev-parse", "HEAD")), ("changes.diff", ("diff", "HEAD"))):
+    for name, command in ((_COMMIT, ("rev-parse", "HEAD")), (_CHANGES, ("diff", "HEAD"))):
         answer = _git(source, *command)
         if answer:
             (target / name).write_bytes(answer)
+
+
+def own_code(code: Path, model: str) -> str:
+    """8 hex digits of the user's own model `file:PATH:CLASS` in a snapshot, and of the modules beside that it imports.
+
+    Empty where it is a model of another kind, or the code is not here.
+    """
+    named = re.fullmatch(r"file:.*/(own\d*)/([^/]+\.py):\w+", model)
+    folder, waiting, texts = code / (named[1] if named else ""), [named[2]] if named else [], dict[str, bytes]()
+    while waiting:
+        name = waiting.pop()
+        if name not in texts and (folder / name).is_file():
+            texts[name] = (folder / name).read_bytes()
+            waiting += [f"{module.decode()}.py" for module in _IMPORT.findall(texts[name])]
+    told = b"\0".join(name.encode() + b"\0" + texts[name] for name in sorted(texts))
+    return hashlib.sha256(told).hexdigest()[:8] if texts else ""
+
+
+def commit(code: Path) -> str:
+    """The commit of a snapshot, and whether it was changed; empty where that is not known."""
+    try:
+        name = (code / _COMMIT).read_text(errors="replace").strip()
+        return f"{name} with changes" if (code / _CHANGES).exists() else name
+    except OSError:
+        return ""
 
 
 def _git(folder: Path, *arguments: str) -> bytes:

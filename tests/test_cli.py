@@ -180,7 +180,7 @@ def runs(tmp_path: Path) -> Path:
 REASON = "failed with exit code 1 [/odd] of extraordinary circumstances"
 
 
-def test_a_damaged_run_is_listed_as_such_and_left_out_of_the_report(tmp_path: Path, runs: Path) -> None:
+def test_a_damaged_run_is_listed_as_such_in_the_report_too(tmp_path: Path, runs: Path) -> None:
     listed = json.loads(hpc(tmp_path, "ls --json").out)
     assert {one["run"][-8:]: one["state"] for one in listed} == {
         "0000aaaa": "failed",
@@ -190,10 +190,10 @@ def test_a_damaged_run_is_listed_as_such_and_left_out_of_the_report(tmp_path: Pa
     }
     done = hpc(tmp_path, "report -o journal")
     assert done.code == 0 and done.out.splitlines() == ["journal/EXPERIMENTS.md", "journal/index.html"]
-    assert done.err.startswith("tiny-0000bbbb is left out: state.json: damaged") and done.err.count("\n") == 1
+    assert done.err.startswith("tiny-0000bbbb: state.json: damaged") and done.err.count("\n") == 1
     text = (tmp_path / "journal" / "EXPERIMENTS.md").read_text()
-    assert "tiny-0000aaaa" in text and "tiny-0000bbbb" not in text
-    for command in ("report tiny-0000bbbb", "resume 0000bbbb", "cancel 0000bbbb"):
+    assert "tiny-0000aaaa" in text and "; damaged |" in text.partition("| tiny-0000bbbb |")[2].partition("\n")[0]
+    for command in ("resume 0000bbbb", "cancel 0000bbbb"):
         refused = hpc(tmp_path, command)
         assert refused.code == 2 and "state.json: damaged" in refused.err and "Traceback" not in refused.err
     assert not (runs / "tiny-0000bbbb" / "submit.json").exists()

@@ -22,6 +22,7 @@ from hpc.journal.report import RunData, write_report
 from hpc.rundir import RunDir, append_line
 
 CLASSES = ["amygdala", "hippocampus", "thalamus"]
+OWN_SCRIPTS: list[dict[str, str | None]] = [{"type": "application/json", "id": "data"}, {}]
 NASTY = "<script>alert('x')</script> & | `code` *bold* _it_ [a](javascript:b) <!-- /notes -->"
 
 
@@ -115,6 +116,10 @@ class Page(HTMLParser):
         self.close()
         assert not self.open
 
+    @property
+    def scripts(self) -> list[dict[str, str | None]]:
+        return [attrs for tag, attrs in self.tags if tag == "script"]
+
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
         if tag not in self.VOID:
@@ -207,13 +212,16 @@ def test_one_run(tmp_path: Path) -> None:
     text_path, web_path = write_report([run], tmp_path / "out")
     text, web = text_path.read_text(), web_path.read_text()
     facts = dict(table(text, "### Facts", "resnet3d")[1:])
-    assert facts["Differs in"] == "train.seed=3"
+    assert facts["Differs from its base in"] == "train.seed=3"
     assert facts["Best"] == "epoch 4, step 300" and facts["Trained"] == "5 epochs, 375 steps"
     assert facts["Attempts"] == "2 (1 stopped by a signal, 1 requeued)"
     assert (facts["Train samples/s"], facts["Validation samples/s"]) == ("31.04", "80.2")
     assert (facts["Instance"], facts["Nodes"], facts["Tasks"]) == ("cedia-a100-40gb", "2", "8")
     assert facts["Waiting for data"].startswith("1.2%") and facts["Commonest class alone"] == "accuracy 0.1667"
-    assert table(text, "### Validation", "resnet3d")[1] == ["accuracy", "higher is better", "0.91", "0.9"]
+    scores = table(text, "### Training and validation", "resnet3d")
+    assert scores[0][2:] == [f"{word} {split} (epoch {epoch})" for word, epoch in (("Best", 4), ("Last", 5))
+                             for split in ("train", "validation")]  # fmt: skip
+    assert scores[1] == ["accuracy", "higher is better", "–", "0.91", "–", "0.9"]
     assert [row[0] for row in table(text, "### Classes", "resnet3d")[1:]] == ["hippocampus", "thalamus", "amygdala"]
     assert "baseline" not in text and "### Confusion matrix" not in text, "the figure shows it"
     for link in re.findall(r"!\[\w+\]\((.+)\)", text):
@@ -250,7 +258,7 @@ def test_a_run_of_another_task(task: str, tmp_path: Path) -> None:
     del told["majority"]
     text = write_report([RunData("a-1", EXPERIMENT, {}, told)], tmp_path)[0].read_text()
     assert dict(table(text, "### Facts", "a-1")[1:])["Commonest class alone"] == f"{name} 0.25"
-    directions = {line[0]: line[1] for line in table(text, "### Validation", "a-1")[1:]}
+    directions = {line[0]: line[1] for line in table(text, "### Training and validation", "a-1")[1:]}
     assert directions[name] == "higher is better" and directions.get("hamming", "lower is better") == "lower is better"
     assert table(text, "### Classes", "a-1")[0] == ["Class", "Support", *titles]
     assert [line[0] for line in table(text, "### Classes", "a-1")[1:]] == [CLASSES[k] for k in (2, 0, 1)], "as drawn"
@@ -268,7 +276,9 @@ def test_an_unfinished_run_is_judged_by_its_tasks_metric() -> None:
 
 def test_differences_to_the_first_run(tmp_path: Path) -> None:
     runs = [finished("base-1"), finished("other-2", accuracy=0.93, loss=0.36, recalls=(0.9, 0.6, 0.4))]
-    runs.append(RunData("young-3", EXPERIMENT, {f"k{k}": k for k in range(8)}, {}, [line(1, 75, 0.5)], EVENTS[:2]))
+    runs.append(
+        RunData("young-3", {**EXPERIMENT, **{f"k{k}": k for k in range(8)}}, {}, {}, [line(1, 75, 0.5)], EVENTS[:2])
+    )
     text_path, web_path = write_report(runs, tmp_path)
     text = text_path.read_text()
     overview = table(text, "Differences in brackets")
@@ -278,7 +288,13 @@ def test_differences_to_the_first_run(tmp_path: Path) -> None:
     assert [row[4] for row in overview[1:]] == ["0.91", "0.93 (+0.02)", "0.5 (-0.41)"]
     assert [row[6] for row in overview[1:]] == ["0.31", "0.36 (+0.05)", "0.5 (+0.19)"]
     assert overview[3][1] == "started, no result yet" and overview[3][5] == "–"
-    assert overview[3][-1] == "k0=0, k1=1, k2=2, k3=3, k4=4, k5=5, 2 more below"
+    assert [row[-1] for row in overview[1:]] == [
+        "the baseline",
+        "nothing",
+        "k0=0, k1=1, k2=2, k3=3, k4=4, k5=5, 2 more below",
+    ]
+    changed = table(text, "### Changed from the baseline", "young-3")
+    assert changed[0] == ["Setting", "base-1", "This run"] and changed[8] == ["k7", "–", "7"] and len(changed) == 9
     classes = [row[::2][:2] for row in table(text, "### Classes", "other-2")[1:]]
     assert classes == [["thalamus", "0.4 (-0.3)"], ["hippocampus", "0.6 (+0.1)"], ["amygdala", "0.9 (=)"]]
     matrix = table(text, "### Confusion matrix", "other-2")
@@ -287,7 +303,7 @@ def test_differences_to_the_first_run(tmp_path: Path) -> None:
     web = web_path.read_text()
     assert '<span class="change better">(+0.02)</span>' in web and '<span class="change worse">(+0.05)</span>' in web
     anchors = {tag[1].get("id") for tag in Page(web).tags if tag[0] == "section"}
-    assert {tag[1]["href"] for tag in Page(web).tags if tag[0] == "a"} == {f"#{one}" for one in anchors}
+    assert {tag[1]["href"] for tag in Page(web).tags if tag[0] == "a"} == {"#main", *(f"#{one}" for one in anchors)}
 
 
 def test_runs_of_different_tasks_are_not_compared(tmp_path: Path) -> None:
@@ -295,11 +311,12 @@ def test_runs_of_different_tasks_are_not_compared(tmp_path: Path) -> None:
     maps = [RunData(f"map-{k}", EXPERIMENT, {}, result(loss=k) | {"task": "segmentation"}) for k in (2, 3)]
     text_path, web_path = write_report([finished("base-1", loss=1), *maps], tmp_path)
     text, web = text_path.read_text(), web_path.read_text()
-    overview = table(text, "Differences in brackets are to the first run of the same task, map-2.")
-    assert [row[6] for row in overview[1:]] == ["1", "2", "3 (+1)"]
-    assert (
-        table(text, "### Validation", "map-2")[3][2] == "2" and table(text, "### Validation", "map-3")[3][2] == "3 (+1)"
-    )
+    assert "Differences in brackets are to the first run of the same task, map-2." in text
+    parts = [table(text, f"Task {task}:") for task in ("classification", "segmentation")]
+    losses = [row[part[0].index("loss (lower is better)")] for part in parts for row in part[1:]]
+    assert losses == ["1", "2", "3 (+1)"]
+    for run, loss in (("map-2", "2"), ("map-3", "3 (+1)")):
+        assert table(text, "### Training and validation", run)[2][3] == loss
     assert "## map-2 (baseline)" in text and "base-1 (baseline)" not in text
     assert web.count('class="tag">baseline') == 1 and web.count('class="change worse">(+1)') == 2
     text_path, web_path = write_report([finished("base-1"), maps[0]], tmp_path / "two")
@@ -317,10 +334,11 @@ def test_the_page_needs_nothing_from_outside(tmp_path: Path) -> None:
     run = RunData("a-1", EXPERIMENT, {}, result(), figures={"curves": png(tmp_path / "f.png")})
     web = write_report([run], tmp_path / "out")[1].read_text()
     page = Page(web)
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "base"}
+    assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "base"}
+    assert page.scripts == OWN_SCRIPTS
     sources = [value for _, attrs in page.tags for key, value in attrs.items() if key in ("src", "href")]
     assert sources and all(str(value).startswith(("data:image/png", "#")) for value in sources)
-    assert "default-src 'none'" in web and "prefers-color-scheme: dark" in web and "url(" not in web
+    assert "default-src 'none'" in web and "light-dark(" in web and "url(" not in web
 
 
 def test_missing_and_foreign_figures_are_named(tmp_path: Path) -> None:
@@ -368,13 +386,13 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     run = RunData(NASTY, {"model": {"name": NASTY}}, {NASTY: NASTY}, told, figures=figures)
     text_path, web_path = write_report([run, finished("b-2")], tmp_path / "deep" / "out")
     page = Page(web_path.read_text())
-    assert "script" not in {tag for tag, _ in page.tags}
+    assert page.scripts == OWN_SCRIPTS
     assert page.texts.count(NASTY) >= 6
     assert len(list((tmp_path / "deep" / "out" / "figures").iterdir())) == 2
     rendered = MarkdownIt("commonmark").enable("table").render(text_path.read_text())
     assert "<script" not in rendered and 'javascript:b"' not in rendered and "<em>" not in rendered
     assert len(set(map(len, table(text_path.read_text().replace("\\|", "/"), "Differences")))) == 1
-    assert set(notes.read(text_path)) == {NASTY, "b-2"}
+    assert set(notes.read(text_path)) == {notes.INTRODUCTION, NASTY, "b-2"}
 
 
 @given(st.text(max_size=30))
@@ -405,18 +423,18 @@ def test_notes_survive_and_the_same_input_gives_the_same_bytes(tmp_path: Path) -
         pages.append((text_path.read_bytes(), web_path.read_bytes()))
     assert pages[0] == pages[1]
     kept = notes.read(text_path)
-    assert kept["a-1"].startswith("## Why\n\n| x | y |\n<script>") and kept["a-1"].endswith("\n\n  indented")
+    assert kept["a-1"].startswith("## Why\n\n| x | y |\n<script>") and kept["a-1"].endswith("\n\n  indented\n")
     assert kept["b-2"] == "" and "0.5" in text_path.read_text()
     page = Page(web_path.read_text())
-    assert kept["a-1"] in page.texts and "script" not in {tag for tag, _ in page.tags}
+    assert kept["a-1"] in page.texts and page.scripts == OWN_SCRIPTS
 
 
 def test_notes_of_runs_that_are_left_out_are_kept(tmp_path: Path) -> None:
     text_path, web_path = write_report([finished("a-1"), finished("b-2")], tmp_path)
     write_note(text_path, "a-1", "worth keeping")
     write_report([finished("b-2")], tmp_path)
-    assert notes.read(text_path) == {"a-1": "worth keeping", "b-2": ""}
-    assert "worth keeping" in Page(web_path.read_text()).texts
+    assert notes.read(text_path) == {"": "", "a-1": "worth keeping\n", "b-2": ""}
+    assert "worth keeping\n" in Page(web_path.read_text()).texts
     write_report([finished("a-1")], tmp_path)
     section = text_path.read_text().split("## a-1")[1]
     assert "worth keeping" in section and "not in this report" not in section
@@ -439,14 +457,6 @@ def test_a_report_whose_notes_could_be_lost_is_not_overwritten(tmp_path: Path, s
         write_report([finished("a-1", accuracy=0.5)], tmp_path)
     assert "\n" not in str(caught.value)
     assert (text_path.read_bytes(), web_path.read_bytes()) == before
-
-
-def test_windows_editors_do_not_break_the_notes(tmp_path: Path) -> None:
-    text_path, _ = write_report([finished("a-1")], tmp_path)
-    write_note(text_path, "a-1", "first\nsecond")
-    text_path.write_bytes(b"\xef\xbb\xbf" + text_path.read_bytes().replace(b"\n", b"\r\n"))
-    write_report([finished("a-1")], tmp_path)
-    assert notes.read(text_path) == {"a-1": "first\nsecond"}
 
 
 def test_wrong_use_is_one_line(tmp_path: Path) -> None:

@@ -374,7 +374,9 @@ def test_on_paper_every_run_is_whole(browser: Browser, tmp_path: Path) -> None:
     assert not browser.find("#tools").is_displayed()
     browser.cdp("Emulation.setEmulatedMedia", media="")
     assert base64.b64decode(browser.cdp("Page.printToPDF")["data"]).startswith(b"%PDF")
-    drawn = "return [...document.querySelectorAll('.single svg.curves')].map(s => s.querySelectorAll('path.line').length)"
+    drawn = (
+        "return [...document.querySelectorAll('.single svg.curves')].map(s => s.querySelectorAll('path.line').length)"
+    )
     assert browser.run(drawn) == [2] * 5
 
 

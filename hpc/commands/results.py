@@ -13,7 +13,6 @@ from hpc.commands.common import AsJson, RunName, Runs, app, expanded, print_json
 from hpc.errors import UserError
 
 if TYPE_CHECKING:
-    from hpc.journal.report import RunData
     from hpc.rundir import RunDir
 
 
@@ -44,20 +43,35 @@ def board(
 @app.command(rich_help_panel="Results")
 def report(
     names: Annotated[
-        list[str] | None, typer.Argument(help="Runs, the baseline first, and sweeps (all).", metavar="[RUN]...")
+        list[str] | None, typer.Argument(help="Runs and sweeps (all).", metavar="[RUN]...", show_default=False)
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The run that others are compared with (the first).", metavar="RUN")
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of EXPERIMENTS.md and index.html.")] = Path("report"),
     runs: Runs = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write the journal: Markdown, and one self-contained HTML page. Hand-written notes are kept."""
     from hpc import ledger
-    from hpc.journal.report import write_report
+    from hpc.journal.reading import read
+    from hpc.journal.report import plain, write_report
     from hpc.rundir import all_runs, runs_folder
 
     folder = runs_folder(runs)
     found = expanded([ledger.find(folder, name) for name in names]) if names else list(all_runs(folder))
-    for path in write_report([data for run in found if (data := _run_data(run))], out):
-        say(str(path))
+    first = _run(baseline, runs) if baseline is not None else None
+    if first and first.path not in [run.path for run in found]:
+        found.insert(0, first)
+    told = [read(run) for run in found if not run.step.exists()]
+    for run in told:
+        for fault in run.damage:
+            print(f"{run.run}: {fault}", file=sys.stderr)
+    written = write_report(told, out, first.name if first else "")
+    if as_json:
+        print_json({"files": list(map(str, written)), "runs": plain(told, first.name if first else "")})
+    else:
+        say("\n".join(map(str, written)))
 
 
 def _run(name: str, runs: Path | None) -> RunDir:
@@ -70,24 +84,6 @@ def _run(name: str, runs: Path | None) -> RunDir:
     if isinstance(target, SweepDir):
         raise UserError(f"{target.name} is a sweep: name one of its rows; 'hpc ls {target.name}' lists them")
     return target
-
-
-def _run_data(run: RunDir) -> RunData | None:
-    """What the journal needs of a run; None of a step that does not train, and of one whose files are damaged."""
-    from hpc import ledger, yamlfile
-    from hpc.journal.report import RunData
-    from hpc.rundir import read_json
-
-    if run.step.exists():
-        return None
-    status = ledger.status(run)
-    if status.state == "damaged":
-        print(f"{run.name} is left out: {status.detail}", file=sys.stderr)
-        return None
-    figures = {path.stem: path for path in sorted(run.figures.glob("*.png"))}
-    delta = yamlfile.read(run.delta) if run.delta.exists() else {}
-    metrics, events = run.read_metrics(), run.read_events()
-    return RunData(run.name, yamlfile.read(run.experiment), delta, read_json(run.result), metrics, events, figures)
 
 
 @app.command(rich_help_panel="Results")

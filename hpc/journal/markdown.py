@@ -16,9 +16,12 @@ _HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "\n": " ", "\r": 
 
 def render(report: Report) -> str:
     """The text of EXPERIMENTS.md."""
-    parts = [notes.HEADER, f"# Report: {escape(report.title)}", escape(report.legend)]
+    parts = [notes.HEADER, f"# Experiments: {escape(report.title)}"]
+    parts += [notes.block(notes.INTRODUCTION, report.introduction), escape(report.legend)]
     if report.legend:
-        parts.append(_table(report.overview))
+        parts += _by_task(report.overview)
+    if report.groups:
+        parts += [f"### {escape(report.groups.title)}", *_by_task(report.groups)]
     parts += [part for section in report.sections for part in _section(section)]
     if report.other_notes:
         parts.append("## Notes of runs that are not in this report")
@@ -44,7 +47,7 @@ def _plain(name: str) -> str:
 
 def _section(section: Section) -> list[str]:
     heading = f"## {escape(section.run)}{' (baseline)' if section.baseline else ''}"
-    tables = [f"### {escape(table.title)}\n\n{_table(table)}" for table in section.tables]
+    tables = [_titled(table) for table in section.tables]
     figures = [_figure(section.run, figure) for figure in section.figures]
     return [heading, *tables, *(["### Figures", *figures] if figures else []), "### Notes", _notes(section)]
 
@@ -58,6 +61,18 @@ def _figure(run: str, figure: Figure) -> str:
         return f"Figure {escape(figure.name)}: the file is missing or no PNG."
     picture = f"![{escape(figure.name)}](figures/{figure_file(run, figure)})"
     return picture if figure.caption == figure.name else f"{picture}\n\n{escape(figure.caption)}"
+
+
+def _by_task(table: Table) -> list[str]:
+    """Of several tasks each with its own metrics."""
+    several = table.by_task()
+    if len(several) == 1:
+        return [_table(table)]
+    return [f"Task {escape(task or 'unknown')}:\n\n{_table(one)}" for task, one in several]
+
+
+def _titled(table: Table) -> str:
+    return f"### {escape(table.title)}\n\n{_table(table)}"
 
 
 def _table(table: Table) -> str:

@@ -1,4 +1,7 @@
-"""Hand-written notes: what stands between `<!-- notes: RUN -->` and `<!-- /notes -->` survives each new report."""
+"""Hand-written notes: what stands between `<!-- notes: RUN -->` and `<!-- /notes -->` survives each new report.
+
+The block without a run, `<!-- notes -->`, is the journal's own introduction. What a block holds is kept byte for byte.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,22 @@ from urllib.parse import quote, unquote
 from hpc.errors import UserError
 
 HEADER = "<!-- written by hpc report; only what stands between the notes markers survives the next one -->"
-_OPEN = re.compile(r"\s*<!--\s*notes:\s*(\S+)\s*-->\s*")
-_CLOSE = re.compile(r"\s*<!--\s*/notes\s*-->\s*")
+INTRODUCTION = ""
+"""Whose notes stand before all runs."""
+# Four blanks make it code, as a fence does: text about markers is no marker.
+_OPEN = re.compile(r" {0,3}<!--\s*notes(?::\s*(\S+))?\s*-->\s*")
+_CLOSE = re.compile(r" {0,3}<!--\s*/notes\s*-->\s*")
+_FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})(.*)", re.DOTALL)
 
 
 def block(run: str, text: str) -> str:
-    """The marked block of one run."""
-    body = f"{text}\n" if text else "\n"
-    return f"<!-- notes: {quote(run, safe='')} -->\n{body}<!-- /notes -->"
+    """The marked block of one run, or of the introduction."""
+    whose = f": {quote(run, safe='')}" if run else ""
+    if not text:
+        text = "\n"
+    elif not text.endswith("\n"):
+        text += "\n"
+    return f"<!-- notes{whose} -->\n{text}<!-- /notes -->"
 
 
 def read(path: Path) -> dict[str, str]:
@@ -25,7 +36,7 @@ def read(path: Path) -> dict[str, str]:
     Raises UserError for a file that is no report of ours, and where a marker is broken: text could be lost.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         return {}
     except UnicodeDecodeError as error:
@@ -39,17 +50,37 @@ def _parse(text: str, path: Path) -> dict[str, str]:
     notes: dict[str, str] = {}
     run: str | None = None
     lines: list[str] = []
-    for row, line in enumerate(text.split("\n"), start=1):
-        opened, closed = _OPEN.fullmatch(line), _CLOSE.fullmatch(line)
+    fence = ""
+    for row, line in enumerate(text.split("\n"), start=1):  # no splitlines: it breaks at U+2028 and form feeds, too
+        before, fence = fence, _fenced(fence, line) if run is not None else ""
+        opened, closed = (None, None) if before or fence else (_OPEN.fullmatch(line), _CLOSE.fullmatch(line))
         if (opened and run is not None) or (closed and run is None):
             raise UserError(f"{path}: line {row}: {line.strip()} stands without its other half; repair the markers")
         if opened:
-            run, lines = unquote(opened[1]), []
+            run, lines = unquote(opened[1] or INTRODUCTION), []
         elif closed and run is not None:
-            both = (notes.get(run, ""), "\n".join(lines).strip("\n"))
-            notes[run], run = "\n\n".join(part for part in both if part), None
+            notes[run], run = _joined(notes.get(run, ""), "".join(f"{one}\n" for one in lines)), None
         else:
             lines.append(line)
     if run is not None:
-        raise UserError(f"{path}: the notes of {run} have no <!-- /notes --> line; add it below them")
+        whose = f"the notes of {run}" if run else "the introduction's notes"
+        within = f", or close their {fence} above it" if fence else ""
+        raise UserError(f"{path}: {whose} have no <!-- /notes --> line; add it below them{within}")
     return notes
+
+
+def _fenced(fence: str, line: str) -> str:
+    """The fence of code that is open after this line: ``` or ~~~, as many as opened it; empty outside of code."""
+    found = _FENCE.fullmatch(line)
+    if not found:
+        return fence
+    if not fence:
+        return found[1]
+    closes = found[1][0] == fence[0] and len(found[1]) >= len(fence) and not found[2].strip()
+    return "" if closes else fence
+
+
+def _joined(first: str, second: str) -> str:
+    """Of two blocks of one run both; an empty one is none."""
+    kept = [text for text in (first, second) if text.strip("\r\n")]
+    return "\n".join(kept) if len(kept) != 1 else kept[0]

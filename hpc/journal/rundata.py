@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from hpc import steptimes
 from hpc.journal.compare import better, is_number, lower_is_better
+from hpc.journal.content import CURVE_POINTS, Curve
 from hpc.metrics import DEFAULT_MONITOR, by_difficulty
 
 Values = Mapping[str, Any]
@@ -24,6 +26,9 @@ _STATES = {
     "end": "ended without a result",
     "cancel": "cancelled",
 }
+
+
+_OF_ATTEMPT = ("start", "checkpoint", "signal", "requeue", "end", "failed")
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,41 @@ class RunData:
     """Lines {time, event, generation, ...}."""
     figures: Mapping[str, Path] = field(default_factory=dict)
     """PNG files by name."""
+    evaluations: Mapping[str, Values] = field(default_factory=dict)
+    """What `hpc evaluate` found, by name: test, test+flips-0, ..."""
+    data: Values = field(default_factory=dict)
+    """data.json."""
+    used: Values = field(default_factory=dict)
+    """The card of hpc.usage."""
+    commit: str = ""
+    """Of the code that was submitted."""
+    own_code: str = ""
+    """Of the user's own models, see hpc.payload."""
+    damage: Sequence[str] = ()
+    """Files that could not be read, each with its fault."""
+    typical: Values = field(default_factory=dict)
+    """What a result would say of speed, waiting and attempts, where the lines that told it are no longer here."""
+    drawn: tuple[Curve, ...] | None = None
+    """The curves, where their lines are no longer here."""
 
     @property
     def finished(self) -> bool:
         return bool(self.result.get("finished"))
 
+    def slim(self) -> RunData:
+        """The same without the lines of its metrics but the best and the last: a report holds many runs at once."""
+        typical = {"samples_per_second": self.speed, "waiting_share": self.waiting_share, **self.timing}
+        ends = [line for line in (self.validation(self.best), self.validation(self.last)) if line]
+        kept = [line for place, line in enumerate(ends) if line not in ends[:place]]
+        return replace(self, metrics=kept, typical={**typical, "attempts": self.attempts}, drawn=self.curves)
+
     @cached_property
     def state(self) -> str:
         """In words; of a run without a result what its last event says."""
+        return f"{self._state}; damaged" if self.damage else self._state
+
+    @property
+    def _state(self) -> str:
         if self.finished:
             return "finished"
         if not self.events:
@@ -105,10 +137,38 @@ class RunData:
         """{epoch, step, metrics} of the last evaluation; empty where there is none."""
         return mapping(self.result.get("last")) or (self.validations[-1] if self.validations else {})
 
+    def validation(self, moment: Values) -> Values:
+        """The line {..., metrics, train} of an evaluation {step}, empty where there is none."""
+        return next((line for line in self.validations if line["step"] == moment.get("step")), {})
+
+    @cached_property
+    def curves(self) -> tuple[Curve, ...]:
+        """Of the metrics of both splits, the monitored one first, the loss next."""
+        if self.drawn is not None:
+            return self.drawn
+        lines = _thinned(self.validations)
+        steps = tuple(float(line["step"]) for line in lines)
+        epochs = tuple(
+            float(given) if is_number(given := line.get("epoch")) else step
+            for line, step in zip(lines, steps, strict=True)
+        )
+        seen = {name: None for line in lines for name in mapping(line.get("metrics"))}
+        found = []
+        for name in sorted(seen, key=lambda name: (name != self.monitor, name != "loss", name)):
+            for split, key in (("train", "train"), ("validation", "metrics")):
+                values = tuple(_point(mapping(line.get(key)).get(name)) for line in lines)
+                if any(value is not None for value in values):
+                    found.append(Curve(name, split, steps, epochs, values))
+        return tuple(found)
+
     @property
     def per_class(self) -> list[Values]:
         """{name, support, precision, recall, f1 or dice...} of each class, the most difficult first."""
-        rows = [row for row in self.result.get("per_class") or () if isinstance(row, Mapping)]
+        return self.sorted_classes(self.result)
+
+    def sorted_classes(self, told: Values) -> list[Values]:
+        """The same of a result or an evaluation."""
+        rows = [row for row in told.get("per_class") or () if isinstance(row, Mapping)]
         return [rows[place] for place in by_difficulty(self.task, rows)]
 
     @property
@@ -118,8 +178,9 @@ class RunData:
     @property
     def speed(self) -> Values:
         """Samples per second by split: the result's, else the median over the evaluations."""
-        if given := mapping(self.result.get("samples_per_second")):
-            return given
+        for told in (self.result, self.typical):
+            if given := mapping(told.get("samples_per_second")):
+                return given
         rates: dict[str, list[float]] = {}
         for line in self.validations:
             for split, rate in mapping(line.get("samples_per_second")).items():
@@ -130,21 +191,24 @@ class RunData:
     @property
     def waiting_share(self) -> float | None:
         """Share of the training time spent waiting for data; None if unknown."""
-        if is_number(given := self.result.get("waiting_share")):
-            return given
+        for told in (self.result, self.typical):
+            if is_number(given := told.get("waiting_share")):
+                return given
         shares = [share for line in self.validations if is_number(share := line.get("waiting_share"))]
         return statistics.median(shares) if shares else None
 
     @cached_property
     def timing(self) -> Values:
         """What is known of where the time of a step goes, see hpc.steptimes: the result's, else of the evaluations."""
-        return steptimes.typical([self.result]) or steptimes.typical(self.validations)
+        return (
+            steptimes.typical([self.result]) or steptimes.typical([self.typical]) or steptimes.typical(self.validations)
+        )
 
     @property
     def attempts(self) -> int:
         """Starts of the job; several ranks may report one start."""
         seen = self._generations("start") | {int(line.get("generation", 1)) for line in self.metrics}
-        given = self.result.get("attempts")
+        given = self.result.get("attempts", self.typical.get("attempts"))
         return int(given) if is_number(given) else len(seen)
 
     @property
@@ -164,6 +228,41 @@ class RunData:
             return None
         return int(launch.get("nodes") or 1) * int(launch.get("tasks_per_node") or launch.get("gpus") or 1)
 
+    @property
+    def jobs(self) -> list[str]:
+        """Of SLURM, in the order of their starts."""
+        told = [str(event["job"]) for event in self.events if event.get("event") == "start" and event.get("job")]
+        return list(dict.fromkeys(told))
+
+    @property
+    def hosts(self) -> list[str]:
+        """The first node of each attempt, each once."""
+        told = [str(event["node"]) for event in self.events if event.get("event") == "start" and event.get("node")]
+        return list(dict.fromkeys(told))
+
+    @property
+    def wall_seconds(self) -> float | None:
+        """Of all attempts, from start to end: as sampled, else from their events; None if unknown."""
+        if is_number(given := self.used.get("seconds")):
+            return float(given)
+        spans: dict[int, list[float]] = {}
+        for event in self.events:
+            if event.get("event") in _OF_ATTEMPT and is_number(event.get("time")):
+                spans.setdefault(int(event.get("generation", 0)), []).append(float(event["time"]))
+        found = sum(max(times) - min(times) for times in spans.values())
+        return found or None
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """Metrics of the best evaluation, and those that `hpc evaluate --split test` has found as `test METRIC`."""
+        tested = mapping(mapping(self.evaluations.get("test")).get("metrics"))
+        return {**mapping(self.best.get("metrics")), **{f"test {name}": value for name, value in tested.items()}}
+
+    @property
+    def seed(self) -> int | None:
+        given = mapping(self.experiment.get("train")).get("seed")
+        return given if isinstance(given, int) else None
+
     def _generations(self, kind: str) -> set[int]:
         return {int(event.get("generation", 0)) for event in self.events if event.get("event") == kind}
 
@@ -171,3 +270,15 @@ class RunData:
 def mapping(value: Any) -> Values:
     """The value if it is a mapping, else an empty one."""
     return value if isinstance(value, Mapping) else {}
+
+
+def _point(value: Any) -> float | None:
+    return float(value) if is_number(value) and math.isfinite(value) else None
+
+
+def _thinned(lines: Sequence[Values]) -> Sequence[Values]:
+    """At most CURVE_POINTS of them, evenly spaced, with the first and the last."""
+    if len(lines) <= CURVE_POINTS:
+        return lines
+    last = len(lines) - 1
+    return [lines[round(place * last / (CURVE_POINTS - 1))] for place in range(CURVE_POINTS)]

@@ -1,0 +1,95 @@
+"""Reads a run's folder for the journal: what it lacks, what is damaged, and what only TensorBoard's events say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from hpc import payload, usage, yamlfile
+from hpc.errors import UserError
+from hpc.journal.rundata import RunData, mapping
+from hpc.logs import series
+from hpc.rundir import RunDir, read_json
+
+Kind = TypeVar("Kind")
+
+
+Lines = list[dict[str, Any]]
+
+
+def read(run: RunDir) -> RunData:
+    """All that a report needs of a run, and no more; a file that is damaged counts as missing, and is named."""
+    damage: list[str] = []
+
+    def attempted(read: Callable[[], Kind], missing: Kind, name: str) -> Kind:
+        try:
+            return read()
+        except (UserError, OSError, ValueError, LookupError, TypeError) as error:
+            told = " ".join(str(error).replace(f"{run.path}/", "").split())
+            damage.append(told if name in told else f"{name}: {told}")
+            return missing
+
+    def load(path: Any) -> dict[str, Any]:
+        return attempted(lambda: read_json(path), {}, path.name)
+
+    nothing: dict[str, Any] = {}
+    experiment = attempted(lambda: yamlfile.read(run.experiment), nothing, run.experiment.name)
+    model = str(mapping(experiment.get("model")).get("name"))
+    result = load(run.result)
+    load(run.state)  # told where it is damaged: such a run cannot go on
+    none: Lines = []
+    lines = attempted(run.read_metrics, none, run.metrics.name)
+    if not lines and run.tensorboard.is_dir():
+        lines = attempted(lambda: _lines_of_events(run), none, run.tensorboard.name)
+    events = attempted(run.read_events, none, run.events.name)
+    return RunData(
+        run=run.name,
+        experiment=experiment,
+        delta=attempted(lambda: yamlfile.read(run.delta), {}, run.delta.name) if run.delta.exists() else {},
+        result=result,
+        metrics=lines,
+        events=events,
+        figures={path.stem: path for path in sorted(run.figures.glob("*.png"))},
+        evaluations={
+            path.stem: told
+            for path in sorted(run.predictions.glob("*.json"))
+            if isinstance((told := load(path)).get("metrics"), dict)
+        },
+        data=load(run.data),
+        used=attempted(lambda: result.get("usage") or usage.summary(run), {}, run.usage.name),
+        commit=payload.commit(run.code) or _commit(events),
+        own_code=attempted(lambda: payload.own_code(run.code, model), "", run.code.name),
+        damage=damage,
+    ).slim()
+
+
+def _commit(events: Lines) -> str:
+    """As the newest attempt has told it: the code itself stays on the cluster."""
+    told = [str(event["commit"]) for event in events if event["event"] == "start" and event.get("commit")]
+    return told[-1] if told else ""
+
+
+_SECTIONS = {"train": "train", "validation": "metrics"}
+_RATE, _WAITING = "_samples_per_second", "waiting_share"
+
+
+def _lines_of_events(run: RunDir) -> Lines:
+    """The evaluations as metrics.jsonl would have them, of a run of whose logs only the event files are here."""
+    lines: dict[int, dict[str, Any]] = {}
+    for tag, points in series.scalars(run.tensorboard).items():
+        for step, _, value in points:
+            line = lines.setdefault(step, {"generation": 1, "step": step, "split": "validation", "metrics": {}})
+            _enter(line, tag, value)
+    return [lines[step] for step in sorted(lines) if lines[step]["metrics"]]
+
+
+def _enter(line: dict[str, Any], tag: str, value: float) -> None:
+    group, _, name = tag.partition("/")
+    if tag == "epoch":
+        line["epoch"] = round(value)
+    elif group == "speed" and name == _WAITING:
+        line[_WAITING] = value
+    elif group == "speed" and name.endswith(_RATE):
+        line.setdefault("samples_per_second", {})[name.removesuffix(_RATE)] = value
+    elif group in _SECTIONS:
+        line.setdefault(_SECTIONS[group], {})[name] = value
