@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from hpc.errors import UserError
 
 _CARRIED = ("jobs", "models3d", "datasets")
 _INSTALLED = (hpc, slurm_templates)
+_IMPORT = re.compile(rb"^\s*(?:from|import)\s+\.?(\w+)", re.MULTILINE)
 _COMMIT, _CHANGES = "commit.txt", "changes.diff"
 
 
@@ -102,13 +104,20 @@ def snapshot(target: Path) -> None:
             (target / name).write_bytes(answer)
 
 
-def own_code(code: Path) -> str:
-    """8 hex digits of the user's own models in a snapshot; empty where there are none, or the code is not here."""
-    files = sorted(path for path in code.glob("own*/**/*.py") if path.is_file())
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(code)}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:8] if files else ""
+def own_code(code: Path, model: str) -> str:
+    """8 hex digits of the user's own model `file:PATH:CLASS` in a snapshot, and of the modules beside that it imports.
+
+    Empty where it is a model of another kind, or the code is not here.
+    """
+    named = re.fullmatch(r"file:.*/(own\d*)/([^/]+\.py):\w+", model)
+    folder, waiting, texts = code / (named[1] if named else ""), [named[2]] if named else [], dict[str, bytes]()
+    while waiting:
+        name = waiting.pop()
+        if name not in texts and (folder / name).is_file():
+            texts[name] = (folder / name).read_bytes()
+            waiting += [f"{module.decode()}.py" for module in _IMPORT.findall(texts[name])]
+    told = b"\0".join(name.encode() + b"\0" + texts[name] for name in sorted(texts))
+    return hashlib.sha256(told).hexdigest()[:8] if texts else ""
 
 
 def commit(code: Path) -> str:

@@ -195,16 +195,26 @@ def test_a_report_without_runs_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_the_commit_of_a_snapshot(tmp_path: Path) -> None:
-    assert payload.commit(tmp_path) == payload.own_code(tmp_path) == ""
+    assert payload.commit(tmp_path) == ""
     (tmp_path / "commit.txt").write_text("0123\n")
     assert payload.commit(tmp_path) == "0123"
     (tmp_path / "changes.diff").touch()
     assert payload.commit(tmp_path) == "0123 with changes"
+
+
+def test_ones_own_model_is_its_file_and_what_that_imports(tmp_path: Path) -> None:
+    model = "file:/runs/a-1/code/own/net.py:Net"
+    assert payload.own_code(tmp_path, model) == payload.own_code(tmp_path, "timm:vit") == ""
     (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "net.py").write_text("a = 1")
-    first = payload.own_code(tmp_path)
-    (tmp_path / "own" / "net.py").write_text("a = 2")
-    assert len(first) == 8 and first != payload.own_code(tmp_path)
+    codes = []
+    texts = ("from layers import A", "import other"), ("from .layers import A", ""), ("from .layers import A", "B = 1")
+    for text, layers in texts:
+        (tmp_path / "own" / "net.py").write_text(text)
+        (tmp_path / "own" / "layers.py").write_text(layers)
+        codes.append(payload.own_code(tmp_path, model))
+        (tmp_path / "own" / "script.py").write_text(f"not imported: {layers}")
+        assert payload.own_code(tmp_path, model) == codes[-1]
+    assert len(set(codes)) == 3 and {len(code) for code in codes} == {8}
 
 
 def test_wall_time_of_events(tmp_path: Path) -> None:

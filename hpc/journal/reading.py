@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from hpc import payload, usage, yamlfile
 from hpc.errors import UserError
-from hpc.journal.rundata import RunData
+from hpc.journal.rundata import RunData, mapping
 from hpc.logs import series
 from hpc.rundir import RunDir, read_json
 
@@ -32,6 +32,9 @@ def read(run: RunDir) -> RunData:
     def load(path: Any) -> dict[str, Any]:
         return attempted(lambda: read_json(path), {}, path.name)
 
+    nothing: dict[str, Any] = {}
+    experiment = attempted(lambda: yamlfile.read(run.experiment), nothing, run.experiment.name)
+    model = str(mapping(experiment.get("model")).get("name"))
     result = load(run.result)
     load(run.state)  # told where it is damaged: such a run cannot go on
     none: Lines = []
@@ -41,7 +44,7 @@ def read(run: RunDir) -> RunData:
     events = attempted(run.read_events, none, run.events.name)
     return RunData(
         run=run.name,
-        experiment=attempted(lambda: yamlfile.read(run.experiment), {}, run.experiment.name),
+        experiment=experiment,
         delta=attempted(lambda: yamlfile.read(run.delta), {}, run.delta.name) if run.delta.exists() else {},
         result=result,
         metrics=lines,
@@ -55,7 +58,7 @@ def read(run: RunDir) -> RunData:
         data=load(run.data),
         used=attempted(lambda: result.get("usage") or usage.summary(run), {}, run.usage.name),
         commit=payload.commit(run.code) or _commit(events),
-        own_code=attempted(lambda: payload.own_code(run.code), "", run.code.name),
+        own_code=attempted(lambda: payload.own_code(run.code, model), "", run.code.name),
         damage=damage,
     ).slim()
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from hpc import steptimes, usage
+from hpc.experiment import flatten
 from hpc.journal import captions
 from hpc.journal.cells import cell, cells, direction, falls, heads, versus
-from hpc.journal.changes import changes, from_base, listed
+from hpc.journal.changes import changes, from_base, listed, spelt
 from hpc.journal.compare import is_number, number
 from hpc.journal.content import Cell, Figure, Head, Section, Table
 from hpc.journal.rundata import RunData, Values, mapping
@@ -25,17 +26,16 @@ _CLASS_COLUMNS = {
     "auc": "ROC AUC",
     "calibration_error": "Calibration error",
 }
+_CLASSES = "Classes, the most difficult first"
 _MATRIX_FITS = 24  # classes; a wider table of numbers is read by nobody
 
 
 def section(run: RunData, first: RunData, notes: str) -> Section:
     figures = tuple(Figure.of(name, run.figures[name]) for name in sorted(run.figures, key=captions.place))
     drawn = any("confusion" in figure.name and figure.size for figure in figures)
-    scores = [
-        _scores(run, first),
-        _per_class(run, first, run.result, first.result, "Classes, the most difficult first"),
-    ]
-    tables = [_facts(run, first), _changes(run, first), *scores, None if drawn else _confusion(run)]
+    settings = _settings(run) if run is first else _changes(run, first)
+    scores = [_scores(run, first), _per_class(run, first, run.result, first.result, _CLASSES)]
+    tables = [_facts(run), settings, *scores, None if drawn else _confusion(run)]
     tables += [table for name in run.evaluations for table in _evaluation(run, first, name)]
     tables.append(_timing(run))
     epoch, step = (found if is_number(found := run.best.get(key)) else None for key in ("epoch", "step"))
@@ -48,7 +48,7 @@ def compared(run: RunData, first: RunData, name: str) -> Cell:
     return versus(run.scores.get(name), first.scores.get(name), falls(name, run), same=run is first)
 
 
-def _facts(run: RunData, first: RunData) -> Table:
+def _facts(run: RunData) -> Table:
     best = run.best
     share, seconds = run.waiting_share, run.wall_seconds
     pairs = [
@@ -56,7 +56,8 @@ def _facts(run: RunData, first: RunData) -> Table:
         ("Damaged", "; ".join(run.damage) or None),
         ("Differs from its base in", listed(from_base(run))),
         ("Task", run.task or None),
-        ("Model", mapping(run.experiment.get("model")).get("name")),
+        ("Model", spelt(name) if (name := mapping(run.experiment.get("model")).get("name")) else None),
+        ("Data", _data(run)),
         ("Best", f"epoch {number(best.get('epoch'))}, step {number(best.get('step'))}" if best else None),
         ("Checkpoint", best.get("checkpoint")),
         ("Trained", _progress(run)),
@@ -98,11 +99,35 @@ def _card(run: RunData) -> list[str]:
 
 def _changes(run: RunData, first: RunData) -> Table | None:
     """Both values of each setting that is not the baseline's."""
-    if run is first or not (found := changes(run, first)):
+    if not (found := changes(run, first)):
         return None
     rows = tuple(cells(key, theirs, mine) for key, (theirs, mine) in found.items())
     title = "Changed from the baseline" if run.experiment and first.experiment else "Differs from its base in"
     return Table(title, heads("Setting", first.run, "This run"), rows, words=(0, 1, 2))
+
+
+def _settings(run: RunData) -> Table | None:
+    """The whole experiment of whom others are compared with, a section in a row; what is null is left out."""
+    parts: dict[str, list[str]] = {}
+    for key, value in flatten(run.experiment).items():
+        section, _, name = key.partition(".")
+        if name and value is not None and value != {} and value != []:
+            parts.setdefault(section, []).append(f"{name}={spelt(value)}")
+    rows = tuple(cells(section, ", ".join(words)) for section, words in parts.items())
+    return Table("Settings", heads("Section", "Values"), rows, words=(0, 1)) if rows else None
+
+
+def _data(run: RunData) -> str | None:
+    """As data.json tells it."""
+    told = run.data
+    shape, classes = told.get("shape"), told.get("class_names")
+    words = [
+        str(told.get("file") or ""),
+        "x".join(map(str, shape)) if isinstance(shape, list) else "",
+        f"{len(classes)} classes" if isinstance(classes, list) else "",
+        f"fingerprint {str(told['fingerprint'])[:12]}" if told.get("fingerprint") else "",
+    ]
+    return ", ".join(filter(None, words)) or None
 
 
 def _baseline(run: RunData) -> str | None:
