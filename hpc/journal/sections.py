@@ -48,7 +48,7 @@ def compared(run: RunData, first: RunData, name: str) -> Cell:
     return versus(run.scores.get(name), first.scores.get(name), falls(name, run), same=run is first)
 
 
-def _facts(run: RunData, first: RunData) -> Table:
+def _facts(run: RunData) -> Table:
     best = run.best
     share, seconds = run.waiting_share, run.wall_seconds
     pairs = [
