@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from hpc import payload, usage, yamlfile
@@ -29,7 +30,7 @@ def read(run: RunDir) -> RunData:
             damage.append(told if name in told else f"{name}: {told}")
             return missing
 
-    def load(path: Any) -> dict[str, Any]:
+    def load(path: Path) -> dict[str, Any]:
         return attempted(lambda: read_json(path), {}, path.name)
 
     nothing: dict[str, Any] = {}
@@ -50,17 +51,19 @@ def read(run: RunDir) -> RunData:
         metrics=lines,
         events=events,
         figures={path.stem: path for path in sorted(run.figures.glob("*.png"))},
-        evaluations={
-            path.stem: told
-            for path in sorted(run.predictions.glob("*.json"))
-            if isinstance((told := load(path)).get("metrics"), dict)
-        },
+        evaluations=_evaluations(run, load),
         data=load(run.data),
         used=attempted(lambda: result.get("usage") or usage.summary(run), {}, run.usage.name),
         commit=payload.commit(run.code) or _commit(events),
         own_code=attempted(lambda: payload.own_code(run.code, model), "", run.code.name),
         damage=damage,
     ).slim()
+
+
+def _evaluations(run: RunDir, load: Callable[[Path], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What `hpc evaluate` has left in the run's own folder."""
+    told = {path.stem: load(path) for path in sorted(run.predictions.glob("*.json"))}
+    return {name: one for name, one in told.items() if isinstance(one.get("metrics"), dict)}
 
 
 def _commit(events: Lines) -> str:
