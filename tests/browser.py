@@ -66,6 +66,9 @@ class Browser:
         self.logs()
         self.requests()
         self.driver.get(path.as_uri() + address)
+        # Curves are drawn with the page's first picture.
+        undrawn = "return document.querySelectorAll('#curves svg.curves:empty').length"
+        self.wait(lambda: self.run(undrawn) == 0)
 
     def cdp(self, command: str, **arguments: Any) -> Any:
         return self.driver.execute_cdp_cmd(command, arguments)

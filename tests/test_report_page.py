@@ -132,9 +132,12 @@ def test_numbers_on_the_page_are_those_of_the_result(browser: Browser, tmp_path:
     runs = [RunData(run, {"task": "classification"}, result=one) for run, one in results.items()]
     _, path = write_report(runs, tmp_path)
     browser.open(path)
-    heads = [text.split("\n")[0].strip() for text in browser.texts(".long thead th")]
-    rows = "[...document.querySelectorAll('.long tbody tr')]"
-    shown = browser.run(f"return {rows}.map(r => [...r.cells].map(c => c.firstChild.textContent.trim()))")
+    overview = "document.querySelector('.long')"
+    heads = browser.run(
+        f"return [...{overview}.querySelectorAll('thead th')].map(h => h.innerText.split('\\n')[0].trim())"
+    )
+    rows = f"[...{overview}.querySelectorAll('tbody tr')]"
+    shown = browser.run(f"return {rows}.map(r => [...r.cells].map(c => (c.firstChild?.textContent ?? '').trim()))")
     for run, cells in zip(results, shown, strict=True):
         told = dict(zip(heads, cells, strict=True))
         best = results[run]["best"]
@@ -374,7 +377,9 @@ def test_on_paper_every_run_is_whole(browser: Browser, tmp_path: Path) -> None:
     assert not browser.find("#tools").is_displayed()
     browser.cdp("Emulation.setEmulatedMedia", media="")
     assert base64.b64decode(browser.cdp("Page.printToPDF")["data"]).startswith(b"%PDF")
-    drawn = "return [...document.querySelectorAll('.single svg.curves')].map(s => s.querySelectorAll('path.line').length)"
+    drawn = (
+        "return [...document.querySelectorAll('.single svg.curves')].map(s => s.querySelectorAll('path.line').length)"
+    )
     assert browser.run(drawn) == [2] * 5
 
 

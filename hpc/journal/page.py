@@ -38,7 +38,7 @@ def render(report: Report) -> str:
         report=report,
         style=Markup(style),
         script=Markup(script),
-        policy=_policy(style, script),
+        policy=Markup(_policy(style, script)),
         data=Markup(_json(_curves(report.sections))),
         key_of=_sort_key,
         file_of=figure_file,
