@@ -151,6 +151,11 @@ class Recorder:
         """Events to the disk, by a thread; wait_s: for at most so long until they are there."""
         self._tracker.flush(wait_s)
 
+    def close(self) -> None:
+        """In some seconds, whatever the disk does; an attempt that fails leaves its last events, too."""
+        self._drawer.close(STOP_S)
+        self._tracker.close()
+
     def hold(self) -> dict[str, Any]:
         """state.json, while this attempt holds the run. Raises UserError when the lease was lost, OSError.
 
@@ -201,8 +206,7 @@ class Recorder:
         """The word that the batch script's tail decides by. Raises UserError when the lease was lost."""
         self.hold()
         write_json(self._run.stop, {"generation": self._generation, "step": step, "cause": cause})
-        self._drawer.close(STOP_S)  # the logs come after the word: a dead disk of theirs costs seconds alone
-        self._tracker.close()
+        self.close()  # after the word: a dead disk of the logs costs seconds alone
         _LOG.info("stopped by %s: saved at step %d", cause, step)
 
     def result(

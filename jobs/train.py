@@ -335,8 +335,10 @@ class Trainer:
         self.engine.close()
 
     def leave_data(self) -> None:
-        """End reading; the last rank of a node to leave removes the copy on it."""
+        """End reading and logging; the last rank of a node to leave removes the copy on it."""
         self.profiling.close()
+        if self.recorder:
+            self.recorder.close()
         self.loader.close()
         self.validation.close()
         if self.staged:
