@@ -20,8 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from hpc.errors import UserError
 from hpc.logs import crc32c, fsck, series
-from hpc.logs.event import Event, EventError, decode
-from hpc.logs.records import Ending, RecordReader, frame
+from hpc.logs.event import Event, EventError, decode, last_step, scalars_of
+from hpc.logs.records import Ending, RecordReader, frame, scan
 
 FIRST, SECOND = "events.out.tfevents.1700000000.node9.7.0", "events.out.tfevents.1700000100.node10.5.0"
 
@@ -127,6 +127,70 @@ def test_no_flipped_bit_passes(
     bad = next(k for k in range(len(frames)) if place < sum(map(len, frames[: k + 1])))
     assert read_back == payloads[:bad]
     assert (reader.ending, reader.valid) == (Ending.FLIPPED, sum(map(len, frames[:bad])))
+
+
+@given(st.lists(st.binary(min_size=1, max_size=90), max_size=6), st.data())
+@settings(max_examples=80, deadline=None)
+def test_the_fast_roads_see_what_the_careful_reader_sees(
+    tmp_path_factory: pytest.TempPathFactory, payloads: list[bytes], data: st.DataObject
+) -> None:
+    content = bytearray(b"".join(map(frame, payloads)))
+    for _ in range(data.draw(st.integers(0, 2)) if content else 0):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    path = tmp_path_factory.mktemp("fast") / "f"
+    path.write_bytes(content + bytes(data.draw(st.sampled_from([0, 0, 7, 30]))))
+    stop = data.draw(st.none() | st.integers(0, len(content)))
+    careful = RecordReader(path, 0, stop)
+    expected = [record.payload for record in careful]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hpc.logs.records._BUFFER", data.draw(st.integers(2, 200)))
+        fast = RecordReader(path, 0, stop)
+        assert [payload for found in fast.payloads() for payload in found] == expected
+        told = scan(path, 0, stop)
+    assert (fast.valid, fast.records, fast.ending, fast.size) == (told.valid, told.records, told.ending, told.size)
+    assert (told.valid, told.records, told.ending, told.size) == (
+        careful.valid, careful.records, careful.ending, careful.size
+    )  # fmt: skip
+
+
+def test_scalars_are_decoded_as_protobuf_does() -> None:
+    payloads = []
+    for step in (0, 1, 127, 128, 16_383, 16_384, 2**21, 2**40, -1):
+        for tags in ([], ["loss"], ["a", "b/c", "ü" * 50], ["x" * 121], ["y" * 90, "z" * 90]):
+            proto = ProtoEvent(wall_time=step + 0.5, step=step)
+            for number, tag in enumerate(tags):
+                proto.summary.value.add(tag=tag, simple_value=number + step / 4)
+            payloads += [proto.SerializeToString()] * 2
+    found = list(scalars_of(payloads))
+    assert sum(isinstance(one, tuple) for one in found) >= 2 * 8 * 3
+    for payload, one in zip(payloads, found, strict=True):
+        proto = ProtoEvent.FromString(payload)
+        expected = tuple((v.tag, proto.step, proto.wall_time, v.simple_value) for v in proto.summary.value)
+        assert one == (expected if isinstance(one, tuple) else decode(payload))
+        assert last_step(payload) == (proto.step if proto.summary.value else None)
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_a_mangled_scalar_is_decoded_as_the_slow_road_does(data: st.DataObject) -> None:
+    proto = ProtoEvent(wall_time=2.0, step=300)
+    for tag in ("loss", "rate"):
+        proto.summary.value.add(tag=tag, simple_value=0.5)
+    good = proto.SerializeToString()
+    bad = bytearray(good)
+    bad[data.draw(st.integers(0, len(bad) - 1))] = data.draw(st.integers(0, 255))
+    mangled = bytes(bad[: data.draw(st.integers(1, len(bad)))])
+    try:
+        slow = decode(mangled)
+    except EventError:
+        with pytest.raises(EventError):
+            list(scalars_of([good, mangled]))
+        return
+    _, fast = scalars_of([good, mangled])
+    if isinstance(fast, tuple):
+        assert repr(fast) == repr(tuple((v.tag, slow.step, slow.wall_time, v.scalar) for v in slow.values))
+    else:
+        assert repr(fast) == repr(slow)
 
 
 def test_every_byte_of_the_last_two_records_may_be_the_last(resumed: Path) -> None:

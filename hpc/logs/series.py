@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
 from hpc.errors import UserError
-from hpc.logs.event import Event, EventError, Image, Value, decode
-from hpc.logs.records import Ending, RecordReader
+from hpc.logs.event import Event, EventError, Image, Point, decode, scalars_of
+from hpc.logs.records import FOOTER, HEADER, Ending, RecordReader
 
 Kind = TypeVar("Kind")
 Series = dict[str, list[tuple[int, float, Kind]]]
@@ -53,29 +53,63 @@ def read_events(path: Path) -> Iterator[Event]:
         except EventError as error:
             _log.warning("%s: byte %d: %s; the rest of the file is left out", path, record.offset, error)
             return
+    _tell(reader)
+
+
+def _tell(reader: RecordReader) -> None:
     if reader.ending in (Ending.ZEROS, Ending.FLIPPED):
-        _log.warning("%s: %s at byte %d; the rest of the file is left out", path, reader.ending.value, reader.valid)
+        _log.warning(
+            "%s: %s at byte %d; the rest of the file is left out", reader.path, reader.ending.value, reader.valid
+        )
 
 
 def scalars(folder: Path) -> Series[float]:
     """The scalars of a run's folder of event files (not of folders in it). Raises UserError."""
-    return _series(folder, lambda value: value.scalar)
+    kept: dict[str, dict[int, tuple[float, float]]] = {}
+    for path in event_files(folder):
+        for one in read_points(path):
+            if isinstance(one, tuple):
+                for tag, step, wall_time, value in one:
+                    kept.setdefault(tag, {})[step] = (wall_time, value)
+                continue
+            if one.start:
+                _purge(kept, one.step)
+            for found in one.values:
+                if found.scalar is not None:
+                    kept.setdefault(found.tag, {})[one.step] = (one.wall_time, found.scalar)
+    return _by_step(kept)
+
+
+def read_points(path: Path) -> Iterator[tuple[Point, ...] | Event]:
+    """Like `read_events`, but events of scalars alone as tuples of Points: as fast as a bare protobuf loop."""
+    reader = RecordReader(path)
+    for payloads in reader.payloads():
+        done = 0
+        try:
+            for one in scalars_of(payloads):
+                done += 1
+                yield one
+        except EventError as error:
+            offset = reader.valid - sum(HEADER + len(left) + FOOTER for left in payloads[done:])
+            _log.warning("%s: byte %d: %s; the rest of the file is left out", path, offset, error)
+            return
+    _tell(reader)
 
 
 def images(folder: Path) -> Series[Image]:
     """The pictures of a run's folder of event files, encoded as they were logged. Raises UserError."""
-    return _series(folder, lambda value: value.image)
-
-
-def _series(folder: Path, pick: Callable[[Value], Kind | None]) -> Series[Kind]:
-    kept: dict[str, dict[int, tuple[float, Kind]]] = {}
+    kept: dict[str, dict[int, tuple[float, Image]]] = {}
     for path in event_files(folder):
         for event in read_events(path):
             if event.start:
                 _purge(kept, event.step)
             for value in event.values:
-                if (picked := pick(value)) is not None:
-                    kept.setdefault(value.tag, {})[event.step] = (event.wall_time, picked)
+                if value.image is not None:
+                    kept.setdefault(value.tag, {})[event.step] = (event.wall_time, value.image)
+    return _by_step(kept)
+
+
+def _by_step(kept: dict[str, dict[int, tuple[float, Kind]]]) -> Series[Kind]:
     return {tag: [(step, *steps[step]) for step in sorted(steps)] for tag, steps in sorted(kept.items()) if steps}
 
 
