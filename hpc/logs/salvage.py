@@ -111,8 +111,9 @@ class _Walk:
         if event is None:
             self._damage(begin, end, Fault.FOREIGN)
             return
+        step: int | None
         if isinstance(event, tuple):
-            wall, step = event[0][2], event[0][1]
+            _, step, wall, _ = event[0]
         else:
             wall, step = event.wall_time, event.step if event.values else None
         if self._repeats(hash(payload), wall):
