@@ -38,6 +38,7 @@ class RunDir:
         self.logs = self.path / "logs"
         self.checkpoints = self.path / "checkpoints"
         self.quarantine = self.path / "quarantine"
+        self.damaged_events = self.quarantine / "events"
         self.tensorboard = self.path / "tb"
         self.metrics = self.path / "metrics.jsonl"
         self.figures = self.path / "figures"

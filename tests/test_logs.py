@@ -364,12 +364,15 @@ def test_fsck_names_each_kind_of_damage(resumed: Path) -> None:
         (inner / f"events.out.tfevents.170000000{suffix}").write_bytes(content)
     findings = {one.file.rpartition(".")[2]: one for one in fsck.check(resumed)}
     assert {kind: findings[kind].state.value for kind in ("torn", "zeros", "flipped", "foreign")} == {
-        kind: kind for kind in ("torn", "zeros", "flipped", "foreign")
-    }
+        "torn": "torn", "zeros": "zeros", "flipped": "flipped header", "foreign": "foreign"
+    }  # fmt: skip
     assert (findings["empty"].state, findings["empty"].last_step) == (fsck.State.COMPLETE, None)
     assert (findings["torn"].records, findings["torn"].valid) == (24, ends[-2])
-    assert "flipped bytes at byte" in findings["flipped"].sentence and findings["flipped"].valid == ends[9]
+    assert (
+        f"byte {ends[9]}: a header with flipped bytes" in findings["flipped"].sentence
+        and findings["flipped"].valid == ends[9]
+    )
     assert findings["foreign"].valid == len(sound) and findings["foreign"].records == 25
-    assert f"torn tail: {len(sound) - 5 - ends[-2]} bytes" in findings["torn"].sentence
+    assert f"{len(sound) - 5 - ends[-2]} bytes lost after step" in findings["torn"].sentence
     assert fsck.exit_code([findings["torn"]]) == 1 and fsck.exit_code(findings.values()) == 1
     assert findings["torn"].file.startswith("loss_train/")

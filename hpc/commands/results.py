@@ -87,16 +87,26 @@ def _run(name: str, runs: Path | None) -> RunDir:
 
 
 @app.command(rich_help_panel="Results")
-def fsck(name: RunName, runs: Runs = None, as_json: AsJson = False) -> None:
-    """Check a run's event files record by record; exit code 1 when any is damaged."""
+def fsck(
+    name: RunName,
+    runs: Runs = None,
+    mend: Annotated[bool, typer.Option("--repair", help="Keep whole records; damaged files move away.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a run's event files record by record; exit code 1 when any is damaged (and not repaired)."""
+    from hpc import ledger
     from hpc.logs import fsck as files
+    from hpc.logs.repair import repair
 
     run = _run(name, runs)
-    findings = files.check(run.tensorboard)
+    if mend and run.tensorboard.is_dir():
+        for before, kept in repair(run):
+            print(f"{before.file}: {before.sentence}; repaired, the original is {kept}", file=sys.stderr)
+    findings = files.check(run.tensorboard, ledger.status(run).live)
     if not findings:
         raise UserError(f"{run.name} has no event files yet; see 'hpc show {run.name}'")
     if as_json:
-        print_json([asdict(finding) for finding in findings])
+        print_json([asdict(finding) | {"damaged": finding.damaged} for finding in findings])
     else:
         table(list(files.TITLES), [list(row) for row in files.rows(findings)])
     raise typer.Exit(files.exit_code(findings))
