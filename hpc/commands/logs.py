@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -90,7 +89,7 @@ def _sync(
 
 def _feed(source: str, uri: str, every_s: float | None, cron: bool) -> int:
     """Replay the runs into a tracker."""
-    from hpc.logs import following
+    from hpc.logs import following, sinks
     from hpc.logs.ends import place_of
     from hpc.rundir import runs_folder
 
@@ -100,13 +99,12 @@ def _feed(source: str, uri: str, every_s: float | None, cron: bool) -> int:
     folder = runs_folder(Path(place.path))
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of runs")
-    sinks = importlib.import_module("hpc.logs.sinks")
 
     def once() -> int:
         kept: list[str] = []
-        code: int = sinks.feed(folder, uri, (), kept.append if cron else say)
-        if code:
-            print(*kept, sep="\n", end="\n" * bool(kept), file=sys.stderr)
+        code = sinks.feed(folder, uri, (), kept.append if cron else say)
+        if code and kept:
+            print(*kept, sep="\n", file=sys.stderr)
         return code
 
     return once() if every_s is None else following.repeat(once, every_s)
