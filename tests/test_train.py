@@ -271,7 +271,7 @@ def test_a_disk_too_full_for_events_trains_on(data: Path, tmp_path: Path, golden
     run = tiny_run.make_run(tmp_path / "run", data)
     assert in_child(run_payload, run.path, {}, 40_000) == ExitCode.DONE
     assert_same(outcome(run), golden)
-    matrices = series.images(run.tensorboard)["confusion_matrix/validation"]
+    matrices = series.images(run.tensorboard).get("confusion_matrix/validation", [])
     files = series.event_files(run.tensorboard)
     assert len(matrices) < tiny_run.EPOCHS or len(files) > 1, "the events fitted: the test proves nothing"
     assert "Traceback" not in (run.path / "stderr.txt").read_text()
