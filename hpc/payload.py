@@ -14,11 +14,11 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import hpc
 import slurm_templates
@@ -124,13 +124,17 @@ def own_code(code: Path, model: str) -> str:
     return hashlib.sha256(told).hexdigest()[:8] if texts else ""
 
 
-def commit(code: Path) -> str:
-    """The commit of a snapshot, and whether it was changed; empty where that is not known."""
+def commit(code: Path, events: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The commit of a snapshot, and whether it was changed; empty where that is not known.
+
+    Where the snapshot is not here, as the run's newest attempt has told it: the code does not come home with the logs.
+    """
     try:
         name = (code / _COMMIT).read_text(errors="replace").strip()
         return f"{name} with changes" if (code / _CHANGES).exists() else name
     except OSError:
-        return ""
+        told = [str(event["commit"]) for event in events if event["event"] == "start" and event.get("commit")]
+        return told[-1] if told else ""
 
 
 def _git(folder: Path, *arguments: str) -> bytes:

@@ -54,7 +54,7 @@ def read(run: RunDir) -> RunData:
         evaluations=_evaluations(run, load),
         data=load(run.data),
         used=attempted(lambda: result.get("usage") or usage.summary(run), {}, run.usage.name),
-        commit=payload.commit(run.code) or _commit(events),
+        commit=payload.commit(run.code, events),
         own_code=attempted(lambda: payload.own_code(run.code, model), "", run.code.name),
         damage=damage,
     ).slim()
@@ -64,12 +64,6 @@ def _evaluations(run: RunDir, load: Callable[[Path], dict[str, Any]]) -> dict[st
     """What `hpc evaluate` has left in the run's own folder."""
     told = {path.stem: load(path) for path in sorted(run.predictions.glob("*.json"))}
     return {name: one for name, one in told.items() if isinstance(one.get("metrics"), dict)}
-
-
-def _commit(events: Lines) -> str:
-    """As the newest attempt has told it: the code itself stays on the cluster."""
-    told = [str(event["commit"]) for event in events if event["event"] == "start" and event.get("commit")]
-    return told[-1] if told else ""
 
 
 _SECTIONS = {"train": "train", "validation": "metrics"}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc import yamlfile
+from hpc import payload, yamlfile
 from hpc.errors import UserError
 from hpc.ledger import Status
 from hpc.logs.sinks.base import FAILED, FINISHED, KILLED, RUNNING, WAITING, About
@@ -27,7 +27,6 @@ _STATES = {
 }
 OVER = frozenset(["finished", "failed", "lost", "cancelled"])
 """States after which nothing more is written, unless somebody resumes the run. A clean stop waits for that."""
-_COMMIT = "commit.txt"
 _SHOWN_JOBS = 50
 
 
@@ -93,16 +92,9 @@ def _tags(run: RunDir, status: Status, events: Events, experiment: Mapping[str, 
         "instance": str(launch.get("instance") or "") if isinstance(launch, dict) else "",
         "task": str(experiment.get("task") or ""),
         "sweep": status.sweep,
-        "commit": _commit(run),
+        "commit": payload.commit(run.code, events),
     }
     return {name: text for name, text in found.items() if text}
-
-
-def _commit(run: RunDir) -> str:
-    try:
-        return (run.code / _COMMIT).read_text(errors="replace").strip()
-    except OSError:
-        return ""
 
 
 def _files(run: RunDir) -> dict[str, Path]:
