@@ -15,7 +15,7 @@ from hpc import ledger
 from hpc.errors import UserError
 from hpc.logs import fsck, repair, series
 from hpc.logs.records import HEADER, RecordReader, frame
-from hpc.logs.salvage import Fault, survey
+from hpc.logs.salvage import Fault, _Walk, survey
 from hpc.rundir import RunDir
 from tests.test_logs import FIRST, SECOND
 
@@ -111,6 +111,32 @@ def test_chance_damage_loses_what_it_hit_alone_and_invents_nothing(tmp_path: Pat
         sure = [payload for k, payload in enumerate(payloads) if k not in hit and ends[k + 1] <= cut]
         assert [one for one in back if one in set(sure)] == sure, f"round {round_} lost a whole record"
         assert set(back) <= set(payloads), f"round {round_} invented a record"
+
+
+def test_the_fast_road_finds_what_the_careful_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of some records, so that both roads meet damage, repetition, pictures' late steps and other events."""
+    chance = random.Random(5)
+    monkeypatch.setattr("hpc.logs.records._BUFFER", 2000)
+    taken = []
+    fast = _Walk._take_all
+    for _ in range(ROUNDS):
+        payloads = events(120, first=chance.choice([0, 100, 20_000, 1 << 40]), extra=chance.choice([0, 50]))
+        for _ in range(chance.randrange(4)):
+            begin = chance.randrange(len(payloads))
+            other = chance.choice(
+                [events(1), payloads[: chance.randrange(60)], [b"\x09other"], payloads[begin : begin + 9]]
+            )
+            payloads[begin:begin] = other
+        content = bytearray(b"".join(map(frame, payloads)))
+        if chance.random() < 0.5:
+            content[chance.randrange(len(content))] ^= 8
+        path = tmp_path / FIRST
+        path.write_bytes(content)
+        monkeypatch.setattr(_Walk, "_take_all", lambda *of: taken.append(fast(*of)) or taken[-1])
+        found = survey(path)
+        monkeypatch.setattr(_Walk, "_take_all", lambda *_: False)
+        assert survey(path) == found
+    assert {True, False} == set(taken)
 
 
 def test_random_bytes_hold_no_record(tmp_path: Path) -> None:
