@@ -96,6 +96,7 @@ def fsck(
     """Check a run's event files record by record; exit code 1 when any is damaged (and not repaired)."""
     from hpc import ledger
     from hpc.logs import fsck as files
+    from hpc.logs import readers
     from hpc.logs.repair import repair
 
     run = _run(name, runs)
@@ -105,8 +106,14 @@ def fsck(
     findings = files.check(run.tensorboard, ledger.status(run).live)
     if not findings:
         raise UserError(f"{run.name} has no event files yet; see 'hpc show {run.name}'")
+    # One whole file is the same to all.
+    shown = readers.shown(run.tensorboard) if len(findings) > 1 or findings[0].damaged else []
     if as_json:
-        print_json([asdict(finding) | {"damaged": finding.damaged} for finding in findings])
+        told = [asdict(finding) | {"damaged": finding.damaged} for finding in findings]
+        print_json({"files": told, "readers": [asdict(one) for one in shown]})
     else:
         table(list(files.TITLES), [list(row) for row in files.rows(findings)])
+        if shown:
+            say("\nWhat each reader shows of the scalars, opened now:")
+            table(list(readers.TITLES), [list(row) for row in readers.rows(shown)])
     raise typer.Exit(files.exit_code(findings))
