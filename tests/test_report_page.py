@@ -425,3 +425,14 @@ def test_two_hundred_runs_open_and_answer(browser: Browser, tmp_path: Path, reco
     record_property(
         "measured", f"page of 200 runs, {megabytes:.1f} MB: usable after {timing[0]:.0f} ms, load {timing[1]:.0f} ms"
     )
+
+
+def test_runs_of_several_tasks_stand_in_a_table_each_with_their_own_metrics() -> None:
+    heads = (Head("Run"), Head("auc"), Head("dice"))
+    rows = tuple((Cell(f"r{k}"), Cell(auc), Cell(dice)) for k, (auc, dice) in enumerate([("0.5", "–"), ("–", "0.7")]))
+    overview = Table("Runs", heads, rows, tasks=("multilabel", "segmentation"))
+    sections = tuple(Section(f"r{k}", (), (), "", baseline=False) for k in range(2))
+    text = page.render(Report(overview, sections, {}))
+    first, second = (part.partition("</table>")[0] for part in text.split("<table>")[1:3])
+    assert 'href="#run-1"' in first and "auc" in first and "dice" not in first and ">multilabel<" in first
+    assert 'href="#run-2"' in second and "dice" in second and "auc" not in second and ">segmentation<" in second

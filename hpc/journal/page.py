@@ -41,6 +41,7 @@ def render(report: Report) -> str:
         policy=Markup(_policy(style, script)),
         data=Markup(_json(_curves(report.sections))),
         key_of=_sort_key,
+        places={section.run: place for place, section in enumerate(report.sections, start=1)},
         file_of=figure_file,
         open_runs=_OPEN,
     )
