@@ -61,6 +61,7 @@ def removed(runs: Path, only: str | None = None) -> list[str]:
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
     monkeypatch.setattr(sys, "argv", ["hpc", *words])
+    monkeypatch.setenv("COLUMNS", "500")  # long names of temporary folders
     with pytest.raises(SystemExit) as left:
         cli.main()
     return left.value.code

@@ -11,7 +11,7 @@ from tests.slurm.cluster import Cluster, ClusterError
 pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).parent.parent
-INSTALL = ROOT / "tests" / "slurm" / "install.sh"
+INSTALL = ROOT / "tests" / "install.sh"
 BY_HAND = [sys.executable, "-m", "tests.slurm"]
 
 # Batch shell and tasks log their signals; a task leaves with 75 soon after TERM or USR2, as ours do.

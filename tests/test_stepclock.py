@@ -14,7 +14,8 @@ from datasets import prefetch, reading
 from hpc import steptimes
 from hpc.errors import UserError
 from hpc.experiment import Experiment, load, validate
-from hpc.journal import content, markdown
+from hpc.journal import markdown, sections
+from hpc.journal.compose import compose
 from hpc.journal.rundata import RunData
 from hpc.rundir import RunDir, read_json
 from hpc.steptimes import PHASES, STEP
@@ -109,11 +110,11 @@ def test_each_part_of_a_step_is_told_where_it_is_spent_and_all_parts_add_up(
 def test_the_report_shows_the_parts_of_a_step() -> None:
     timing = {"step_seconds": {**PLANTED, STEP: 63.0}, "flops_per_second": 3e12, "mfu": 0.125}
     run = RunData("a", result=timing)
-    table = next(table for table in content._section(run, run, "").tables if "time" in table.title)
+    table = next(table for table in sections.section(run, run, "").tables if "time" in table.title)
     assert [row[0].text for row in table.rows] == list(PHASES.values())
     assert [row[3].text for row in table.rows][2:4] == ["6.3%", "12.7%"] and table.rows[5][1].text == "#" * 10
-    assert "| Computing | 3 TFLOP/s, 12.5 % of the peak (MFU) |" in markdown.render(content.compose([run], {}))
-    assert content._timing(RunData("old", result={"waiting_share": 0.1})) is None
+    assert "| Computing | 3 TFLOP/s, 12.5 % of the peak (MFU) |" in markdown.render(compose([run], {}))
+    assert sections._timing(RunData("old", result={"waiting_share": 0.1})) is None
 
 
 def test_of_several_evaluations_the_median_is_told_and_what_none_has_is_left_out() -> None:
