@@ -25,6 +25,7 @@ def test_two_names_stay_two(one: str, other: str) -> None:
 @pytest.mark.parametrize(
     ("name", "told"),
     [
+        ("..0", "_x2E_.0"),
         ("validation/accuracy", "validation/accuracy"),
         ("step/loss_xent", "step/loss_xent"),
         ("IoU@0.5", "IoU_x40_0.5"),

@@ -1,8 +1,8 @@
 """Names of metrics as MLflow takes them, and back: what it refuses becomes _xHH_ (hexadecimal), as in spreadsheets.
 
 IoU@0.5 -> IoU_x40_0.5. MLflow 3.17 takes letters, digits and `_ - . / : blank`, paths that are normal (no //,
-no leading or trailing /, no . or .. as a part), and 250 characters; a longer name ends in a hash, and a tag keeps it
-whole.
+no leading or trailing /, no . or .. as a part, no .. at the beginning), and 250 characters; a longer name ends in a
+hash, and a tag keeps it whole.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ def encode(name: str) -> str:
     text = "".join(char if _ALLOWED.match(char) else _escaped(char) for char in text)
     text = "/".join(_part(part) for part in text.split("/")) if text else _EMPTY
     text = re.sub(r"(?:^/+|/+$|/(?=/))", lambda found: _escaped("/") * len(found[0]), text)
+    if text.startswith(".."):
+        text = _escaped(".") + text[1:]
     if len(text) <= LONGEST:
         return text
     tail = f"_xH{fingerprint(name)}_"
