@@ -46,6 +46,8 @@ from jobs.train import Trainer
 from models3d import create_model
 
 CLASSES, CPU = 3, torch.device("cpu")
+# Without instructions for it, a bf16 convolution on a CPU takes minutes: nothing to compare.
+LOW = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 PLAIN = Choice(threads=1)
 TRAINING = 48
 """Samples."""
@@ -173,7 +175,7 @@ def monai_rows(options: argparse.Namespace) -> Iterator[Row]:
     from monai.networks.nets import ResNet
 
     found, probe = tuned(options)
-    x, y, amp = probe._inputs, probe._targets, replace(PLAIN, precision="bf16")
+    x, y, amp = probe._inputs, probe._targets, replace(PLAIN, precision=LOW)
     model, own = ResNet(spatial_dims=3, n_input_channels=1, num_classes=CLASSES, **MONAI).train(), probe.model(found)
     ways = {"own": step_of(own, found, x, y), "monai": step_of(model, amp, x, y)}
     seconds = medians(ways, options.rounds)
@@ -187,7 +189,7 @@ def monai_rows(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def loop_rows(options: argparse.Namespace) -> Iterator[Row]:
-    with place(options, precision="bf16") as (run, made, engine):
+    with place(options, precision=LOW) as (run, made, engine):
         trainer = Trainer(run, made, engine, StopFlag())
         trainer.resume()
         trainer._begin_epoch()
@@ -257,7 +259,7 @@ def _compile_apart(kind: str, cache: Path, options: argparse.Namespace) -> float
 def compile_child(kind: str, options: argparse.Namespace) -> None:
     """Seconds that the first pass takes beyond an eager one; importing the compiler is left out."""
     importlib.import_module("torch._inductor.compile_fx")
-    choice = Choice("bf16", compile=kind)
+    choice = Choice(LOW, compile=kind)
     x, y = torch.randn(options.batch, 1, *[options.size] * 3), torch.arange(options.batch) % CLASSES
     model = create_model("resnet3d", 1, CLASSES, layers=options.layers).train()
     eager = medians({"": step_of(model, choice, x, y)}, 2)[""]
@@ -292,7 +294,7 @@ def ddp_rank(rank: int, store: str, options: argparse.Namespace, answers: Any) -
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[rank % len(os.sched_getaffinity(0))]})
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     x, y = torch.randn(options.batch, 1, *[options.size] * 3), torch.arange(options.batch) % CLASSES
-    half = Choice("bf16")
+    half = Choice(LOW)
     models = {"apart": create_model("resnet3d", 1, CLASSES).train(), "ddp": create_model("resnet3d", 1, CLASSES)}
     models["ddp"] = DistributedDataParallel(models["ddp"].train())
     ways = {name: with_barrier(step_of(model, half, x, y)) for name, model in models.items()}
