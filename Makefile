@@ -51,6 +51,10 @@ bench-data: $(READY)
 	$(BIN)/python -m tests.bench.augmentation
 	$(BIN)/python -m tests.bench.packing
 
+bench-logs: $(READY) $(MLFLOW_READY)
+	$(BIN)/python -m tests.bench.logs
+	$(BIN)/python -m tests.bench.home
+
 bench-%: $(READY)
 	$(BIN)/python -m tests.bench.$*
 
