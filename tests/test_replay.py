@@ -92,6 +92,7 @@ def test_nan_becomes_a_given_value(tmp_path, capsys):
     files = [save(tmp_path / "a.nii.gz", data), tmp_path / "b.nii", tmp_path / "c.npy"]
     np.save(files[2], data * 3)
     volumes = packed(tmp_path, files, "--nan", "-5")
+    assert "990 voxels in 3 of 3 sources were NaN and are -5 now; 33.3% of a, at most" in capsys.readouterr().err
     assert_the_same(volumes, replayed(volumes, files))
     stored = volumes.read(0)[0]
     assert np.array_equal(stored[0], np.where(np.isnan(data), -5, data))

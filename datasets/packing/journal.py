@@ -67,6 +67,8 @@ class Finished:
     counts: tuple[int, ...]
     """voxels of each value of the label map, up to the last that occurs"""
     manifest: tuple[dict[str, Any], ...]
+    filled: int
+    """voxels that were NaN: --nan"""
 
     @classmethod
     def from_line(cls, plain: dict[str, Any]) -> Self:

@@ -6,8 +6,9 @@ and the file is completed and renamed. A killed pack goes on where it was when t
 """
 
 import contextlib
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
@@ -99,11 +100,21 @@ def _pack(options: PackOptions, progress: Progress, tell: Tell, wide: bool) -> P
         if not done:
             raise ValueError(f"nothing can be packed; the first, {bad[0][0]}: {bad[0][1]}")
         packed = divide(options, labelling, done, {id: source.path for id, source in found.items()}, bad)
-        packed.notes.extend(_passed_over(options, plan, labelling))
+        packed.notes.extend([*_filled(options, plan, done), *_passed_over(options, plan, labelling)])
         shop.sync()
         paths = publish(options, plan, labelling, packed, shop.folder, _writing(plan, packed, progress))
         shop.remove()
     return _summarise(paths, packed, bad)
+
+
+def _filled(options: PackOptions, plan: Plan, done: Sequence[Finished]) -> list[str]:
+    """A note on voxels that were NaN: what a network learns of them is `--nan`."""
+    shares = {one.id: one.filled / plan.shapes[one.id][0] / math.prod(one.source_shape) for one in done if one.filled}
+    if not shares:
+        return []
+    most, total = max(shares, key=lambda id: shares[id]), sum(one.filled for one in done)
+    value, many = options.recipe.nan, f"{len(shares)} of {len(done)} sources"
+    return [f"{total:,} voxels in {many} were NaN and are {value:g} now; {shares[most]:.1%} of {most}, at most"]
 
 
 def _passed_over(options: PackOptions, plan: Plan, labelling: Labelling) -> list[str]:

@@ -83,6 +83,7 @@ class _Prepared:
     scale: tuple[float, ...]
     offset: tuple[float, ...]
     print: Print
+    filled: int
 
 
 def files_of(source: Source) -> tuple[Path, ...]:
@@ -125,6 +126,7 @@ def make_samples(bench: Bench, writer: "Appender", task: Task) -> Finished:
         num_bits=ready.print.num_bits,
         counts=counts,
         manifest=tuple(manifest),
+        filled=ready.filled,
     )
 
 
@@ -155,6 +157,7 @@ def _prepare(bench: Bench, task: Task) -> _Prepared:
         scale=made.scale,
         offset=made.offset,
         print=told,
+        filled=volume.filled,
     )
 
 

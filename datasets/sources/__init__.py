@@ -62,10 +62,11 @@ def read(source: Source, nan: float | None = None) -> Volume:
     if not source.channels:
         return _volume(source, source.files, nan)
     head = header(source)
-    data = np.empty(head.shape, head.dtype)
+    data, filled = np.empty(head.shape, head.dtype), 0
     for number, file in enumerate(source.files):
-        data[number] = _volume(source, (file,), nan).data[0]
-    return Volume(data, head.affine)
+        one = _volume(source, (file,), nan)
+        data[number], filled = one.data[0], filled + one.filled
+    return Volume(data, head.affine, filled)
 
 
 def all_files(source: Source) -> tuple[Path, ...]:
@@ -94,7 +95,8 @@ def _header(source: Source, files: tuple[Path, ...]) -> Header:
 def _volume(source: Source, files: tuple[Path, ...], nan: float | None) -> Volume:
     found: Volume = _worded(READERS[source.kind].read_volume, files)
     if nan is not None:
-        found = replace(found, data=fill_missing(found.data, nan))
+        data, filled = fill_missing(found.data, nan)
+        found = replace(found, data=data, filled=filled)
     check_values(found.data)
     return found
 

@@ -85,6 +85,8 @@ class Volume:
 
     data: NDArray[Any]
     affine: NDArray[np.float64]
+    filled: int = 0
+    """voxels that were NaN and were given a value"""
 
 
 def split_name(name: str) -> tuple[str, str | None]:

@@ -51,10 +51,13 @@ def packable(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.float32) if dtype == np.float16 else dtype.newbyteorder("=")
 
 
-def fill_missing(data: NDArray[Any], value: float) -> NDArray[Any]:
-    """(C, *spatial) with `value` in place of NaN, in the array given if it may be written. UnusableSource: all NaN."""
+def fill_missing(data: NDArray[Any], value: float) -> tuple[NDArray[Any], int]:
+    """(C, *spatial) with `value` in place of NaN, in the array given if it may be written, and how many were NaN.
+
+    UnusableSource where all are.
+    """
     if data.dtype.kind != "f":
-        return data
+        return data, 0
     out = data if data.flags.writeable else data.copy()
     count = 0
     for channel in out:
@@ -63,7 +66,7 @@ def fill_missing(data: NDArray[Any], value: float) -> NDArray[Any]:
         channel[missing] = value
     if count == out.size:
         raise UnusableSource("all its voxels are NaN")
-    return out
+    return out, count
 
 
 def check_values(data: NDArray[Any]) -> None:
