@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from hpc.errors import UserError
 from hpc.logs.blocks import Block, last_event, whole_records
 from hpc.logs.cursor import FileCursor, RunCursor, delivered_name, generation_of, replaced_name, waiting_name
-from hpc.logs.ends import End
+from hpc.logs.ends import End, names
 from hpc.logs.records import Ending
 
 BLOCK = 4 << 20
@@ -351,6 +351,56 @@ class Delivery:
             yield
         except OSError as error:
             raise DestinationFailed(f"{error.filename or self._dest.place}: {error.strerror or error}") from None
+
+
+def strangers(source: End, dest: End, listed: Sequence[Listed], cursors: Mapping[str, RunCursor]) -> dict[str, str]:
+    """Of these runs and sweeps those that are others than the destination's of their names: {run: why}.
+
+    Known by their marks; without, by what was delivered of them, or an event file of both that begins alike. The rows of
+    a sweep that is another, or one of whose rows is, stay behind with it: its list of rows names them all.
+    """
+    names = [one.run for one in listed]
+    there = dest.marks(names)
+    here = source.marks([name for name in names if there[name] is not None])
+    found: dict[str, str] = {}
+    for one in listed:
+        mine, theirs, cursor = here.get(one.run), there[one.run], cursors.get(one.run)
+        if mine and theirs:
+            other = "it was first submitted or started another time" if not set(mine) & set(theirs) else ""
+        elif theirs is None:
+            if cursor and not cursor.pruned:  # removed there: it comes again, all of it
+                cursor.files, cursor.others = {}, {}
+            continue
+        elif one.sweep or (cursor and cursor.files):
+            continue
+        else:
+            other = _unlike(source, dest, one)
+        if other:
+            found[one.run] = f"{one.run}: the destination has another run of this name ({other})"
+    sweeps = {one.run for one in listed if one.sweep}
+    for sweep in {name.partition("/")[0] for name in found} & sweeps:
+        why = found.get(sweep) or next(words for name, words in found.items() if name.startswith(f"{sweep}/"))
+        found |= {name: why for name in names if name == sweep or name.startswith(f"{sweep}/")}
+    return found
+
+
+def _unlike(source: End, dest: End, one: Listed) -> str:
+    """Whether two runs that tell nothing of themselves differ, by their files; what is of both is compared later."""
+    there = {name: size for name, size in dest.look(one.run).items() if size and _visible(name)}
+    if there:
+        common = any(generation_of(name, other) is not None for name in one.events for other in there)
+        return "" if common else f"it has {min(there)}"
+    path = f"{one.run}/{names()['experiment']}"
+    try:
+        here, other = (end.read(path, 0, BLOCK)[1] for end in (source, dest))
+    except OSError:  # not there, or told when it is carried
+        return ""
+    return "" if here == other else "another experiment"
+
+
+def _visible(name: str) -> bool:
+    base = name.rpartition("/")[2]
+    return "tfevents" in base and not base.startswith(".")
 
 
 def _advance(known: FileCursor, buffer: bytes, block: Block) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from hpc.errors import UserError
 from hpc.logs import positions
 from hpc.logs.cursor import ASIDE, LOCK, RunCursor, folder_of, parse
-from hpc.logs.deliver import Delivery, DestinationFailed, Foreign, Listed, Told
+from hpc.logs.deliver import Delivery, DestinationFailed, Foreign, Listed, Told, strangers
 from hpc.logs.ends import End, Place, RemoteEnd, Unreachable, end_of, here
 from hpc.logs.positions import Position, quoted
 from hpc.logs.records import Ending
@@ -26,6 +26,7 @@ from hpc.rundir import RunDir
 RSYNC = "rsync"
 _VANISHED, _PARTIAL = 24, 23  # rsync's exit codes
 _SILENT_S = 120
+_ELSEWHERE = "choose another destination, or remove it there"
 
 
 class Busy(Exception):
@@ -105,6 +106,8 @@ class Session:
         self._carried = carried
         self._touched: set[str] = set()
         """Runs of which other files were carried in this round."""
+        self._same: set[str] = set()
+        """Runs that are those of the destination, or are not there yet."""
         self.source = end_of(source, batch=batch)
         try:
             self.dest = end_of(dest, create=True, batch=batch)
@@ -159,7 +162,7 @@ class Session:
         done.notes += [
             f"{name} is a link: it is not carried; sync the folder that it leads to" for name in told["links"]
         ]
-        listed = [Listed.of(one) for one in told["runs"]]
+        listed = self._without_strangers([Listed.of(one) for one in told["runs"]], done)
         kept = [one for one in listed if self._carry_events(one, told["now"], done)]
         failed = self._carry_others(kept, done)
         failed |= {name for name, _ in told["denied"]}
@@ -169,6 +172,19 @@ class Session:
         done.moved = self.source.moved + self.dest.moved - moved
         done.seconds = time.monotonic() - began
         return done
+
+    def _without_strangers(self, listed: Sequence[Listed], done: Round) -> list[Listed]:
+        """Each run is asked once; again when an event file is gone, as of a run that was removed and made anew."""
+        asked = [one for one in listed if one.run not in self._same or self._has_lost(one)]
+        strange = strangers(self.source, self.dest, asked, self._cursors) if asked else {}
+        self._same.update(one.run for one in asked)
+        self._same.difference_update(strange)
+        done.problems += [f"{why}; {_ELSEWHERE}" for why in dict.fromkeys(strange.values())]
+        return [one for one in listed if one.run not in strange]
+
+    def _has_lost(self, one: Listed) -> bool:
+        cursor = self._cursors.get(one.run)
+        return cursor is not None and any(name not in one.events for name in cursor.files)
 
     def _cursor(self, run: str) -> RunCursor:
         return self._cursors.setdefault(run, RunCursor(self.source_name, run))
@@ -183,7 +199,7 @@ class Session:
         try:
             told = delivery.deliver()
         except Foreign as error:
-            done.problems.append(f"{error}; choose another destination, or remove it there")
+            done.problems.append(f"{error}; {_ELSEWHERE}")
             return False
         cursor.ended = delivery.finished
         if cursor.text() != before:
