@@ -36,8 +36,9 @@ def finish(run: RunDir) -> RunDir:
 
 
 def age_all(folder: Path) -> None:
+    when = time.time() - 7200
     for path in folder.rglob("*"):
-        age(path, 7200)
+        os.utime(path, (when, when), follow_symlinks=False)
 
 
 @pytest.fixture
@@ -94,6 +95,7 @@ def test_a_sink_that_has_lost_something_is_not_believed(runs: Path, home: Path) 
     run = finish(make_run(runs, first=attempt(0, 9, 1)))
     run.metrics.write_text("{}\n")
     age_all(run.path)
+    carried = run.metrics.stat().st_atime_ns, run.metrics.stat().st_mtime_ns
     sync(runs, home)
     there = RunDir(home / NAME)
     assert why(runs) == {NAME: ""}
@@ -110,13 +112,51 @@ def test_a_sink_that_has_lost_something_is_not_believed(runs: Path, home: Path) 
     home.rename(home.with_name("away"))
     assert "cannot be asked" in why(runs)[NAME] and run.path.exists()
     assert [one.kept for one in prune.candidates(runs, 3600, None, None, unasked=True)] == [""]
+    age(run.metrics, 7300)
+    assert "metrics.jsonl is not in" in prune.candidates(runs, 3600, None, None, unasked=True)[0].kept, "another time"
+    run.metrics.write_text("{}\n")
+    os.utime(run.metrics, ns=carried)
     append(run.tensorboard / FIRST, scalar(9, 1.0))
     assert "as it is here" in prune.candidates(runs, 3600, None, None, unasked=True)[0].kept
+
+
+def test_right_before_it_goes_every_file_is_compared(runs: Path, home: Path) -> None:
+    """Of the size that it had, and another: what has become of a copy on a bad disk."""
+    run = finish(make_run(runs, first=attempt(0, 9, 1)))
+    weights = run.checkpoints / "g001-s00000009" / "weights"
+    sweep = runs / "s-sweep-1"
+    finish(make_run(sweep, "row-1", first=attempt(0, 9, 2)))
+    (sweep / ROWS).write_text("row-1\n")
+    (sweep / "sweep.yaml").write_text("axes: {}\nchunks: [{number: 0, first: 0, count: 1}]\n")
+    write_json(sweep / "submit.json", {"submissions": []})
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"w" * 100)
+    age_all(runs)
+    sync(runs, home, "checkpoints")
+    there, rows = home / weights.relative_to(runs), home / "s-sweep-1" / ROWS
+    for path, content in ((there, b"W" * 100), (rows, b"row-2\n")):
+        path.write_bytes(content)
+    other = f"stays: {weights.relative_to(run.path)} is not in {home} as it is here"
+    assert removed(runs, "checkpoints") == [f"{NAME} {other}"] and weights.exists()
+    assert removed(runs) == [f"{NAME} {other}", f"s-sweep-1 stays: {ROWS} is not in {home} as it is here"]
+    for path, content in ((there, b"w" * 100), (rows, b"row-1\n")):
+        path.write_bytes(content)
+    assert removed(runs, "checkpoints") == [f"{NAME}: checkpoints removed, {home} has them"]
+    assert run.newest_checkpoint() is None and not any(run.checkpoints.iterdir()), "no empty one is left"
+    assert len(removed(runs)) == 2 and not run.path.exists() and not sweep.exists()
 
 
 def test_what_grew_after_it_was_confirmed_stays(runs: Path, home: Path) -> None:
     run = finish(make_run(runs, first=attempt(0, 9, 1)))
     sync(runs, home)
+    for behind in (scalar(9, 1.0), bytes(9000) + scalar(9, 1.0)):
+        append(run.tensorboard / FIRST, behind)
+        age_all(run.path)
+        assert why(runs)[NAME] == f"tb/{FIRST} is not in {home} as it is here"
+        write(run, FIRST, attempt(0, 9, 1))
+    append(run.tensorboard / FIRST, scalar(9, 1.0)[:-1])
+    age_all(run.path)
+    assert why(runs)[NAME] == "", "half a record is nothing"
     write(run, SECOND, attempt(9, 12, 2))
     assert why(runs)[NAME] == f"tb/{SECOND} is not in {home}"
     (run.tensorboard / SECOND).unlink()
@@ -149,7 +189,19 @@ def test_links_lead_nowhere(runs: Path, home: Path, tmp_path: Path) -> None:
     (inside.path / "logs" / "out").symlink_to(treasure)
     age_all(inside.path)
     sync(runs, home)
-    assert removed(runs) == [f"in-2 removed, {home} has it"]
+    assert why(runs)["in-2"] == f"logs/out is a link to {treasure}, and no sink has links; remove it first"
+    assert "logs/out is a link" in why(runs, only="logs")["in-2"]
+    (inside.path / "logs" / "out").unlink()
+    for name, target in (("text", "job.out"), ("tensors", "../tb")):
+        (inside.path / "logs" / name).symlink_to(target)
+    age_all(inside.path)
+    assert removed(runs) == [f"in-2 removed, {home} has it"], "links inside it lead to what the sink has"
+    checkpoints = finish(make_run(runs, "linked-3", first=attempt(0, 9, 1)))
+    checkpoints.checkpoints.symlink_to(treasure)
+    age_all(checkpoints.path)
+    sync(runs, home, "checkpoints")
+    for only in (None, "checkpoints"):
+        assert "checkpoints is a link" in why(runs, only=only)["linked-3"]
     assert (treasure / "gold").exists() and run.path.exists()
 
 

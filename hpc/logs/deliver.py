@@ -356,8 +356,8 @@ class Delivery:
 def strangers(source: End, dest: End, listed: Sequence[Listed], cursors: Mapping[str, RunCursor]) -> dict[str, str]:
     """Of these runs and sweeps those that are others than the destination's of their names: {run: why}.
 
-    Known by their marks; without, by what was delivered of them, or an event file of both that begins alike. The rows of
-    a sweep that is another, or one of whose rows is, stay behind with it: its list of rows names them all.
+    Known by their marks; without, by what was delivered of them, or an event file of both that begins alike. The rows
+    of a sweep that is another, or one of whose rows is, stay behind with it: its list of rows names them all.
     """
     names = [one.run for one in listed]
     there = dest.marks(names)

@@ -91,7 +91,7 @@ class End:
     def sums(self, files: Mapping[str, int]) -> dict[str, str | None]:
         """SHA-256 of the first bytes of many files, so many as are given; None where a file has fewer."""
         found: dict[str, str | None] = {}
-        for some in _portions(files):
+        for some in portions(files):
             asked = json.dumps([[path, files[path]] for path in some]).encode()
             found |= dict(zip(some, json.loads(self.call("sums", asked)[1]), strict=True))
         return found
@@ -231,7 +231,7 @@ class RemoteEnd(End):
         return Unreachable(f"{self.place.host} cannot be had: {words}")
 
 
-def _portions(files: Mapping[str, int]) -> Iterator[list[str]]:
+def portions(files: Mapping[str, int]) -> Iterator[list[str]]:
     """Files that are summed in one request: bounded in number and bytes, but for one that is larger alone."""
     some: list[str] = []
     size = 0
