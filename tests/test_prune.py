@@ -296,7 +296,7 @@ def test_status_tells_what_is_where(
     assert command(monkeypatch, "sync", "--status", str(home)) == 0
     assert "all, " in capsys.readouterr().out
     append(run.tensorboard / FIRST, scalar(9, 1.0))
-    append(run.tensorboard / FIRST, scalar(10, 1.0)[:9])
+    append(run.tensorboard / FIRST, scalar(10, 1.0)[:9], old=False)
     assert command(monkeypatch, "sync", "--status", "--runs", str(runs), "--json") == 1
     told = json.loads(capsys.readouterr().out)
     (one,) = told["runs"]
@@ -304,6 +304,16 @@ def test_status_tells_what_is_where(
     assert [(sink["sink"], sink["behind"]) for sink in one["sinks"]] == [(str(home), len(scalar(9, 1.0)))]
     sync(runs, home)
     assert status.look(runs).exit_code == 0, "an unfinished record is not behind"
+    capsys.readouterr()
+    valid = (home / NAME / "tb" / FIRST).read_bytes()
+    for rest in (scalar(10, 1.0)[:9], bytes(5000), scalar(10, 1.0)[:-1] + b"x"):
+        write(run, FIRST, valid + rest)
+        assert command(monkeypatch, "sync", "--status", "--runs", str(runs)) == 1, rest
+        told = capsys.readouterr().out
+        assert f"1 damaged: 'hpc fsck {NAME}'" in told and f"{home}: up to the damage" in told and "all" not in told
+    assert status.look(runs).runs[0].damaged == {f"tb/{FIRST}": len(valid)}
+    write(run, FIRST, valid)
+    assert status.look(runs).exit_code == 0
     make_run(runs, "new-2", first=attempt(0, 3, 1))
     found = status.look(runs)
     assert found.exit_code == 1 and "new-2" in found.sentence

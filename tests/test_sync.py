@@ -90,15 +90,23 @@ def test_a_torn_tail_of_a_run_that_has_ended_is_left_out_and_told(runs: Path, ho
     assert position.complete and position.files == {f"tb/{FIRST}": len(whole)} and position.last_step == 19
 
 
-def test_a_damaged_file_comes_up_to_the_damage_and_is_never_complete(runs: Path, home: Path) -> None:
-    content = bytearray(attempt(0, 20, 1))
-    content[-20] ^= 1
-    run = make_run(runs, first=bytes(content))
-    run.result.write_text("{}")
-    done = sync(runs, home)
-    assert any("flipped" in note and "hpc fsck" in note for note in done.notes)
-    assert not positions.read(runs)[0].complete
-    assert len(visible(home)[f"{NAME}/tb/{FIRST}"]) == len(attempt(0, 19, 1))
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "quiet"])
+@pytest.mark.parametrize("hole", [True, False], ids=["hole", "flip"])
+def test_a_damaged_file_comes_up_to_the_damage_and_is_never_complete(
+    runs: Path, home: Path, hole: bool, ended: bool
+) -> None:
+    head, tail = attempt(0, 20, 1), attempt(20, 30, 1)
+    run = make_run(runs, first=head + (bytes(5000) if hole else scalar(20, 1.0)[:-1] + b"x") + tail)
+    if ended:
+        run.result.write_text("{}")
+    for _ in range(2):
+        done = hpc("sync", str(runs), str(home))
+        where = f"{NAME}/tb/{FIRST}: {'zeros' if hole else 'flipped'}, damaged at byte {len(head)} of"
+        assert done.returncode == 1 and where in done.stderr and done.stderr.strip().endswith(f"hpc fsck {NAME}"), done
+        assert f"1 damaged: hpc fsck {NAME}" in done.stdout
+        assert visible(home) == {f"{NAME}/tb/{FIRST}": head} and not positions.read(runs)[0].complete
+    write(run, FIRST, head + tail)  # repaired
+    assert sync(runs, home).problems == [] and visible(home) == visible(runs)
 
 
 def test_a_newer_file_waits_for_an_older_one_that_is_not_whole(runs: Path, home: Path) -> None:

@@ -179,4 +179,6 @@ def prune(
             print(line, file=sys.stderr if as_json else sys.stdout)
     elif not as_json:
         total = size(sum(one.size for one in chosen))
-        say(f"{len(chosen)} of {len(found)} would go, {total}" + ("; --yes compares and removes them" if chosen else ""))
+        say(
+            f"{len(chosen)} of {len(found)} would go, {total}" + ("; --yes compares and removes them" if chosen else "")
+        )

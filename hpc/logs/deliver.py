@@ -18,14 +18,21 @@ from typing import Any
 
 from hpc.errors import UserError
 from hpc.logs.blocks import Block, last_event, whole_records
-from hpc.logs.cursor import FileCursor, RunCursor, delivered_name, generation_of, replaced_name, waiting_name
+from hpc.logs.cursor import (
+    SETTLE_S,
+    FileCursor,
+    RunCursor,
+    delivered_name,
+    generation_of,
+    is_damage,
+    replaced_name,
+    waiting_name,
+)
 from hpc.logs.ends import End, names
 from hpc.logs.records import Ending
 
 BLOCK = 4 << 20
 """Bytes that are read, verified, appended and put down in the cursor at a time."""
-SETTLE_S = 60
-"""Of a file that has not changed for so long, a network file system shows all there is."""
 
 
 class DestinationFailed(Exception):
@@ -78,6 +85,8 @@ class Told:
     size: int = 0
     """New bytes of event files."""
     records: int = 0
+    damaged: int = 0
+    """Event files that come up to their damage only."""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -103,11 +112,23 @@ class Delivery:
                 self._tidy(name)
             for names in _folders(self._listed.events):
                 self._folder(names)
+        self._tell_damage()
         sizes = self._cursor.files
         self._cursor.behind = sum(
             max(stat[0] - (sizes[name].size if name in sizes else 0), 0) for name, stat in self._listed.events.items()
         )
         return self.told
+
+    def _tell_damage(self) -> None:
+        """In every round until it is repaired: a hole or a flipped byte, and what lies behind it, cannot be carried."""
+        for name, stat in self._listed.events.items():
+            known, run = self._cursor.files.get(name), self._cursor.run
+            if known is None or known.seen != stat or known.ending == Ending.TORN:
+                continue
+            if is_damage(known.ending, self._listed.ended or self._settled(name)):
+                self.told.damaged += 1
+                where = f"{known.ending}, damaged at byte {known.size} of {stat[0]}"
+                self.told.problems.append(f"{run}/{name}: {where}: hpc fsck {run.rpartition('/')[2]}")
 
     @property
     def finished(self) -> bool:
@@ -279,9 +300,9 @@ class Delivery:
         if self._there.get(active := delivered_name(name, known.generation), 0) > known.size:
             with self._writing():  # a sync that was killed has put down more than the source holds now
                 self._dest.call("cut", path=self._path(active), size=known.size)
-        if self._listed.ended and known.ending not in (Ending.COMPLETE,):
+        if self._listed.ended and known.ending == Ending.TORN:
             rest = stat[0] - known.size
-            self.told.notes.append(f"{name}: {known.ending}, the last {rest} bytes are left out (see 'hpc fsck')")
+            self.told.notes.append(f"{name}: torn, the last {rest} bytes are left out (see 'hpc fsck')")
 
     def _pull(self, name: str, known: FileCursor, later: Sequence[str]) -> None:
         buffer, first, ending = b"", bool(known.size), Ending.COMPLETE

@@ -126,7 +126,9 @@ def summary(done: Round) -> str:
     """One round in a line."""
     live = [line for line in done.lines if not line.ended]
     words = [f"{len(done.lines)} runs" + (f", {len(live)} not ended" if live else ""), news(done)]
-    behind = [line for line in done.lines if line.behind]
+    if damaged := [line for line in done.lines if line.damaged]:
+        words.append(f"{len(damaged)} damaged: hpc fsck {damaged[0].run.rpartition('/')[2]}")
+    behind = [line for line in done.lines if line.behind and not line.damaged]
     if behind:
         worst = max(behind, key=lambda line: line.behind)
         words.append(f"{worst.run} is {size(worst.behind)} behind")
@@ -164,16 +166,18 @@ class _Lines:
     """One line a round, where there is no terminal."""
 
     def __init__(self) -> None:
-        self._noted: list[str] = []
+        self._known: list[str] = []
+        """What was told of the round before."""
 
     def told(self, done: Round) -> None:
         for note in done.notes:
-            if note not in self._noted:
+            if note not in self._known:
                 self._say(note)
-        self._noted = done.notes
         self._say(summary(done))
         for problem in done.problems:
-            print(problem, file=sys.stderr, flush=True)
+            if problem not in self._known:
+                print(problem, file=sys.stderr, flush=True)
+        self._known = done.notes + done.problems
 
     def lost(self, why: str, pause_s: float) -> None:
         self._say(f"{why}; again in {short_time(pause_s)}")

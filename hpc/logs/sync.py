@@ -77,6 +77,8 @@ class Line:
     """Age of the newest record that was delivered."""
     behind: int
     """Bytes that are still missing."""
+    damaged: int = 0
+    """Event files that came up to their damage only."""
 
 
 @dataclass
@@ -227,6 +229,7 @@ class Session:
                 there_s=max(now - one.newest, 0.0) if one.events else None,
                 here_s=max(now - newest, 0.0) if newest else None,
                 behind=cursor.behind,
+                damaged=told.damaged,
             )
         )
 
