@@ -55,6 +55,8 @@ def place_of(text: str) -> Place:
     host, path = match[1], match[2]
     if host.startswith("-") or path.startswith("-") or re.search(r"\s|\0", host):
         raise UserError(f"{text!r} is no host:path; write me@login:runs, or ./{text} for a folder here")
+    if path.startswith("//"):
+        raise UserError(f"{host}://...: no place for runs; write me@login:runs, a folder here, or mlflow:URI as DEST")
     if not path:
         raise UserError(f"{text!r} names no folder; write {host}:runs")
     return Place(host, path)

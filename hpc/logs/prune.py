@@ -23,6 +23,7 @@ from hpc.logs.cursor import RunCursor, delivered_name
 from hpc.logs.ends import End, LocalEnd, Place, Unreachable, end_of, here, place_of, portions
 from hpc.logs.positions import Position
 from hpc.logs.salvage import survey
+from hpc.logs.sinks import is_sink
 from hpc.logs.sync import Carried, more_names
 from hpc.rundir import RunDir, all_runs, locked, write_text
 from hpc.rundir import rows as rows_of
@@ -191,7 +192,7 @@ class _Sinks:
 
     def _missing(self, position: Position, found: Candidate, only: str | None) -> str:
         """What this sink lacks, in words; nothing where it has all."""
-        if position.sink.partition(":")[0] == "mlflow":
+        if is_sink(position.sink):
             return self._by_its_word(position, found, only)
         end, held = self._held(position.sink, position.run)
         if isinstance(end, str):
