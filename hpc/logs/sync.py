@@ -10,6 +10,7 @@ import subprocess
 import time
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -273,14 +274,14 @@ class Session:
         command += ["--", _rsync_name(self.source), _rsync_name(self.dest)]
         names = b"\0".join(os.fsencode(path) for path in paths)
         try:
-            ran = subprocess.run(command, input=names, capture_output=True, check=False)
+            code, errors = _run(command, names)
         except FileNotFoundError:
             raise UserError("rsync is not installed here; it carries all that is no event file") from None
-        if ran.returncode in (0, _VANISHED):
+        if code in (0, _VANISHED):
             return set()
-        words = [line for line in ran.stderr.decode(errors="replace").splitlines() if line.startswith("rsync")]
-        if ran.returncode != _PARTIAL:
-            raise DestinationFailed(words[0] if words else f"rsync ended with code {ran.returncode}")
+        words = [line for line in errors.decode(errors="replace").splitlines() if line.startswith("rsync")]
+        if code != _PARTIAL:
+            raise DestinationFailed(words[0] if words else f"rsync ended with code {code}")
         return self._denied(paths, words, done)
 
     def _denied(self, paths: Sequence[str], words: Sequence[str], done: Round) -> set[str]:
@@ -326,6 +327,21 @@ class Session:
             note = f"{self.source.place}: positions are not kept there ({error.strerror})"
             done.notes += [note] if note not in done.notes else []
         self._confirmed[name.name] = json.dumps(asdict(position))
+
+
+def _run(command: Sequence[str], given: bytes) -> tuple[int, bytes]:
+    """Exit code and stderr. Where we are stopped, it is told to end: killed, it would leave its other half at work."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe) as process:
+        try:
+            _, errors = process.communicate(given)
+        except BaseException:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+            process.kill()
+            raise
+    return process.returncode, errors
 
 
 def _same(text: str | None, position: Position) -> bool:
