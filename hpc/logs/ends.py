@@ -253,8 +253,8 @@ def end_of(place: Place, create: bool = False, batch: bool = False) -> End:
         return RemoteEnd(place, create, batch) if place.host else LocalEnd(place, create)
     except FileNotFoundError as error:
         raise UserError(f"{place}: {error.strerror}; 'hpc ls --runs FOLDER' shows what a folder holds") from None
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"{place}: {error.filename or place} is a file; name a folder") from None
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{place}: a file is in the way; name a folder") from None
 
 
 def names() -> dict[str, str]:
