@@ -33,6 +33,10 @@ def life() -> dict[str, bytes]:
     return {name: attempt(*span) for name, span in spans.items()}
 
 
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def one(source: str, home: str, kill: str = "", limit: float = 0.0) -> dict[str, float]:
     """A child: one sync that ends by its own SIGKILL; what a whole one asked and was answered (bytes) and took (s)."""
     pwrite, send, receive = os.pwrite, RemoteEnd._send, RemoteEnd._receive
@@ -43,9 +47,6 @@ def one(source: str, home: str, kill: str = "", limit: float = 0.0) -> dict[str,
         left = limit - done[what] if kill == what else size + 1
         done[what] += size
         return int(left) if left < size else size
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
 
     def write_some(handle: int, data: bytes, at: int) -> int:
         allowed = take("write", len(data))

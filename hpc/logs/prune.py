@@ -33,7 +33,7 @@ TITLES = ("run", "bytes", "files", "age", "what")
 PARTS = ("logs", "checkpoints")
 _OVER = frozenset(["finished", "failed", "cancelled", "lost"])
 _TAKEN = ".pruned-"
-_OTHER = " as it is here"
+_OTHER = " as it is here; remove it there, 'touch' it here, and sync again"
 _Stats = dict[str, list[int]]
 """Of the files of a run, as a sink has them: size, and time (ns) where the sink is believed for what it confirmed."""
 
@@ -294,8 +294,10 @@ def _compare_events(there: End | None, position: Position, found: Candidate) -> 
         path = f"{position.run}/{delivered_name(name, generation)}"
         here = mine.stat().st_size
         same = here >= size and (not there or there.sum(path, size) == _sum(mine, size))
-        if not same or (here > size and any(end > size for _, end in survey(mine).kept)):
+        if not same:
             return name, _OTHER
+        if here > size and any(end > size for _, end in survey(mine).kept):
+            return name, " as it is here; it holds more, sync again"
     return None
 
 
