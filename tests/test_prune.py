@@ -324,3 +324,6 @@ def test_status_tells_what_is_where(
     make_run(runs, "new-2", first=attempt(0, 3, 1))
     found = status.look(runs)
     assert found.exit_code == 1 and "new-2" in found.sentence
+    make_run(runs, "empty-3")
+    (empty,) = (row for row in status.rows(status.look(runs)) if row[0] == "empty-3")
+    assert empty[-1] == f"{home}: nothing yet"

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from mlflow.tracking import MlflowClient
 
 from hpc.errors import UserError
 from hpc.logs import positions
+from hpc.logs.following import TimeUp, bounded
 from hpc.logs.series import scalars
 from hpc.logs.sinks import feed, is_sink, sink_of
 from hpc.logs.sinks.mlflow import MlflowSink
@@ -403,6 +405,15 @@ def test_keys_are_taken_from_the_environment_and_left_nowhere(place: Place, monk
     with pytest.raises(UserError, match="MLFLOW_TRACKING_PASSWORD") as refused:
         sink_of(f"mlflow:http://me:{secret}@127.0.0.1:5000")
     assert secret not in str(refused.value)
+
+
+def test_the_time_is_up_while_a_server_does_not_answer(tmp_path: Path) -> None:
+    """MLflow's client takes any Exception for a failed request, and would go on with the next run."""
+    FakeRun(tmp_path).attempt()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"mlflow:http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(TimeUp), bounded(1.0):
+            feed(tmp_path, uri, (), print)
 
 
 @pytest.mark.parametrize("uri", ["mlflow:", "mlflow:sqlite:///x.db", "mlflow:http://", "mlflow:127.0.0.1:5000"])

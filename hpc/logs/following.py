@@ -24,8 +24,8 @@ _SHOWN = 20
 """Lines of runs on the screen; those that have ended and are here are left out first."""
 
 
-class TimeUp(Exception):
-    """--at-most is over."""
+class TimeUp(BaseException):
+    """--at-most is over. No library that takes any Exception for a failed request may take this for one."""
 
 
 class Shower(Protocol):
@@ -95,6 +95,7 @@ def follow(source: Place, dest: Place, carried: Carried, every_s: float) -> int:
 
 def repeat(call: Callable[[], int], every_s: float) -> int:
     """Feed a sink again and again until Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while True:
             call()

@@ -141,7 +141,7 @@ def _leads_away(run: RunDir, files: Sequence[Path]) -> str:
     """A link out of the run (out of its sweep, of a row): no sink has what it leads to, nor the link."""
     home = f"{run.path.parent if run.in_sweep else run.path}/"
     for path in files:
-        if path.is_symlink() and not (target := os.path.realpath(path)).startswith(home):
+        if path.is_symlink() and not f"{(target := os.path.realpath(path))}/".startswith(home):
             return f"{path.relative_to(run.path)} is a link to {target}, and no sink has links; remove it first"
     return ""
 

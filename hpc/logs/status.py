@@ -30,8 +30,8 @@ class Held:
     bytes: int
     records: int
     last_step: int | None
-    age_s: float
-    """Since the sink confirmed it."""
+    age_s: float | None
+    """Since the sink confirmed it; None where it has confirmed nothing."""
     complete: bool
     behind: int
     """Bytes of whole records here that it has not confirmed."""
@@ -167,7 +167,7 @@ def event_files(run: RunDir) -> list[Path]:
 
 def _held(sink: str, position: Position | None, whole: dict[str, int], now: float) -> Held:
     if position is None:
-        return Held(sink, 0, 0, None, 0.0, complete=False, behind=sum(whole.values()))
+        return Held(sink, 0, 0, None, None, complete=False, behind=sum(whole.values()))
     behind = sum(max(size - position.files.get(name, 0), 0) for name, size in whole.items())
     age = max(now - position.confirmed, 0.0)
     return Held(sink, position.size, position.records, position.last_step, age, position.complete, behind)
@@ -232,6 +232,8 @@ def rows(found: Found) -> list[list[str]]:
 def _in_words(held: Held, run: RunStatus) -> str:
     if held.behind:
         return f"{held.sink}: {in_bytes(held.behind)} behind"
+    if held.age_s is None:
+        return f"{held.sink}: nothing yet"
     word = "up to the damage" if run.damaged else "complete" if held.complete else "all"
     return f"{held.sink}: {word}, {short_time(held.age_s)} ago"
 
