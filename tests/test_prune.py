@@ -36,8 +36,9 @@ def finish(run: RunDir) -> RunDir:
 
 
 def age_all(folder: Path) -> None:
+    when = time.time() - 7200
     for path in folder.rglob("*"):
-        age(path, 7200)
+        os.utime(path, (when, when), follow_symlinks=False)
 
 
 @pytest.fixture
@@ -94,6 +95,7 @@ def test_a_sink_that_has_lost_something_is_not_believed(runs: Path, home: Path) 
     run = finish(make_run(runs, first=attempt(0, 9, 1)))
     run.metrics.write_text("{}\n")
     age_all(run.path)
+    carried = run.metrics.stat().st_atime_ns, run.metrics.stat().st_mtime_ns
     sync(runs, home)
     there = RunDir(home / NAME)
     assert why(runs) == {NAME: ""}
@@ -101,7 +103,10 @@ def test_a_sink_that_has_lost_something_is_not_believed(runs: Path, home: Path) 
     for spoiled in (content[:-1], content[:-20] + b"x" + content[-19:], b""):
         event_file.write_bytes(spoiled)
         assert "is not in" in why(runs)[NAME]
-    event_file.write_bytes(content)
+    event_file.unlink()
+    age(run.tensorboard / FIRST, 7300)
+    sync(runs, home)
+    assert event_file.read_bytes() == content and why(runs) == {NAME: ""}, "the remedy"
     there.metrics.unlink()
     chosen = prune.candidates(runs, 3600, None, None)
     assert chosen[0].kept == f"metrics.jsonl is not in {home}"
@@ -110,13 +115,55 @@ def test_a_sink_that_has_lost_something_is_not_believed(runs: Path, home: Path) 
     home.rename(home.with_name("away"))
     assert "cannot be asked" in why(runs)[NAME] and run.path.exists()
     assert [one.kept for one in prune.candidates(runs, 3600, None, None, unasked=True)] == [""]
+    age(run.metrics, 7300)
+    assert "metrics.jsonl is not in" in prune.candidates(runs, 3600, None, None, unasked=True)[0].kept, "another time"
+    run.metrics.write_text("{}\n")
+    os.utime(run.metrics, ns=carried)
     append(run.tensorboard / FIRST, scalar(9, 1.0))
     assert "as it is here" in prune.candidates(runs, 3600, None, None, unasked=True)[0].kept
+
+
+def test_right_before_it_goes_every_file_is_compared(runs: Path, home: Path) -> None:
+    """Of the size that it had, and another: what has become of a copy on a bad disk."""
+    run = finish(make_run(runs, first=attempt(0, 9, 1)))
+    weights = run.checkpoints / "g001-s00000009" / "weights"
+    sweep = runs / "s-sweep-1"
+    finish(make_run(sweep, "row-1", first=attempt(0, 9, 2)))
+    (sweep / ROWS).write_text("row-1\n")
+    (sweep / "sweep.yaml").write_text("axes: {}\nchunks: [{number: 0, first: 0, count: 1}]\n")
+    write_json(sweep / "submit.json", {"submissions": []})
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"w" * 100)
+    age_all(runs)
+    sync(runs, home, "checkpoints")
+    there, rows = home / weights.relative_to(runs), home / "s-sweep-1" / ROWS
+    for path, content in ((there, b"W" * 100), (rows, b"row-2\n")):
+        path.write_bytes(content)
+    remedy = "as it is here; remove it there, 'touch' it here, and sync again"
+    other = f"stays: {weights.relative_to(run.path)} is not in {home} {remedy}"
+    assert removed(runs, "checkpoints") == [f"{NAME} {other}"] and weights.exists()
+    assert removed(runs) == [f"{NAME} {other}", f"s-sweep-1 stays: {ROWS} is not in {home} {remedy}"]
+    there.unlink()
+    age(weights, 7300)
+    rows.unlink()
+    age(sweep / ROWS, 7300)
+    sync(runs, home, "checkpoints")
+    assert removed(runs, "checkpoints") == [f"{NAME}: checkpoints removed, {home} has them"]
+    assert run.newest_checkpoint() is None and not any(run.checkpoints.iterdir()), "no empty one is left"
+    assert len(removed(runs)) == 2 and not run.path.exists() and not sweep.exists()
 
 
 def test_what_grew_after_it_was_confirmed_stays(runs: Path, home: Path) -> None:
     run = finish(make_run(runs, first=attempt(0, 9, 1)))
     sync(runs, home)
+    for behind in (scalar(9, 1.0), bytes(9000) + scalar(9, 1.0)):
+        append(run.tensorboard / FIRST, behind)
+        age_all(run.path)
+        assert why(runs)[NAME].startswith(f"tb/{FIRST} is not in {home} as it is here")
+        write(run, FIRST, attempt(0, 9, 1))
+    append(run.tensorboard / FIRST, scalar(9, 1.0)[:-1])
+    age_all(run.path)
+    assert why(runs)[NAME] == "", "half a record is nothing"
     write(run, SECOND, attempt(9, 12, 2))
     assert why(runs)[NAME] == f"tb/{SECOND} is not in {home}"
     (run.tensorboard / SECOND).unlink()
@@ -149,7 +196,19 @@ def test_links_lead_nowhere(runs: Path, home: Path, tmp_path: Path) -> None:
     (inside.path / "logs" / "out").symlink_to(treasure)
     age_all(inside.path)
     sync(runs, home)
-    assert removed(runs) == [f"in-2 removed, {home} has it"]
+    assert why(runs)["in-2"] == f"logs/out is a link to {treasure}, and no sink has links; remove it first"
+    assert "logs/out is a link" in why(runs, only="logs")["in-2"]
+    (inside.path / "logs" / "out").unlink()
+    for name, target in (("text", "job.out"), ("tensors", "../tb")):
+        (inside.path / "logs" / name).symlink_to(target)
+    age_all(inside.path)
+    assert removed(runs) == [f"in-2 removed, {home} has it"], "links inside it lead to what the sink has"
+    checkpoints = finish(make_run(runs, "linked-3", first=attempt(0, 9, 1)))
+    checkpoints.checkpoints.symlink_to(treasure)
+    age_all(checkpoints.path)
+    sync(runs, home, "checkpoints")
+    for only in (None, "checkpoints"):
+        assert "checkpoints is a link" in why(runs, only=only)["linked-3"]
     assert (treasure / "gold").exists() and run.path.exists()
 
 
@@ -244,7 +303,7 @@ def test_status_tells_what_is_where(
     assert command(monkeypatch, "sync", "--status", str(home)) == 0
     assert "all, " in capsys.readouterr().out
     append(run.tensorboard / FIRST, scalar(9, 1.0))
-    append(run.tensorboard / FIRST, scalar(10, 1.0)[:9])
+    append(run.tensorboard / FIRST, scalar(10, 1.0)[:9], old=False)
     assert command(monkeypatch, "sync", "--status", "--runs", str(runs), "--json") == 1
     told = json.loads(capsys.readouterr().out)
     (one,) = told["runs"]
@@ -252,6 +311,19 @@ def test_status_tells_what_is_where(
     assert [(sink["sink"], sink["behind"]) for sink in one["sinks"]] == [(str(home), len(scalar(9, 1.0)))]
     sync(runs, home)
     assert status.look(runs).exit_code == 0, "an unfinished record is not behind"
+    capsys.readouterr()
+    valid = (home / NAME / "tb" / FIRST).read_bytes()
+    for rest in (scalar(10, 1.0)[:9], bytes(5000), scalar(10, 1.0)[:-1] + b"x"):
+        write(run, FIRST, valid + rest)
+        assert command(monkeypatch, "sync", "--status", "--runs", str(runs)) == 1, rest
+        told = capsys.readouterr().out
+        assert f"1 damaged: 'hpc fsck {NAME}'" in told and f"{home}: up to the damage" in told and "all" not in told
+    assert status.look(runs).runs[0].damaged == {f"tb/{FIRST}": len(valid)}
+    write(run, FIRST, valid)
+    assert status.look(runs).exit_code == 0
     make_run(runs, "new-2", first=attempt(0, 3, 1))
     found = status.look(runs)
     assert found.exit_code == 1 and "new-2" in found.sentence
+    make_run(runs, "empty-3")
+    (empty,) = (row for row in status.rows(status.look(runs)) if row[0] == "empty-3")
+    assert empty[-1] == f"{home}: nothing yet"

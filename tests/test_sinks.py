@@ -6,6 +6,7 @@ import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from mlflow.tracking import MlflowClient
 
 from hpc.errors import UserError
 from hpc.logs import positions
+from hpc.logs.following import TimeUp, bounded
 from hpc.logs.series import scalars
 from hpc.logs.sinks import feed, is_sink, sink_of
 from hpc.logs.sinks.mlflow import MlflowSink
@@ -257,6 +259,43 @@ def test_files_that_were_repaired_are_sent_without_a_new_version(place: Place) -
     assert len(place.all()) == 1 and place.points()["step/loss"] == truth(run)["step/loss"]
 
 
+@pytest.mark.parametrize("kind", ["hole", "flip", "torn"])
+def test_a_damaged_file_is_sent_up_to_its_damage_and_whole_when_it_is_repaired(place: Place, kind: str) -> None:
+    """An older attempt's: it is told again, though nothing is new."""
+    run = place.run()
+    run.attempt()
+    run.steps(1, 5)
+    older, valid = run.file, run.file.stat().st_size
+    run.steps(6, 10)
+    whole = older.read_bytes()
+    rest = whole[valid:]
+    spoiled = {"hole": bytes(4096) + rest, "flip": rest[:20] + bytes([rest[20] ^ 1]) + rest[21:], "torn": rest[:30]}
+    older.write_bytes(whole[:valid] + spoiled[kind])
+    run.attempt(resumed=10)
+    run.steps(11, 12)
+    run.finish()
+    for _ in range(2):
+        assert place.feed() == (kind != "torn")
+        assert [step for step, _, _ in place.points()["step/loss"]] == [*range(1, 6), 11, 12]
+        (position,) = positions.read(place.runs)
+        assert position.complete == (kind == "torn") and "anew" not in " ".join(place.said)
+        told = [line for line in place.said if "damaged at byte" in line]
+        assert bool(told) == (kind != "torn") and all(f"byte {valid}; 'hpc fsck" in line for line in told)
+    older.write_bytes(whole)
+    assert place.feed() == 0 and positions.read(place.runs)[0].complete
+    assert place.points() == truth(run) and len(place.all()) == 1
+
+
+def test_what_is_skipped_is_named_with_its_reason(place: Place) -> None:
+    names = ["bare-00000001", "bare-00000002"]
+    for name in names:
+        (place.runs / name).mkdir()
+        (place.runs / name / "experiment.yaml").write_text("name: x\n")
+    assert place.feed() == 0
+    (line,) = place.said
+    assert line.startswith(f"{', '.join(names)}: skipped: planned, not submitted; no record"), line
+
+
 def test_values_that_are_no_numbers_arrive(place: Place) -> None:
     run = place.run()
     run.attempt()
@@ -368,6 +407,15 @@ def test_keys_are_taken_from_the_environment_and_left_nowhere(place: Place, monk
     assert secret not in str(refused.value)
 
 
+def test_the_time_is_up_while_a_server_does_not_answer(tmp_path: Path) -> None:
+    """MLflow's client takes any Exception for a failed request, and would go on with the next run."""
+    FakeRun(tmp_path).attempt()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"mlflow:http://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(TimeUp), bounded(1.0):
+            feed(tmp_path, uri, (), print)
+
+
 @pytest.mark.parametrize("uri", ["mlflow:", "mlflow:sqlite:///x.db", "mlflow:http://", "mlflow:127.0.0.1:5000"])
 def test_what_is_no_address_is_refused(uri: str) -> None:
     with pytest.raises(UserError, match="http://127"):
@@ -375,5 +423,5 @@ def test_what_is_no_address_is_refused(uri: str) -> None:
 
 
 def test_folders_and_hosts_are_no_sinks() -> None:
-    assert not any(map(is_sink, ("runs", "/data/mlflow", "host:runs", "me@mlflow:runs")))
+    assert not any(map(is_sink, ("runs", "/data/mlflow", "host:runs", "me@mlflow:runs", "./mlflow:x")))
     assert sink_of("host:runs") is None

@@ -1,5 +1,6 @@
 """What is sent of a run that grows, is preempted and goes back: each step once and as it is true."""
 
+import json
 import random
 from pathlib import Path
 
@@ -107,4 +108,10 @@ def test_a_hole_is_told_and_what_follows_in_other_files_is_sent(tmp_path: Path) 
     pending = Pending(run.dir.tensorboard, Cursor())
     assert [point.step for point in pending.points(None) if point.tag == "step/loss"] == list(range(1, 8))
     (sentence,) = pending.damaged
-    assert "zeros at byte" in sentence
+    assert "zeros, damaged at byte" in sentence
+    cursor = Cursor.load(json.loads(json.dumps(pending.after(None, 7).dump())))
+    again = Pending(run.dir.tensorboard, cursor)
+    assert again.damaged == [sentence] and again.points(None) == [], "it is not forgotten behind newer files"
+    (hole, _), (newer, size) = again.sizes(cursor.start)
+    assert again.sizes(cursor.start) == [(hole, hole.stat().st_size - 100), (newer, newer.stat().st_size)]
+    assert size == newer.stat().st_size

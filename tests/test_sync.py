@@ -18,7 +18,7 @@ from hpc.logs.deliver import DestinationFailed, Listed
 from hpc.logs.ends import End, LocalEnd, Place
 from hpc.logs.records import frame
 from hpc.logs.sync import Busy, Carried, Round, Session
-from hpc.rundir import ROWS, all_runs
+from hpc.rundir import ROWS, RunDir, all_runs
 from tests.syncing import FIRST, SECOND, THIRD, append, attempt, make_run, scalar, visible, write
 
 ROOT = Path(__file__).parents[1]
@@ -90,15 +90,23 @@ def test_a_torn_tail_of_a_run_that_has_ended_is_left_out_and_told(runs: Path, ho
     assert position.complete and position.files == {f"tb/{FIRST}": len(whole)} and position.last_step == 19
 
 
-def test_a_damaged_file_comes_up_to_the_damage_and_is_never_complete(runs: Path, home: Path) -> None:
-    content = bytearray(attempt(0, 20, 1))
-    content[-20] ^= 1
-    run = make_run(runs, first=bytes(content))
-    run.result.write_text("{}")
-    done = sync(runs, home)
-    assert any("flipped" in note and "hpc fsck" in note for note in done.notes)
-    assert not positions.read(runs)[0].complete
-    assert len(visible(home)[f"{NAME}/tb/{FIRST}"]) == len(attempt(0, 19, 1))
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "quiet"])
+@pytest.mark.parametrize("hole", [True, False], ids=["hole", "flip"])
+def test_a_damaged_file_comes_up_to_the_damage_and_is_never_complete(
+    runs: Path, home: Path, hole: bool, ended: bool
+) -> None:
+    head, tail = attempt(0, 20, 1), attempt(20, 30, 1)
+    run = make_run(runs, first=head + (bytes(5000) if hole else scalar(20, 1.0)[:-1] + b"x") + tail)
+    if ended:
+        run.result.write_text("{}")
+    for _ in range(2):
+        done = hpc("sync", str(runs), str(home))
+        where = f"{NAME}/tb/{FIRST}: {'zeros' if hole else 'flipped'}, damaged at byte {len(head)} of"
+        assert done.returncode == 1 and where in done.stderr and done.stderr.strip().endswith(f"hpc fsck {NAME}"), done
+        assert f"1 damaged: hpc fsck {NAME}" in done.stdout
+        assert visible(home) == {f"{NAME}/tb/{FIRST}": head} and not positions.read(runs)[0].complete
+    write(run, FIRST, head + tail)  # repaired
+    assert sync(runs, home).problems == [] and visible(home) == visible(runs)
 
 
 def test_a_newer_file_waits_for_an_older_one_that_is_not_whole(runs: Path, home: Path) -> None:
@@ -332,6 +340,65 @@ def test_another_run_of_the_same_name_is_not_overwritten(runs: Path, home: Path,
     append(tmp_path / "moved" / NAME / "tb" / FIRST, scalar(30, 1.0))
     done = sync(tmp_path / "moved", home)
     assert (done.problems, done.records) == ([], 1), "the same run from elsewhere goes on"
+
+
+def submitted(run: RunDir, job: int) -> RunDir:
+    run.event("submit", "login", cluster="slurm", job=str(job))
+    return run
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["by its events", "by its files"])
+def test_another_run_whose_event_files_have_other_names_is_not_mixed_in(
+    runs: Path, home: Path, tmp_path: Path, told: bool
+) -> None:
+    run = make_run(runs, first=attempt(0, 30, 1))
+    other = make_run(tmp_path / "other", second=attempt(0, 30, 2))
+    for number, one in enumerate((run, other) if told else ()):
+        submitted(one, number)
+    other.metrics.write_text("{}\n")
+    sync(runs, home)
+    for _ in range(2):
+        done = sync(tmp_path / "other", home)
+        assert "another run of this name" in done.problems[0] and "remove it there" in done.problems[0]
+    assert visible(home) == visible(runs) and not (home / NAME / "metrics.jsonl").exists()
+    assert not positions.read(tmp_path / "other")
+    shutil.copytree(runs, tmp_path / "moved")
+    moved = RunDir(tmp_path / "moved" / NAME)
+    write(moved, THIRD, attempt(30, 32, 3))
+    if told:
+        submitted(moved, 7)
+        (moved.tensorboard / FIRST).unlink()
+    assert sync(tmp_path / "moved", home).problems == [], "the same run from elsewhere goes on"
+    assert sorted(visible(home)) == [f"{NAME}/tb/{FIRST}", f"{NAME}/tb/{THIRD}"]
+    shutil.rmtree(home / NAME)
+    assert sync(tmp_path / "other", home).problems == [] and (home / NAME / "metrics.jsonl").exists()
+    shutil.rmtree(home / NAME)
+    assert sync(tmp_path / "other", home).others == 2 + told, "a run that was removed there comes again as a whole"
+    assert visible(home) == visible(tmp_path / "other")
+
+
+def test_a_run_that_was_removed_and_submitted_anew_is_another(runs: Path, home: Path) -> None:
+    run = submitted(make_run(runs, first=attempt(0, 30, 1)), 1)
+    session = Session(Place("", str(runs)), Place("", str(home)), Carried())
+    session.round()
+    before = visible(runs)
+    shutil.rmtree(run.path)
+    submitted(make_run(runs, second=attempt(0, 9, 2)), 2)
+    assert "another run of this name" in session.round().problems[0] and visible(home) == before
+    session.close()
+
+
+def test_a_sweep_of_which_a_row_is_another_stays_behind(runs: Path, home: Path, tmp_path: Path) -> None:
+    for number, folder in enumerate((runs, tmp_path / "other")):
+        sweep = folder / "s-sweep-1"
+        submitted(make_run(sweep, "row-1", first=attempt(0, 3, number)), number)
+        make_run(sweep, "row-2")
+        (sweep / ROWS).write_text(f"row-1\nrow-2\n{'row-3' * number}")
+    sync(runs, home)
+    done = sync(tmp_path / "other", home)
+    assert len(done.problems) == 1 and "s-sweep-1/row-1: the destination has another" in done.problems[0]
+    assert (home / "s-sweep-1" / ROWS).read_text() == "row-1\nrow-2\n" and visible(home) == visible(runs)
+    assert sync(runs, home).problems == []
 
 
 def test_a_source_cannot_name_what_lies_outside() -> None:

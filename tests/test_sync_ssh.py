@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -65,7 +68,9 @@ def test_killed_again_and_again_it_ends_equal_and_tensorboard_sees_every_step_on
             time.sleep(0.2)
         ends = json.loads(killed.stdout.read()) if killed.stdout else {}
         assert killed.returncode == 0, ends
-        assert sum(count for word, count in ends.items() if word.endswith("killed")) >= ROUNDS // 3, ends
+        hit = {kind: ends.get(f"{kind}: killed", 0) for kind in ("write", "ask", "answer", "moment")}
+        assert all(hit.values()), f"in the middle of a write, a request, an answer, and at some moment: {ends}"
+        assert sum(hit.values()) >= 0.9 * ROUNDS, f"nearly all died at work, by SIGKILL: {ends}"
         for name in life():
             os.utime(run.tensorboard / name, (1.7e9, 1.7e9))
         sync(source, str(home))
@@ -214,9 +219,51 @@ def test_a_host_that_is_down_and_comes_back(server: Sshd, tmp_path: Path) -> Non
         server.start()
         while "1 records" not in (line := watching.stdout.readline()):
             assert line
+        _cut(server)
+        while "again in" not in (line := watching.stdout.readline()):
+            assert line
+        append(run.tensorboard / FIRST, scalar(4, 4.1))
+        while "1 records" not in (line := watching.stdout.readline()):
+            assert line
         watching.send_signal(2)
         assert watching.wait(20) == 0
     assert visible(home) == visible(runs)
+
+
+def test_stopped_in_the_middle_of_rsync_it_leaves_nothing_at_work(
+    server: Sshd, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, home, slow = tmp_path / "runs", tmp_path / "home", tmp_path / "bin" / "rsync"
+    run = make_run(runs, first=attempt(0, 3, 1))
+    run.logs.mkdir()
+    (run.logs / "1_0_log.out").write_bytes(os.urandom(4_000_000))
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/sh\nexec {shutil.which("rsync")} --bwlimit=500 "$@"\n')
+    slow.chmod(0o755)
+    source = f"{server.host}:{runs}"
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+        done = hpc("sync", source, str(home), "--from-cron", "--at-most", "2s")
+    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(home).encode() in _content(path)]
+    assert (done.returncode, done.stdout, left) == (1, "", []) and "stopped after 2 s" in done.stderr
+    assert visible(home) == visible(runs) and not (home / NAME / "logs" / "1_0_log.out").exists()
+    assert hpc("sync", source, str(home)).returncode == 0
+    assert (home / NAME / "logs" / "1_0_log.out").read_bytes() == (run.logs / "1_0_log.out").read_bytes()
+
+
+def _cut(server: Sshd) -> None:
+    """The connections die, and the server goes on."""
+    assert server._process
+    told = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    for pid, parent in (map(int, line.split()) for line in told.splitlines()):
+        if parent == server._process.pid:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _content(path: Path) -> bytes:
+    with suppress(OSError):  # a process that has ended
+        return path.read_bytes()
+    return b""
 
 
 def test_a_shared_connection_of_the_users_own_is_used(

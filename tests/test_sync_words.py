@@ -31,6 +31,12 @@ from tests.syncing import attempt
         (["sync", "hpc", "b", "--watch", "--from-cron"], "exclude each other"),
         (["sync", "hpc", "b", "--every", "soon", "--watch"], "--every: 'soon' is not a duration"),
         (["sync", "hpc", "b", "--json"], "--json goes with --status"),
+        (["sync", "hpc", "file"], "file: a file is in the way; name a folder"),
+        (["sync", "hpc", "file/in"], "in: a file is in the way; name a folder"),
+        (["sync", "mlflow:http://127.0.0.1:5000", "b"], "a tracker can only be DEST"),
+        (["sync", "hpc", "wandb:x"], "no such sink; valid: mlflow:; a host of this name is me@wandb:path"),
+        (["sync", "hpc", "WandB:x"], "no such sink; valid: mlflow:"),
+        (["sync", "hpc", "s3://bucket/runs"], "s3://...: no place for runs"),
         (["prune", "--older-than", "soon"], "--older-than: 'soon'"),
         (["prune", "--older-than", "1d", "--runs", "hpc", "--only", "log"], "valid: logs, checkpoints"),
     ],
@@ -39,6 +45,7 @@ def test_mistakes_are_told_in_a_line(
     words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "hpc").mkdir()
+    (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["hpc", *words])
     with pytest.raises(SystemExit) as left:
@@ -53,6 +60,9 @@ def test_places() -> None:
     assert place_of("[::1]:runs") == Place("[::1]", "runs")
     assert place_of("./a:b") == Place("", str(Path("a:b").resolve()))
     assert place_of("/x/../y").path == "/y"
+    assert place_of("C:\\Users\\ana") == Place("C", "\\Users\\ana")
+    assert place_of("me@wandb:/runs") == Place("me@wandb", "/runs")
+    assert place_of("./wandb:x").host == ""
     for wrong in ("", " ", "-x:y", "h:"):
         with pytest.raises(UserError):
             place_of(wrong)

@@ -11,7 +11,6 @@ import typer
 from hpc.commands.common import AsJson, Runs, app, print_json, say, table
 from hpc.errors import UserError
 
-_SINKS = ("mlflow:",)
 _CRON_S = 600
 
 
@@ -62,7 +61,7 @@ def _sync(
     more: list[str] | None,
     most: str,
 ) -> int:
-    from hpc.logs import following
+    from hpc.logs import following, sinks
     from hpc.logs.ends import Unreachable, place_of
     from hpc.logs.sync import Busy, Carried, DestinationFailed
     from hpc.units import gigabytes
@@ -72,9 +71,10 @@ def _sync(
     except ValueError as error:
         raise UserError(f"--most: {error}") from None
     carried = Carried(_more(more), limit)
+    sinks.refuse_others(source, dest)
     try:
         with following.bounded(limit_s):
-            if dest.startswith(_SINKS):
+            if sinks.is_sink(dest):
                 return _feed(source, dest, every_s, cron)
             ends = place_of(source), place_of(dest)
             if every_s is None:
@@ -100,11 +100,20 @@ def _feed(source: str, uri: str, every_s: float | None, cron: bool) -> int:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder of runs")
 
+    before: list[str] = []
+
     def once() -> int:
-        kept: list[str] = []
-        code = sinks.feed(folder, uri, (), kept.append if cron else say)
-        if code and kept:
-            print(*kept, sep="\n", file=sys.stderr)
+        told: list[str] = []
+
+        def tell(line: str) -> None:
+            told.append(line)
+            if not cron and line not in before:  # --watch says it once
+                say(line)
+
+        code = sinks.feed(folder, uri, (), tell)
+        before[:] = told
+        if cron and code:
+            print(*told, sep="\n", file=sys.stderr)
         return code
 
     return once() if every_s is None else following.repeat(once, every_s)
@@ -179,4 +188,6 @@ def prune(
             print(line, file=sys.stderr if as_json else sys.stdout)
     elif not as_json:
         total = size(sum(one.size for one in chosen))
-        say(f"{len(chosen)} of {len(found)} would go, {total}" + ("; --yes removes them" if chosen else ""))
+        say(
+            f"{len(chosen)} of {len(found)} would go, {total}" + ("; --yes compares and removes them" if chosen else "")
+        )

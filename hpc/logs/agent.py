@@ -20,6 +20,7 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 EDGE = 4096  # bytes at either end of a prefix that make its fingerprint
 MARK = b"\nhpc-sync-agent\n"  # a login script may have printed something before
 _SUM_BLOCK = 1 << 20
+_MARKS = 3
 
 Fields = Dict[str, Any]
 Answer = Tuple[Fields, bytes]
@@ -218,18 +219,63 @@ class Store:
 
     def do_sum(self, request: Fields, payload: bytes) -> Answer:
         """SHA-256 of the first `size` bytes, None where the file is shorter or is not there."""
-        total, left = hashlib.sha256(), request["size"]
+        return {"sum": self._sum(request["path"], request["size"])}, b""
+
+    def do_sums(self, request: Fields, payload: bytes) -> Answer:
+        """Likewise of many files: [path, size] each in the payload; a list of sums."""
+        told = [self._sum(path, size) for path, size in json.loads(payload.decode())]
+        return {}, json.dumps(told).encode()
+
+    def _sum(self, path: str, size: int) -> Optional[str]:
+        total, left = hashlib.sha256(), size
         try:
-            with open(self.path(request["path"]), "rb") as file:
-                while left:
-                    block = file.read(min(left, _SUM_BLOCK))
-                    if not block:
-                        return {"sum": None}, b""
-                    total.update(block)
-                    left -= len(block)
+            handle = os.open(self.path(path), os.O_RDONLY | os.O_NOFOLLOW)
         except FileNotFoundError:
-            return {"sum": None}, b""
-        return {"sum": total.hexdigest()}, b""
+            return None
+        with os.fdopen(handle, "rb") as file:
+            while left:
+                block = file.read(min(left, _SUM_BLOCK))
+                if not block:
+                    return None
+                total.update(block)
+                left -= len(block)
+        return total.hexdigest()
+
+    def do_marks(self, request: Fields, payload: bytes) -> Answer:
+        """What tells runs of one name apart: of each run in the payload, marks; None of one that is not there.
+
+        Two folders of one run share a mark; those of two runs share none. A run that has not begun has none.
+        """
+        told = {run: self._marks(self.path(run)) for run in json.loads(payload.decode())}
+        return {}, zlib.compress(json.dumps(told).encode(), 6)
+
+    def _marks(self, folder: str) -> Optional[List[str]]:
+        """The first line of the first event logs, which only grow; of a sweep when it was first submitted."""
+        if not os.path.isdir(folder):
+            return None
+        events = os.path.join(folder, self.names["events"])
+        logs = [name for name in self._names(events, []) if not name.startswith(".")][:_MARKS]
+        firsts = [self._first_line(os.path.join(events, name)) for name in logs]
+        if os.path.isfile(os.path.join(folder, self.names["rows"])):
+            firsts.append(self._first_submission(folder))
+        return [hashlib.sha256(first).hexdigest()[:12] for first in firsts if first]
+
+    @staticmethod
+    def _first_line(path: str) -> bytes:
+        try:
+            with open(path, "rb") as file:
+                line = file.readline(EDGE)
+        except OSError:
+            return b""
+        return line if line.endswith(b"\n") else b""
+
+    def _first_submission(self, sweep: str) -> bytes:
+        try:
+            with open(os.path.join(sweep, self.names["submit"]), "rb") as file:
+                told = json.loads(file.read().decode("utf-8", "replace"))
+            return repr(told["submissions"][0]["time"]).encode()
+        except (OSError, ValueError, KeyError, IndexError, TypeError):
+            return b""
 
     def do_load(self, request: Fields, payload: bytes) -> Answer:
         """Every .json file in a folder, {name: text}; nothing where there is none."""
@@ -365,6 +411,7 @@ def serve() -> None:
         length, more = struct.unpack(">II", head)
         request = json.loads(read_exactly(length).decode())
         payload = read_exactly(more)
+        signal.alarm(0)  # the sums of large files may take longer
         fields: Fields = {}
         data = b""
         try:
@@ -377,6 +424,7 @@ def serve() -> None:
         except (Refused, KeyError, TypeError, ValueError) as error:
             fields = {"error": f"{type(error).__name__}: {error}", "errno": 0}
         told = json.dumps(fields).encode()
+        signal.alarm(idle_s)
         write_all(struct.pack(">II", len(told), len(data)) + told + data)
 
 

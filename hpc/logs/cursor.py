@@ -19,6 +19,14 @@ LOCK = f"{FOLDER}/lock"
 ASIDE = f"{FOLDER}/rsync"
 """Where rsync writes what it then renames."""
 
+SETTLE_S = 60
+"""Of a file that has not changed for so long, a network file system shows all there is, and its writer is gone."""
+
+
+def is_damage(ending: str, settled: bool) -> bool:
+    """Whether what lies behind the last whole record of a file will not come right any more by itself."""
+    return ending == Ending.FLIPPED or (settled and ending != Ending.COMPLETE)
+
 
 @dataclass
 class FileCursor:

@@ -11,21 +11,28 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from hpc.errors import UserError
 from hpc.logs.blocks import Block, last_event, whole_records
-from hpc.logs.cursor import FileCursor, RunCursor, delivered_name, generation_of, replaced_name, waiting_name
-from hpc.logs.ends import End
+from hpc.logs.cursor import (
+    SETTLE_S,
+    FileCursor,
+    RunCursor,
+    delivered_name,
+    generation_of,
+    is_damage,
+    replaced_name,
+    waiting_name,
+)
+from hpc.logs.ends import End, names
 from hpc.logs.records import Ending
 
 BLOCK = 4 << 20
 """Bytes that are read, verified, appended and put down in the cursor at a time."""
-SETTLE_S = 60
-"""Of a file that has not changed for so long, a network file system shows all there is."""
 
 
 class DestinationFailed(Exception):
@@ -78,6 +85,8 @@ class Told:
     size: int = 0
     """New bytes of event files."""
     records: int = 0
+    damaged: int = 0
+    """Event files that come up to their damage only."""
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -103,11 +112,23 @@ class Delivery:
                 self._tidy(name)
             for names in _folders(self._listed.events):
                 self._folder(names)
+        self._tell_damage()
         sizes = self._cursor.files
         self._cursor.behind = sum(
             max(stat[0] - (sizes[name].size if name in sizes else 0), 0) for name, stat in self._listed.events.items()
         )
         return self.told
+
+    def _tell_damage(self) -> None:
+        """In every round until it is repaired: a hole or a flipped byte, and what lies behind it, cannot be carried."""
+        for name, stat in self._listed.events.items():
+            known, run = self._cursor.files.get(name), self._cursor.run
+            if known is None or known.seen != stat or known.ending == Ending.TORN:
+                continue
+            if is_damage(known.ending, self._listed.ended or self._settled(name)):
+                self.told.damaged += 1
+                where = f"{known.ending}, damaged at byte {known.size} of {stat[0]}"
+                self.told.problems.append(f"{run}/{name}: {where}: hpc fsck {run.rpartition('/')[2]}")
 
     @property
     def finished(self) -> bool:
@@ -279,9 +300,9 @@ class Delivery:
         if self._there.get(active := delivered_name(name, known.generation), 0) > known.size:
             with self._writing():  # a sync that was killed has put down more than the source holds now
                 self._dest.call("cut", path=self._path(active), size=known.size)
-        if self._listed.ended and known.ending not in (Ending.COMPLETE,):
+        if self._listed.ended and known.ending == Ending.TORN:
             rest = stat[0] - known.size
-            self.told.notes.append(f"{name}: {known.ending}, the last {rest} bytes are left out (see 'hpc fsck')")
+            self.told.notes.append(f"{name}: torn, the last {rest} bytes are left out (see 'hpc fsck')")
 
     def _pull(self, name: str, known: FileCursor, later: Sequence[str]) -> None:
         buffer, first, ending = b"", bool(known.size), Ending.COMPLETE
@@ -351,6 +372,56 @@ class Delivery:
             yield
         except OSError as error:
             raise DestinationFailed(f"{error.filename or self._dest.place}: {error.strerror or error}") from None
+
+
+def strangers(source: End, dest: End, listed: Sequence[Listed], cursors: Mapping[str, RunCursor]) -> dict[str, str]:
+    """Of these runs and sweeps those that are others than the destination's of their names: {run: why}.
+
+    Known by their marks; without, by what was delivered of them, or an event file of both that begins alike. The rows
+    of a sweep that is another, or one of whose rows is, stay behind with it: its list of rows names them all.
+    """
+    names = [one.run for one in listed]
+    there = dest.marks(names)
+    here = source.marks([name for name in names if there[name] is not None])
+    found: dict[str, str] = {}
+    for one in listed:
+        mine, theirs, cursor = here.get(one.run), there[one.run], cursors.get(one.run)
+        if mine and theirs:
+            other = "it was first submitted or started another time" if not set(mine) & set(theirs) else ""
+        elif theirs is None:
+            if cursor and not cursor.pruned:  # removed there: it comes again, all of it
+                cursor.files, cursor.others = {}, {}
+            continue
+        elif one.sweep or (cursor and cursor.files):
+            continue
+        else:
+            other = _unlike(source, dest, one)
+        if other:
+            found[one.run] = f"{one.run}: the destination has another run of this name ({other})"
+    sweeps = {one.run for one in listed if one.sweep}
+    for sweep in {name.partition("/")[0] for name in found} & sweeps:
+        why = found.get(sweep) or next(words for name, words in found.items() if name.startswith(f"{sweep}/"))
+        found |= {name: why for name in names if name == sweep or name.startswith(f"{sweep}/")}
+    return found
+
+
+def _unlike(source: End, dest: End, one: Listed) -> str:
+    """Whether two runs that tell nothing of themselves differ, by their files; what is of both is compared later."""
+    there = {name: size for name, size in dest.look(one.run).items() if size and _visible(name)}
+    if there:
+        common = any(generation_of(name, other) is not None for name in one.events for other in there)
+        return "" if common else f"it has {min(there)}"
+    path = f"{one.run}/{names()['experiment']}"
+    try:
+        here, other = (end.read(path, 0, BLOCK)[1] for end in (source, dest))
+    except OSError:  # not there, or told when it is carried
+        return ""
+    return "" if here == other else "another experiment"
+
+
+def _visible(name: str) -> bool:
+    base = name.rpartition("/")[2]
+    return "tfevents" in base and not base.startswith(".")
 
 
 def _advance(known: FileCursor, buffer: bytes, block: Block) -> None:

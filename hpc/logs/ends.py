@@ -13,6 +13,7 @@ import struct
 import subprocess
 import tempfile
 import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from hpc.rundir import ROWS, RunDir
 IDLE_S = 300
 """So long a remote end waits for the next request before it ends, with its lock."""
 _PERSIST = "10m"
+_SUMMED_FILES, _SUMMED_BYTES = 1000, 4 << 30  # in one request
 _MOST_CHATTER = 1 << 16  # bytes that login scripts may print before the agent speaks
 
 
@@ -53,6 +55,8 @@ def place_of(text: str) -> Place:
     host, path = match[1], match[2]
     if host.startswith("-") or path.startswith("-") or re.search(r"\s|\0", host):
         raise UserError(f"{text!r} is no host:path; write me@login:runs, or ./{text} for a folder here")
+    if path.startswith("//"):
+        raise UserError(f"{host}://...: no place for runs; write me@login:runs, a folder here, or mlflow:URI as DEST")
     if not path:
         raise UserError(f"{text!r} names no folder; write {host}:runs")
     return Place(host, path)
@@ -85,6 +89,19 @@ class End:
     def sum(self, path: str, size: int) -> str | None:
         told: str | None = self.call("sum", path=path, size=size)[0]["sum"]
         return told
+
+    def sums(self, files: Mapping[str, int]) -> dict[str, str | None]:
+        """SHA-256 of the first bytes of many files, so many as are given; None where a file has fewer."""
+        found: dict[str, str | None] = {}
+        for some in portions(files):
+            asked = json.dumps([[path, files[path]] for path in some]).encode()
+            found |= dict(zip(some, json.loads(self.call("sums", asked)[1]), strict=True))
+        return found
+
+    def marks(self, runs: Sequence[str]) -> dict[str, list[str] | None]:
+        """What tells each of these runs from another of its name; None of one that is not there."""
+        told = self.call("marks", json.dumps(list(runs)).encode())[1]
+        return dict(json.loads(zlib.decompress(told)))
 
     def look(self, run: str) -> dict[str, int]:
         """Size of each file under the run's folder of event files, by its path in the run."""
@@ -216,19 +233,35 @@ class RemoteEnd(End):
         return Unreachable(f"{self.place.host} cannot be had: {words}")
 
 
+def portions(files: Mapping[str, int]) -> Iterator[list[str]]:
+    """Files that are summed in one request: bounded in number and bytes, but for one that is larger alone."""
+    some: list[str] = []
+    size = 0
+    for path, more in files.items():
+        if some and (len(some) == _SUMMED_FILES or size + more > _SUMMED_BYTES):
+            yield some
+            some, size = [], 0
+        some.append(path)
+        size += more
+    if some:
+        yield some
+
+
 def end_of(place: Place, create: bool = False, batch: bool = False) -> End:
     """Open one end; `create` makes its folder. Raises UserError where it is not there, and Unreachable."""
     try:
         return RemoteEnd(place, create, batch) if place.host else LocalEnd(place, create)
     except FileNotFoundError as error:
         raise UserError(f"{place}: {error.strerror}; 'hpc ls --runs FOLDER' shows what a folder holds") from None
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{place}: a file is in the way; name a folder") from None
 
 
 def names() -> dict[str, str]:
     """The names in a run folder that the agent must know."""
     run = RunDir("run")
-    known = {"experiment": run.experiment, "result": run.result, "state": run.state}
-    folders = {"tb": run.tensorboard, "logs": run.logs}
+    known = {"experiment": run.experiment, "result": run.result, "state": run.state, "submit": run.submit}
+    folders = {"tb": run.tensorboard, "logs": run.logs, "events": run.events}
     return {"rows": ROWS, **{word: path.name for word, path in (known | folders).items()}}
 
 

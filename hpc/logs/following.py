@@ -24,8 +24,8 @@ _SHOWN = 20
 """Lines of runs on the screen; those that have ended and are here are left out first."""
 
 
-class TimeUp(Exception):
-    """--at-most is over."""
+class TimeUp(BaseException):
+    """--at-most is over. No library that takes any Exception for a failed request may take this for one."""
 
 
 class Shower(Protocol):
@@ -95,6 +95,7 @@ def follow(source: Place, dest: Place, carried: Carried, every_s: float) -> int:
 
 def repeat(call: Callable[[], int], every_s: float) -> int:
     """Feed a sink again and again until Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while True:
             call()
@@ -126,7 +127,9 @@ def summary(done: Round) -> str:
     """One round in a line."""
     live = [line for line in done.lines if not line.ended]
     words = [f"{len(done.lines)} runs" + (f", {len(live)} not ended" if live else ""), news(done)]
-    behind = [line for line in done.lines if line.behind]
+    if damaged := [line for line in done.lines if line.damaged]:
+        words.append(f"{len(damaged)} damaged: hpc fsck {damaged[0].run.rpartition('/')[2]}")
+    behind = [line for line in done.lines if line.behind and not line.damaged]
     if behind:
         worst = max(behind, key=lambda line: line.behind)
         words.append(f"{worst.run} is {size(worst.behind)} behind")
@@ -164,16 +167,18 @@ class _Lines:
     """One line a round, where there is no terminal."""
 
     def __init__(self) -> None:
-        self._noted: list[str] = []
+        self._known: list[str] = []
+        """What was told of the round before."""
 
     def told(self, done: Round) -> None:
         for note in done.notes:
-            if note not in self._noted:
+            if note not in self._known:
                 self._say(note)
-        self._noted = done.notes
         self._say(summary(done))
         for problem in done.problems:
-            print(problem, file=sys.stderr, flush=True)
+            if problem not in self._known:
+                print(problem, file=sys.stderr, flush=True)
+        self._known = done.notes + done.problems
 
     def lost(self, why: str, pause_s: float) -> None:
         self._say(f"{why}; again in {short_time(pause_s)}")

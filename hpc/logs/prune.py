@@ -1,7 +1,7 @@
 """`hpc prune`: takes away runs that a sink has confirmed, and that are older than asked; else nothing, and says why.
 
-Before anything is removed the sink is asked again, file by file: size, and of event files every byte. A sink that
-cannot be asked (mlflow:) answers for event files only, by what it confirmed.
+Right before anything is removed, every byte of it is compared with the sink's, by sums. What is only shown compares the
+other files by their sizes. A sink that cannot be asked (mlflow:) answers for event files only, by what it confirmed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +20,10 @@ from hpc.errors import UserError
 from hpc.ledger import look
 from hpc.logs import cursor, positions
 from hpc.logs.cursor import RunCursor, delivered_name
-from hpc.logs.ends import End, Unreachable, end_of, here, place_of
+from hpc.logs.ends import End, LocalEnd, Place, Unreachable, end_of, here, place_of, portions
 from hpc.logs.positions import Position
-from hpc.logs.status import scan
+from hpc.logs.salvage import survey
+from hpc.logs.sinks import is_sink
 from hpc.logs.sync import Carried, more_names
 from hpc.rundir import RunDir, all_runs, locked, write_text
 from hpc.rundir import rows as rows_of
@@ -32,6 +33,9 @@ TITLES = ("run", "bytes", "files", "age", "what")
 PARTS = ("logs", "checkpoints")
 _OVER = frozenset(["finished", "failed", "cancelled", "lost"])
 _TAKEN = ".pruned-"
+_OTHER = " as it is here; remove it there, 'touch' it here, and sync again"
+_Stats = dict[str, list[int]]
+"""Of the files of a run, as a sink has them: size, and time (ns) where the sink is believed for what it confirmed."""
 
 
 @dataclass
@@ -92,7 +96,7 @@ def _candidate(
     if not run.path.is_relative_to(base) or any((folder / part).is_symlink() for part in _parts(name)):
         found.kept = "is a link to elsewhere"
         return found
-    found.files = _files(run, only)
+    found.files = [path for start in _starts(run, only) for path in _files(start)]
     found.size = sum(path.lstat().st_size for path in found.files)
     newest = max((path.lstat().st_mtime for path in found.files), default=0.0)
     found.age_s = max(min(age_s, time.time() - newest), 0.0)
@@ -102,6 +106,8 @@ def _candidate(
         found.kept = f"is {short_time(found.age_s)} old"
     elif not found.files:
         found.kept = "has nothing of this"
+    elif leads := _leads_away(run, found.files):
+        found.kept = leads
     else:
         mine = [one for one in known if one.run == name and sink in (None, one.sink)]
         found.sink, found.kept = asked.who_has(found, mine, only)
@@ -115,14 +121,29 @@ def _parts(name: str) -> Iterator[str]:
         yield "/".join(parts[:count])
 
 
-def _files(run: RunDir, only: str | None) -> list[Path]:
-    """Regular files and links of the run, or of a part of it; hidden ones are no one's loss."""
-    starts = {None: [run.path], "logs": [run.tensorboard, run.logs], "checkpoints": [run.checkpoints]}[only]
+def _starts(run: RunDir, only: str | None) -> list[Path]:
+    return {None: [run.path], "logs": [run.tensorboard, run.logs], "checkpoints": [run.checkpoints]}[only]
+
+
+def _files(start: Path, without: Collection[Path] = ()) -> list[Path]:
+    """Regular files and links below a folder, by path; no link is followed. Hidden ones are no one's loss."""
+    if start.is_symlink():
+        return [start]
     found = []
-    for start in starts:
-        for where, _, names in os.walk(start):  # follows no links
-            found += [Path(where, name) for name in names if not name.startswith(".")]
+    for where, folders, names in os.walk(start):
+        links = [name for name in folders if Path(where, name).is_symlink()]
+        folders[:] = [name for name in folders if Path(where, name) not in without and not name.startswith(".")]
+        found += [Path(where, name) for name in [*names, *links] if not name.startswith(".")]
     return sorted(found)
+
+
+def _leads_away(run: RunDir, files: Sequence[Path]) -> str:
+    """A link out of the run (out of its sweep, of a row): no sink has what it leads to, nor the link."""
+    home = f"{run.path.parent if run.in_sweep else run.path}/"
+    for path in files:
+        if path.is_symlink() and not f"{(target := os.path.realpath(path))}/".startswith(home):
+            return f"{path.relative_to(run.path)} is a link to {target}, and no sink has links; remove it first"
+    return ""
 
 
 def _whole_sweeps(found: list[Candidate], asked: _Sinks) -> list[Candidate]:
@@ -131,7 +152,7 @@ def _whole_sweeps(found: list[Candidate], asked: _Sinks) -> list[Candidate]:
     stays = {one.run.path.parent: one.name for one in rows if one.kept}
     for one in rows:
         sweep = one.run.path.parent
-        if sweep not in stays and (missing := asked.missing_of_sweep(sweep, one.sink)):
+        if sweep not in stays and (missing := asked.missing_of_sweep(one.run, one.sink)):
             stays[sweep] = missing
         if not one.kept and sweep in stays:
             one.kept = f"its sweep stays: {stays[sweep]}"
@@ -141,9 +162,10 @@ def _whole_sweeps(found: list[Candidate], asked: _Sinks) -> list[Candidate]:
 class _Sinks:
     """Sinks that are folders, asked what they have."""
 
-    def __init__(self, folder: Path, unasked: bool) -> None:
-        self._folder, self._unasked = folder, unasked
-        self._ends: dict[str, tuple[End, dict[str, dict[str, int]]] | str] = {}
+    def __init__(self, folder: Path, unasked: bool, summed: bool = False) -> None:
+        """`summed`: all files are compared by their sums, not event files alone."""
+        self._folder, self._unasked, self._summed = folder, unasked, summed
+        self._ends: dict[str, tuple[End, dict[str, _Stats]] | str] = {}
 
     def __enter__(self) -> _Sinks:
         return self
@@ -160,28 +182,30 @@ class _Sinks:
             if not position.complete:
                 why = f"is not complete in {position.sink}"
                 continue
-            why = self._missing(position, found, only)
+            try:
+                why = self._missing(position, found, only)
+            except (Unreachable, OSError) as error:
+                why = f"{position.sink} cannot be asked: {error}"
             if not why:
                 return position.sink, ""
         return "", why
 
     def _missing(self, position: Position, found: Candidate, only: str | None) -> str:
         """What this sink lacks, in words; nothing where it has all."""
-        if position.sink.partition(":")[0] == "mlflow":
+        if is_sink(position.sink):
             return self._by_its_word(position, found, only)
         end, held = self._held(position.sink, position.run)
         if isinstance(end, str):
             return end
-        for path in found.files:
-            inside = path.relative_to(found.run.path).as_posix()
-            if path.is_symlink() or inside in position.files:
-                continue
-            if held.get(inside) != path.lstat().st_size:
-                return _lacks(inside, position.sink)
-        return _compare_events(end, position, found)
+        mine = {path.relative_to(found.run.path).as_posix(): path for path in found.files if not path.is_symlink()}
+        others = {inside: path for inside, path in mine.items() if inside not in position.files}
+        unlike = _unlike(others, held) or _compare_events(end, position, found)
+        if not unlike and end and self._summed:
+            unlike = _summed_unlike(end, position.run, others)
+        return f"{unlike[0]} is not in {position.sink}{unlike[1]}" if unlike else ""
 
-    def _held(self, sink: str, run: str) -> tuple[End | str | None, dict[str, int]]:
-        """The end to ask (None: it is believed; a sentence: it is not), and the sizes of a run's other files there."""
+    def _held(self, sink: str, run: str) -> tuple[End | str | None, _Stats]:
+        """The end to ask (None: it is believed; a sentence: it is not), and what it has of a run's other files."""
         end = self._end(sink)
         if not isinstance(end, str):
             return end[0], end[1].get(run, {})
@@ -189,23 +213,27 @@ class _Sinks:
             return f"{end}; --unasked takes its word", {}
         try:
             carried = json.loads(positions.carried_path(self._folder, sink, run).read_text())
-            return None, {name: int(size) for name, (size, *_) in carried.items()}
+            return None, {name: [int(one) for one in stat] for name, stat in carried.items()}
         except (OSError, ValueError):
             return f"{sink} has left no list of what it has", {}
 
-    def missing_of_sweep(self, sweep: Path, sink: str) -> str:
-        """A file of a sweep, beside its rows, that this sink lacks."""
+    def missing_of_sweep(self, row: RunDir, sink: str) -> str:
+        """A file of a row's sweep, beside its rows, that this sink lacks."""
+        sweep = row.path.parent
         end, held = self._held(sink, sweep.name)
         if isinstance(end, str):
             return end
-        rows = {row.path for row in rows_of(sweep)}
-        for where, folders, names in os.walk(sweep):
-            folders[:] = [name for name in folders if Path(where, name) not in rows and not name.startswith(".")]
-            for path in (Path(where, name) for name in names if not name.startswith(".")):
-                inside = path.relative_to(sweep).as_posix()
-                if held.get(inside) != path.lstat().st_size:
-                    return _lacks(inside, sink)
-        return ""
+        files = _files(sweep, without={one.path for one in rows_of(sweep)})
+        if leads := _leads_away(row, files):
+            return leads
+        mine = {path.relative_to(sweep).as_posix(): path for path in files if not path.is_symlink()}
+        unlike = _unlike(mine, held)
+        if not unlike and end and self._summed:
+            try:
+                unlike = _summed_unlike(end, sweep.name, mine)
+            except (Unreachable, OSError) as error:
+                return f"{sink} cannot be asked: {error}"
+        return f"{unlike[0]} is not in {sink}{unlike[1]}" if unlike else ""
 
     @staticmethod
     def _by_its_word(position: Position, found: Candidate, only: str | None) -> str:
@@ -216,13 +244,13 @@ class _Sinks:
         found.size = sum(path.lstat().st_size for path in found.files)
         return "" if found.files else f"nothing of it is in {position.sink}"
 
-    def _end(self, sink: str) -> tuple[End, dict[str, dict[str, int]]] | str:
-        """A sink, opened once, and the sizes of its files by run; why it cannot be asked."""
+    def _end(self, sink: str) -> tuple[End, dict[str, _Stats]] | str:
+        """A sink, opened once, and what it has by run; why it cannot be asked."""
         if sink not in self._ends:
             self._ends[sink] = self._open(sink)
         return self._ends[sink]
 
-    def _open(self, sink: str) -> tuple[End, dict[str, dict[str, int]]] | str:
+    def _open(self, sink: str) -> tuple[End, dict[str, _Stats]] | str:
         place = place_of(sink.removeprefix(f"{here()}:"))
         try:
             end = end_of(place, batch=True)
@@ -230,28 +258,47 @@ class _Sinks:
             told = json.loads(zlib.decompress(end.call("list", **everything.fields())[1]))
         except (Unreachable, UserError, OSError) as error:
             return f"{sink} cannot be asked: {error}"
-        files = {one["run"]: {name: size for name, size, *_ in one["others"]} for one in told["runs"]}
+        files = {one["run"]: {name: [size] for name, size, *_ in one["others"]} for one in told["runs"]}
         return end, files
 
 
-def _lacks(inside: str, sink: str) -> str:
-    top = inside.split("/", maxsplit=1)[0]
-    return f"{inside} is not in {sink}" + (f" (hpc sync --with {top})" if top in more_names() else "")
+def _unlike(mine: Mapping[str, Path], held: _Stats) -> tuple[str, str] | None:
+    """The first of these files that is missing there or has another size (and time, where it is known), and a word."""
+    for inside, path in mine.items():
+        stat, there = path.lstat(), held.get(inside, [-1])
+        if there != [stat.st_size, stat.st_mtime_ns][: len(there)]:
+            top = inside.split("/", maxsplit=1)[0]
+            return inside, f" (hpc sync --with {top})" if top in more_names() else ""
+    return None
 
 
-def _compare_events(there: End | None, position: Position, found: Candidate) -> str:
-    """Every byte that the sink confirmed, in both places; of one that is not asked, that it confirmed all."""
+def _summed_unlike(end: End, run: str, mine: Mapping[str, Path]) -> tuple[str, str] | None:
+    """Likewise the first that has another content."""
+    for some in portions({inside: path.lstat().st_size for inside, path in mine.items()}):
+        sizes = {inside: mine[inside].lstat().st_size for inside in some}
+        there = end.sums({f"{run}/{inside}": size for inside, size in sizes.items()})
+        for inside, size in sizes.items():
+            if there[f"{run}/{inside}"] != _sum(mine[inside], size):
+                return inside, _OTHER
+    return None
+
+
+def _compare_events(there: End | None, position: Position, found: Candidate) -> tuple[str, str] | None:
+    """Every byte that the sink confirmed, in both places; and that no whole record is behind them."""
     cursors = [text for text in _cursors(there) if text.run == position.run] if there else []
     for name, size in position.files.items():
         mine = found.run.path / name
-        if not mine.is_file():
+        if mine not in found.files:
             continue
         generation = next((one.files[name].generation for one in cursors if name in one.files), 0)
         path = f"{position.run}/{delivered_name(name, generation)}"
-        same = there.sum(path, size) == _sum(mine, size) if there else scan(mine, 0)[0] == size
+        here = mine.stat().st_size
+        same = here >= size and (not there or there.sum(path, size) == _sum(mine, size))
         if not same:
-            return f"{name} is not in {position.sink} as it is here"
-    return ""
+            return name, _OTHER
+        if here > size and any(end > size for _, end in survey(mine).kept):
+            return name, " as it is here; it holds more, sync again"
+    return None
 
 
 def _cursors(end: End) -> Iterator[RunCursor]:
@@ -260,12 +307,7 @@ def _cursors(end: End) -> Iterator[RunCursor]:
 
 
 def _sum(path: Path, size: int) -> str | None:
-    from hpc.logs.agent import Store
-    from hpc.logs.ends import names
-
-    told, _ = Store(str(path.parent), names()).do_sum({"path": path.name, "size": size}, b"")
-    found: str | None = told["sum"]
-    return found
+    return LocalEnd(Place("", str(path.parent))).sum(path.name, size)
 
 
 def remove(
@@ -287,7 +329,7 @@ def _remove(
     folder: Path, several: Sequence[Candidate], path: Path, older_s: float, only: str | None, unasked: bool
 ) -> str:
     known = positions.read(folder)
-    with _Sinks(folder, unasked) as asked, ExitStack() as leases:
+    with _Sinks(folder, unasked, summed=True) as asked, ExitStack() as leases:
         for one in several:
             if not leases.enter_context(locked(one.run.lease, wait=False)):
                 return f"{one.name} stays: another has its lease"
@@ -296,15 +338,27 @@ def _remove(
             if again.kept:
                 return f"{one.name} stays: {again.kept}"
             if only:
-                for file in again.files:
-                    file.unlink()
+                _unlink(again, only)
                 return f"{one.name}: {only} removed, {one.sink} has them"
+        if path != several[0].run.path and (missing := asked.missing_of_sweep(several[0].run, several[0].sink)):
+            return f"{path.name} stays: {missing}"
         for one in several:
             _forget(folder, one.name)
         taken = path.with_name(f"{_TAKEN}{path.name}")
         path.rename(taken)  # at once out of every list; a kill leaves a hidden folder, which the next prune removes
         shutil.rmtree(taken)
     return f"{path.name} removed, {several[0].sink} has it"
+
+
+def _unlink(one: Candidate, only: str) -> None:
+    """Its files, and the folders that are empty then: one without a checkpoint in it would look like one."""
+    for file in one.files:
+        file.unlink()
+    for start in _starts(one.run, only):
+        for where, folders, _ in os.walk(start, topdown=False):
+            for name in folders:
+                with suppress(OSError):
+                    Path(where, name).rmdir()
 
 
 def _forget(folder: Path, run: str) -> None:

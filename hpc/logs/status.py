@@ -11,8 +11,10 @@ from typing import Any
 from hpc.errors import UserError
 from hpc.logs import cursor, positions
 from hpc.logs.blocks import last_event, whole_records
+from hpc.logs.cursor import SETTLE_S, is_damage
 from hpc.logs.following import size as in_bytes
 from hpc.logs.positions import Position
+from hpc.logs.records import Ending
 from hpc.rundir import RunDir, all_runs, read_json
 from hpc.units import short_time
 
@@ -28,8 +30,8 @@ class Held:
     bytes: int
     records: int
     last_step: int | None
-    age_s: float
-    """Since the sink confirmed it."""
+    age_s: float | None
+    """Since the sink confirmed it; None where it has confirmed nothing."""
     complete: bool
     behind: int
     """Bytes of whole records here that it has not confirmed."""
@@ -44,6 +46,8 @@ class RunStatus:
     """Of whole records in its event files."""
     rest: int
     """Bytes behind them: unfinished, or damaged."""
+    damaged: dict[str, int]
+    """Event files with a hole, a flipped byte or a torn tail that nobody completes any more: the byte where that is."""
     records: int
     last_step: int | None
     age_s: float | None
@@ -59,7 +63,9 @@ class RunStatus:
 
     @property
     def confirmed(self) -> bool:
-        """Whether every sink has all of it, and so have we of the source."""
+        """Whether every sink has all of it, and so have we of the source; never of what is damaged."""
+        if self.damaged:
+            return False
         return not self.missing and bool(self.sinks or self.source) and not any(one.behind for one in self.sinks)
 
 
@@ -83,7 +89,9 @@ class Found:
         if not behind:
             return f"all of {len(self.runs)} runs is confirmed"
         shown = ", ".join(behind[:3]) + (f" and {len(behind) - 3} more" if len(behind) > 3 else "")
-        return f"{len(behind)} of {len(self.runs)} runs are not confirmed: {shown}; carry them with 'hpc sync'"
+        words = f"{len(behind)} of {len(self.runs)} runs are not confirmed: {shown}; carry them with 'hpc sync'"
+        damaged = [run.run.rpartition("/")[2] for run in self.runs if run.damaged]
+        return words + (f"; {len(damaged)} damaged: 'hpc fsck {damaged[0]}' tells more" if damaged else "")
 
     def as_dict(self) -> dict[str, Any]:
         runs = [{**asdict(run), "confirmed": run.confirmed} for run in self.runs]
@@ -126,13 +134,14 @@ def _status(
     origin, looked = sources.get(name, (None, 0.0))
     files = event_files(run)
     best = max(mine.values(), key=lambda position: position.size, default=None)
-    whole, rest, records, last = _counted(run, files, best)
+    whole, rest, records, last, damaged = _counted(run, files, best)
     held = [_held(sink, mine.get(sink), whole, now) for sink in sorted(sinks)]
     newest = max((path.stat().st_mtime for path in files), default=None)
     return RunStatus(
         run=name,
         bytes=sum(whole.values()),
         rest=rest,
+        damaged=damaged,
         records=records,
         last_step=last,
         age_s=None if newest is None else max(now - newest, 0.0),
@@ -158,30 +167,38 @@ def event_files(run: RunDir) -> list[Path]:
 
 def _held(sink: str, position: Position | None, whole: dict[str, int], now: float) -> Held:
     if position is None:
-        return Held(sink, 0, 0, None, 0.0, complete=False, behind=sum(whole.values()))
+        return Held(sink, 0, 0, None, None, complete=False, behind=sum(whole.values()))
     behind = sum(max(size - position.files.get(name, 0), 0) for name, size in whole.items())
     age = max(now - position.confirmed, 0.0)
     return Held(sink, position.size, position.records, position.last_step, age, position.complete, behind)
 
 
-def _counted(run: RunDir, files: list[Path], best: Position | None) -> tuple[dict[str, int], int, int, int | None]:
-    """Bytes of whole records by file, bytes behind them, records, last step; read on from what is confirmed."""
+def _counted(
+    run: RunDir, files: list[Path], best: Position | None
+) -> tuple[dict[str, int], int, int, int | None, dict[str, int]]:
+    """Bytes of whole records by file, bytes behind them, records, last step, where files are damaged.
+
+    Read on from what is confirmed.
+    """
     names = {path: path.relative_to(run.path).as_posix() for path in files}
     starts = best.files if best and all(best.files.get(names[p], 0) <= p.stat().st_size for p in files) else {}
     records, last = (best.records, best.last_step) if best and starts else (0, None)
-    whole, rest = {}, 0
+    whole, rest, damaged = {}, 0, {}
     for path, name in names.items():
-        valid, more, step = scan(path, starts.get(name, 0))
+        valid, more, step, ending = _scan(path, starts.get(name, 0))
+        stat = path.stat()
         whole[name] = valid
-        rest += max(path.stat().st_size - valid, 0)
+        rest += max(stat.st_size - valid, 0)
         records += more
         last = last if step is None else max(step, last or 0)
-    return whole, rest, records, last
+        if is_damage(ending, run.result.exists() or time.time() - stat.st_mtime > SETTLE_S):
+            damaged[name] = valid
+    return whole, rest, records, last, damaged
 
 
-def scan(path: Path, start: int) -> tuple[int, int, int | None]:
-    """Where the whole records from `start` on end, their number, and the last step."""
-    records, last, buffer = 0, None, b""
+def _scan(path: Path, start: int) -> tuple[int, int, int | None, Ending]:
+    """Where the whole records from `start` on end, their number, the last step, and what lies behind them."""
+    records, last, buffer, ending = 0, None, b"", Ending.COMPLETE
     with path.open("rb") as file:
         file.seek(start)
         while data := file.read(_BLOCK):
@@ -190,9 +207,10 @@ def scan(path: Path, start: int) -> tuple[int, int, int | None]:
                 step, _ = last_event(buffer, block)
                 last = step if last is None else max(step or 0, last)
             records, start, buffer = records + block.records, start + block.valid, buffer[block.valid :]
-            if block.ending in ("zeros", "flipped"):
+            ending = block.ending
+            if ending in (Ending.ZEROS, Ending.FLIPPED):
                 break
-    return start, records, last
+    return start, records, last, ending
 
 
 def rows(found: Found) -> list[list[str]]:
@@ -204,17 +222,20 @@ def rows(found: Found) -> list[list[str]]:
             str(run.records),
             "-" if run.last_step is None else str(run.last_step),
             "-" if run.age_s is None else short_time(run.age_s),
-            f"{in_bytes(run.rest)} more" if run.rest else "yes",
-            "; ".join([*map(_in_words, run.sinks), *_origin(run)]) or "nowhere",
+            "damaged" if run.damaged else f"{in_bytes(run.rest)} more" if run.rest else "yes",
+            "; ".join([*(_in_words(held, run) for held in run.sinks), *_origin(run)]) or "nowhere",
         ]
         for run in found.runs
     ]
 
 
-def _in_words(held: Held) -> str:
+def _in_words(held: Held, run: RunStatus) -> str:
     if held.behind:
         return f"{held.sink}: {in_bytes(held.behind)} behind"
-    return f"{held.sink}: {'complete' if held.complete else 'all'}, {short_time(held.age_s)} ago"
+    if held.age_s is None:
+        return f"{held.sink}: nothing yet"
+    word = "up to the damage" if run.damaged else "complete" if held.complete else "all"
+    return f"{held.sink}: {word}, {short_time(held.age_s)} ago"
 
 
 def _origin(run: RunStatus) -> list[str]:

@@ -10,6 +10,7 @@ import subprocess
 import time
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from hpc.errors import UserError
 from hpc.logs import positions
 from hpc.logs.cursor import ASIDE, LOCK, RunCursor, folder_of, parse
-from hpc.logs.deliver import Delivery, DestinationFailed, Foreign, Listed, Told
+from hpc.logs.deliver import Delivery, DestinationFailed, Foreign, Listed, Told, strangers
 from hpc.logs.ends import End, Place, RemoteEnd, Unreachable, end_of, here
 from hpc.logs.positions import Position, quoted
 from hpc.logs.records import Ending
@@ -26,6 +27,7 @@ from hpc.rundir import RunDir
 RSYNC = "rsync"
 _VANISHED, _PARTIAL = 24, 23  # rsync's exit codes
 _SILENT_S = 120
+_ELSEWHERE = "choose another destination, or remove it there"
 
 
 class Busy(Exception):
@@ -76,6 +78,8 @@ class Line:
     """Age of the newest record that was delivered."""
     behind: int
     """Bytes that are still missing."""
+    damaged: int = 0
+    """Event files that came up to their damage only."""
 
 
 @dataclass
@@ -105,6 +109,8 @@ class Session:
         self._carried = carried
         self._touched: set[str] = set()
         """Runs of which other files were carried in this round."""
+        self._same: set[str] = set()
+        """Runs that are those of the destination, or are not there yet."""
         self.source = end_of(source, batch=batch)
         try:
             self.dest = end_of(dest, create=True, batch=batch)
@@ -159,7 +165,7 @@ class Session:
         done.notes += [
             f"{name} is a link: it is not carried; sync the folder that it leads to" for name in told["links"]
         ]
-        listed = [Listed.of(one) for one in told["runs"]]
+        listed = self._without_strangers([Listed.of(one) for one in told["runs"]], done)
         kept = [one for one in listed if self._carry_events(one, told["now"], done)]
         failed = self._carry_others(kept, done)
         failed |= {name for name, _ in told["denied"]}
@@ -169,6 +175,19 @@ class Session:
         done.moved = self.source.moved + self.dest.moved - moved
         done.seconds = time.monotonic() - began
         return done
+
+    def _without_strangers(self, listed: Sequence[Listed], done: Round) -> list[Listed]:
+        """Each run is asked once; again when an event file is gone, as of a run that was removed and made anew."""
+        asked = [one for one in listed if one.run not in self._same or self._has_lost(one)]
+        strange = strangers(self.source, self.dest, asked, self._cursors) if asked else {}
+        self._same.update(one.run for one in asked)
+        self._same.difference_update(strange)
+        done.problems += [f"{why}; {_ELSEWHERE}" for why in dict.fromkeys(strange.values())]
+        return [one for one in listed if one.run not in strange]
+
+    def _has_lost(self, one: Listed) -> bool:
+        cursor = self._cursors.get(one.run)
+        return cursor is not None and any(name not in one.events for name in cursor.files)
 
     def _cursor(self, run: str) -> RunCursor:
         return self._cursors.setdefault(run, RunCursor(self.source_name, run))
@@ -183,7 +202,7 @@ class Session:
         try:
             told = delivery.deliver()
         except Foreign as error:
-            done.problems.append(f"{error}; choose another destination, or remove it there")
+            done.problems.append(f"{error}; {_ELSEWHERE}")
             return False
         cursor.ended = delivery.finished
         if cursor.text() != before:
@@ -211,6 +230,7 @@ class Session:
                 there_s=max(now - one.newest, 0.0) if one.events else None,
                 here_s=max(now - newest, 0.0) if newest else None,
                 behind=cursor.behind,
+                damaged=told.damaged,
             )
         )
 
@@ -254,14 +274,14 @@ class Session:
         command += ["--", _rsync_name(self.source), _rsync_name(self.dest)]
         names = b"\0".join(os.fsencode(path) for path in paths)
         try:
-            ran = subprocess.run(command, input=names, capture_output=True, check=False)
+            code, errors = _run(command, names)
         except FileNotFoundError:
             raise UserError("rsync is not installed here; it carries all that is no event file") from None
-        if ran.returncode in (0, _VANISHED):
+        if code in (0, _VANISHED):
             return set()
-        words = [line for line in ran.stderr.decode(errors="replace").splitlines() if line.startswith("rsync")]
-        if ran.returncode != _PARTIAL:
-            raise DestinationFailed(words[0] if words else f"rsync ended with code {ran.returncode}")
+        words = [line for line in errors.decode(errors="replace").splitlines() if line.startswith("rsync")]
+        if code != _PARTIAL:
+            raise DestinationFailed(words[0] if words else f"rsync ended with code {code}")
         return self._denied(paths, words, done)
 
     def _denied(self, paths: Sequence[str], words: Sequence[str], done: Round) -> set[str]:
@@ -307,6 +327,21 @@ class Session:
             note = f"{self.source.place}: positions are not kept there ({error.strerror})"
             done.notes += [note] if note not in done.notes else []
         self._confirmed[name.name] = json.dumps(asdict(position))
+
+
+def _run(command: Sequence[str], given: bytes) -> tuple[int, bytes]:
+    """Exit code and stderr. Where we are stopped, it is told to end: killed, it would leave its other half at work."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe) as process:
+        try:
+            _, errors = process.communicate(given)
+        except BaseException:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+            process.kill()
+            raise
+    return process.returncode, errors
 
 
 def _same(text: str | None, position: Position) -> bool:

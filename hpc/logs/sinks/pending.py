@@ -22,6 +22,7 @@ from hpc.logs.sinks.base import Point
 Kind = TypeVar("Kind")
 _Kept = dict[str, dict[int, tuple[float, Kind, int]]]
 """For each tag and step: wall time, value, number of the record."""
+_MOST_DAMAGED = 50  # a note is short
 _EDGE = 4096
 """Bytes at both ends of what was read of a file, by which it is known again."""
 
@@ -41,6 +42,8 @@ class Cursor:
     """Whole records before `start`."""
     mark: str = ""
     """Of the files up to `start`: they are still those that were read."""
+    damaged: tuple[tuple[int, int, str], ...] = ()
+    """Files that were read up to a hole or a flipped byte only: number, byte, what."""
 
     def dump(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,7 +53,9 @@ class Cursor:
         """Raises ValueError, TypeError or KeyError for what is no cursor."""
         start, head = (tuple(map(int, told[name])) for name in ("start", "head"))
         below = None if told["below"] is None else int(told["below"])
-        return cls(start[:2], head[:2], below, int(told["last"]), int(told["records"]), str(told["mark"]))  # type: ignore[arg-type]
+        damaged = tuple((int(number), int(byte), str(what)) for number, byte, what in told.get("damaged", ()))
+        last, records, mark = int(told["last"]), int(told["records"]), str(told["mark"])
+        return cls(start[:2], head[:2], below, last, records, mark, damaged)  # type: ignore[arg-type]
 
 
 class LostSteps(Exception):
@@ -63,8 +68,7 @@ class Pending:
     def __init__(self, folder: Path, cursor: Cursor) -> None:
         self.files = event_files(folder) if folder.is_dir() else []
         self.cursor = cursor
-        self.damaged: list[str] = []
-        """Sentences about holes and flipped bytes."""
+        self._damaged = [one for one in cursor.damaged if one[0] < cursor.start[0]]
         self.restarts: list[tuple[float, int]] = []
         """Wall time and step of each start that was read."""
         self._scalars: _Kept[float] = {}
@@ -86,9 +90,10 @@ class Pending:
                         self._take(number, offset, found)
                         offset += HEADER + len(payload) + FOOTER
             except EventError as error:
-                self.damaged.append(f"{self.files[number].name}: byte {offset}: {error}")
-            if reader.ending in (Ending.ZEROS, Ending.FLIPPED):
-                self.damaged.append(f"{self.files[number].name}: {reader.ending.value} at byte {reader.valid}")
+                self._damaged.append((number, offset, str(error)))
+            else:
+                if reader.ending in (Ending.ZEROS, Ending.FLIPPED):
+                    self._damaged.append((number, reader.valid, reader.ending.value))
             self._ends = [number, offset]
 
     def _take(self, number: int, offset: int, found: tuple[Logged, ...] | Event) -> None:
@@ -113,6 +118,11 @@ class Pending:
         self.restarts.append((wall_time, step))
         _drop(self._scalars, step)
         _drop(self._images, step)
+
+    @property
+    def damaged(self) -> list[str]:
+        """Sentences about holes and flipped bytes."""
+        return [f"{self.files[number].name}: {what}, damaged at byte {byte}" for number, byte, what in self._damaged]
 
     @property
     def head(self) -> tuple[int, int]:
@@ -149,15 +159,21 @@ class Pending:
         count = min(held, default=len(self._places) // 2)
         start = (self._places[2 * count], self._places[2 * count + 1]) if held else self.head
         records, mark = self.cursor.records + count, mark_of(self.files, start)
-        return Cursor(start, self.head, below, max(last, self.cursor.last), records, mark)
+        damaged = tuple(self._damaged[:_MOST_DAMAGED])
+        return Cursor(start, self.head, below, max(last, self.cursor.last), records, mark, damaged)
 
     def halfway(self, below: int, last: int) -> Cursor:
         """The cursor while everything below this step was sent, and the rest of it follows."""
         return replace(self.cursor, head=self.head, below=below, last=max(last, self.cursor.last))
 
     def sizes(self, start: tuple[int, int]) -> list[tuple[Path, int]]:
-        """Bytes of each file before a place."""
-        return [(path, _size(path, number, start)) for number, path in enumerate(self.files)]
+        """Bytes of each file before a place, and before its damage."""
+        ends = {number: byte for number, byte, _ in self._damaged}
+        sizes = (_size(path, number, start) for number, path in enumerate(self.files))
+        return [
+            (path, min(size, ends.get(number, size)))
+            for number, (path, size) in enumerate(zip(self.files, sizes, strict=True))
+        ]
 
 
 def _drop(kept: _Kept[Kind], step: int) -> None:

@@ -40,6 +40,8 @@ class Sent:
     position: Position
     points: int
     files: int
+    damaged: bool
+    """The run is over, and its event files have a hole or flipped bytes: what lies behind them was not sent."""
     anew: bool
     """Lost steps had been sent: the sink has a new version of the run."""
 
@@ -69,7 +71,7 @@ class _Replay:
         self._send_files(remote, pending, below)
         self.sink.state(remote, self.about)
         self.sink.points(remote, (), {_CURSOR: _dumped(cursor)})
-        return Sent(self._position(pending, cursor), self.points, self.files, anew)
+        return Sent(self._position(pending, cursor), self.points, self.files, self.over and bool(pending.damaged), anew)
 
     def _open(self, remote: Remote) -> tuple[Pending, Remote, bool]:
         """What is to be sent, and to which version of the run."""
