@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 
 from hpc import payload, usage, yamlfile
 from hpc.errors import UserError
+from hpc.journal.evaluations import Evaluated
 from hpc.journal.rundata import RunData, mapping
 from hpc.logs import series
 from hpc.rundir import RunDir, read_json
+from hpc.sweepdir import sweep_of
 
 Kind = TypeVar("Kind")
 
@@ -18,8 +20,10 @@ Kind = TypeVar("Kind")
 Lines = list[dict[str, Any]]
 
 
-def read(run: RunDir) -> RunData:
+def read(folder: RunDir) -> RunData:
     """All that a report needs of a run, and no more; a file that is damaged counts as missing, and is named."""
+    run, sweep = Evaluated(folder.path), sweep_of(folder)
+    code = sweep.code if sweep else run.code  # a row's link to it does not come home
     damage: list[str] = []
 
     def attempted(read: Callable[[], Kind], missing: Kind, name: str) -> Kind:
@@ -40,6 +44,7 @@ def read(run: RunDir) -> RunData:
     load(run.state)  # told where it is damaged: such a run cannot go on
     none: Lines = []
     lines = attempted(run.read_metrics, none, run.metrics.name)
+    damage += run.faults
     if not lines and run.tensorboard.is_dir():
         lines = attempted(lambda: _lines_of_events(run), none, run.tensorboard.name)
     events = attempted(run.read_events, none, run.events.name)
@@ -53,9 +58,11 @@ def read(run: RunDir) -> RunData:
         figures={path.stem: path for path in sorted(run.figures.glob("*.png"))},
         evaluations=_evaluations(run, load),
         data=load(run.data),
-        used=attempted(lambda: result.get("usage") or usage.summary(run), {}, run.usage.name),
-        commit=payload.commit(run.code, events),
-        own_code=attempted(lambda: payload.own_code(run.code, model), "", run.code.name),
+        used=attempted(lambda: mapping(result.get("usage")) or usage.summary(run), {}, run.usage.name),
+        sweep=sweep.name if sweep else "",
+        commit=payload.commit(code, events),
+        with_code=code.is_dir(),
+        own_code=attempted(lambda: payload.own_code(code, model), "", run.code.name),
         damage=damage,
     ).slim()
 

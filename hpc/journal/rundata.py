@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from hpc import steptimes
 from hpc.journal.compare import better, is_number, lower_is_better
@@ -55,8 +55,12 @@ class RunData:
     """data.json."""
     used: Values = field(default_factory=dict)
     """The card of hpc.usage."""
+    sweep: str = ""
+    """The sweep that it is a row of."""
     commit: str = ""
     """Of the code that was submitted."""
+    with_code: bool = True
+    """Whether that code is here, and not the logs alone."""
     own_code: str = ""
     """Of the user's own models, see hpc.payload."""
     damage: Sequence[str] = ()
@@ -168,12 +172,12 @@ class RunData:
 
     def sorted_classes(self, told: Values) -> list[Values]:
         """The same of a result or an evaluation."""
-        rows = [row for row in told.get("per_class") or () if isinstance(row, Mapping)]
+        rows = [row for row in sequence(told.get("per_class")) if isinstance(row, Mapping)]
         return [rows[place] for place in by_difficulty(self.task, rows)]
 
     @property
     def class_names(self) -> list[str]:
-        return [str(name) for name in self.result.get("class_names") or ()]
+        return [str(name) for name in sequence(self.result.get("class_names"))]
 
     @property
     def speed(self) -> Values:
@@ -200,16 +204,15 @@ class RunData:
     @cached_property
     def timing(self) -> Values:
         """What is known of where the time of a step goes, see hpc.steptimes: the result's, else of the evaluations."""
-        return (
-            steptimes.typical([self.result]) or steptimes.typical([self.typical]) or steptimes.typical(self.validations)
-        )
+        told: Iterator[Sequence[Values]] = iter([[self.result], [self.typical], self.validations])
+        return next(filter(None, (steptimes.typical(map(_timed, lines)) for lines in told)), {})
 
     @property
     def attempts(self) -> int:
         """Starts of the job; several ranks may report one start."""
         seen = self._generations("start") | {int(line.get("generation", 1)) for line in self.metrics}
         given = self.result.get("attempts", self.typical.get("attempts"))
-        return int(given) if is_number(given) else len(seen)
+        return int(given) if _finite(given) else len(seen)
 
     @property
     def preemptions(self) -> int:
@@ -224,9 +227,8 @@ class RunData:
     def tasks(self) -> int | None:
         """Tasks of the allocation, as the experiment asks for them; None if it does not say."""
         launch = mapping(self.experiment.get("launch"))
-        if not launch:
-            return None
-        return int(launch.get("nodes") or 1) * int(launch.get("tasks_per_node") or launch.get("gpus") or 1)
+        numbers = (launch.get("nodes") or 1, launch.get("tasks_per_node") or launch.get("gpus") or 1)
+        return math.prod(numbers) if launch and all(isinstance(number, int) for number in numbers) else None
 
     @property
     def jobs(self) -> list[str]:
@@ -272,8 +274,24 @@ def mapping(value: Any) -> Values:
     return value if isinstance(value, Mapping) else {}
 
 
+def sequence(value: Any) -> Sequence[Any]:
+    """The value if it is a list, else an empty one."""
+    return value if isinstance(value, list) else ()
+
+
+def _timed(told: Values) -> Values:
+    """What it says of the time of a step in numbers."""
+    seconds = {part: taken for part, taken in mapping(told.get(steptimes.SECONDS)).items() if _finite(taken)}
+    rates = {key: told[key] for key in (steptimes.FLOPS, steptimes.MFU) if _finite(told.get(key))}
+    return rates | ({steptimes.SECONDS: seconds} if seconds else {})
+
+
+def _finite(value: Any) -> TypeGuard[int | float]:
+    return is_number(value) and math.isfinite(value)
+
+
 def _point(value: Any) -> float | None:
-    return float(value) if is_number(value) and math.isfinite(value) else None
+    return float(value) if _finite(value) else None
 
 
 def _thinned(lines: Sequence[Values]) -> Sequence[Values]:

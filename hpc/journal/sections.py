@@ -12,7 +12,7 @@ from hpc.journal.cells import cell, cells, direction, falls, heads, versus
 from hpc.journal.changes import changes, from_base, listed, spelt
 from hpc.journal.compare import is_number, number
 from hpc.journal.content import Cell, Figure, Head, Section, Table
-from hpc.journal.rundata import RunData, Values, mapping
+from hpc.journal.rundata import RunData, Values, mapping, sequence
 from hpc.units import short_time
 
 _BAR = 20
@@ -85,8 +85,14 @@ def _place(run: RunData) -> list[tuple[str, Any]]:
         ("Nodes", launch.get("nodes")),
         ("First nodes of the attempts", ", ".join(run.hosts) or None),
         ("Tasks", run.tasks),
-        ("Commit", run.commit or None),
+        ("Sweep", run.sweep or None),
+        ("Commit", run.commit or _without_commit(run)),
     ]
+
+
+def _without_commit(run: RunData) -> str | None:
+    """What to do where the code knows it and the logs do not, as those of older runs."""
+    return "not in these logs; 'hpc sync --with code' brings it" if run.attempts and not run.with_code else None
 
 
 def _card(run: RunData) -> list[str]:
@@ -214,10 +220,10 @@ def _bracket(pair: Any) -> str | None:
 
 
 def _confusion(run: RunData) -> Table | None:
-    matrix = [row for row in run.result.get("confusion_matrix") or () if isinstance(row, Sequence)]
-    if not matrix or len(matrix) > _MATRIX_FITS:
+    matrix = sequence(run.result.get("confusion_matrix"))
+    if not matrix or len(matrix) > _MATRIX_FITS or not all(isinstance(row, list) for row in matrix):
         return None
-    if all(isinstance(entry, Sequence) for entry in matrix[0]):
+    if any(isinstance(entry, list) for entry in matrix[0]):
         return _label_counts(matrix, run.class_names)
     names = run.class_names if len(run.class_names) == len(matrix) else [str(k) for k in range(len(matrix))]
     rows = tuple(cells(name, *counts) for name, counts in zip(names, matrix, strict=True))
@@ -226,7 +232,8 @@ def _confusion(run: RunData) -> Table | None:
 
 def _label_counts(matrices: Sequence[Sequence[Any]], names: Sequence[str]) -> Table | None:
     """Of several labels: each one's counts."""
-    if len(names) != len(matrices):
+    pairs = [row for matrix in matrices for row in matrix if isinstance(row, list) and len(row) == 2]
+    if not len(names) == len(matrices) == len(pairs) / 2:
         return None
     rows = tuple(cells(name, tp, fp, fn, tn) for name, ((tn, fp), (fn, tp)) in zip(names, matrices, strict=True))
     return Table("Labels, counted apart", heads("Label", "Found", "False alarms", "Missed", "Rightly not named"), rows)
