@@ -232,11 +232,14 @@ def _confusion(run: RunData) -> Table | None:
 
 def _label_counts(matrices: Sequence[Sequence[Any]], names: Sequence[str]) -> Table | None:
     """Of several labels: each one's counts."""
-    pairs = [row for matrix in matrices for row in matrix if isinstance(row, list) and len(row) == 2]
-    if not len(names) == len(matrices) == len(pairs) / 2:
+    if len(names) != len(matrices) or not all(_two_by_two(matrix) for matrix in matrices):
         return None
     rows = tuple(cells(name, tp, fp, fn, tn) for name, ((tn, fp), (fn, tp)) in zip(names, matrices, strict=True))
     return Table("Labels, counted apart", heads("Label", "Found", "False alarms", "Missed", "Rightly not named"), rows)
+
+
+def _two_by_two(matrix: Sequence[Any]) -> bool:
+    return len(matrix) == 2 and all(isinstance(row, list) and len(row) == 2 for row in matrix)
 
 
 def _timing(run: RunData) -> Table | None:
