@@ -6,6 +6,7 @@ import base64
 import re
 import struct
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -469,3 +470,27 @@ def test_wrong_use_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             write_report(runs, out)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "/proc/x/y", "file/deep", "file", "full"])
+def test_a_folder_that_cannot_be_written_is_one_line_with_a_remedy(tmp_path: Path, out: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "full" / "index.html").mkdir(parents=True)  # what root meets, too
+    folder = Path(out) if out.startswith("/") else tmp_path / out
+    with pytest.raises(UserError, match=r"^[^\n]+: [^\n]+-o[^\n]*$"):
+        write_report([finished("a-1")], folder)
+
+
+def test_figures_that_are_no_longer_shown_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    out, shade = tmp_path / "out", png(tmp_path / "f.png")
+    figures = {"roc": shade, "curves": shade, "mine": shade}
+    runs = [RunData(name, figures=figures) for name in ("a-1", "b-2", "c-3")]
+    text_path, _ = write_report(runs, out)
+    own = ["mine.png", "a-1--kept.png", "b-2--roc.png.txt"]
+    for name in own:
+        png(out / "figures" / name)
+    write_note(text_path, "a-1", "![kept](figures/a-1--kept.png)")
+    write_note(text_path, "b-2", "see ![roc](figures/b-2--roc.png)")
+    write_report([replace(runs[0], figures={"roc": shade}), replace(runs[2], run="renamed-3")], out)
+    left = ["a-1--roc.png", "b-2--roc.png", *(f"renamed-3--{name}.png" for name in figures)]
+    assert sorted(path.name for path in (out / "figures").iterdir()) == sorted([*own, *left])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 
 from hpc.journal import notes
 from hpc.journal.content import Figure, Report, Section, Table
@@ -11,6 +12,7 @@ from hpc.journal.content import Figure, Report, Section, Table
 _LONGEST = 90  # characters of a name in a file name, of which there are two
 _SPECIAL = re.compile(r"([\\`*\[\]|~$])")
 _EDGE_UNDERSCORE = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+_PICTURE = re.compile(r"!\[.*\]\(figures/([A-Za-z0-9._-]+--[A-Za-z0-9._-]+\.png)\)")
 _HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "\n": " ", "\r": " "})
 
 
@@ -38,6 +40,11 @@ def escape(text: str) -> str:
 def figure_file(run: str, figure: Figure) -> str:
     """File name of a figure in the report's folder of figures: no two are alike, none leaves the folder."""
     return f"{_plain(run)}--{_plain(figure.name)}.png"
+
+
+def figure_files(lines: Iterable[str]) -> set[str]:
+    """Names of the figures' files in the lines of a report that no hand has written."""
+    return {found[1] for line in lines if (found := _PICTURE.fullmatch(line))}
 
 
 def _plain(name: str) -> str:
