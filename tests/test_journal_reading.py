@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from hpc.journal.content import CURVE_POINTS, Table
 from hpc.journal.evaluations import Evaluated
 from hpc.journal.reading import read
 from hpc.journal.rundata import RunData
+from hpc.logs.sinks.facts import evaluations
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, append_line, read_json, write_json
 from tests import tiny_run, tiny_tasks
@@ -97,6 +99,11 @@ def test_the_numbers_are_those_of_the_result(runs: Path) -> None:
             assert curve.steps == tuple(map(float, lines)) and curve.epochs == (1, 2, 3)
         facts = {fact["Fact"]: fact["Value"] for fact in titled(section.tables, "Facts")}
         assert facts["Jobs"] == "55" and facts["Commit"] == "0123abc"
+        times = [line["time"] for line in lines.values()]
+        assert facts["Seconds per epoch"] == number(statistics.median([times[1] - times[0], times[2] - times[1]]))
+        assert times[-1] == pytest.approx(run.metrics.stat().st_mtime, abs=2) and times == sorted(times)
+        assert {when for *_, when in evaluations(run)} == set(times), "for the sinks, too"
+        assert facts["Parameters"] == "93" and read_json(run.state)["parameters"] == 60 + 12 + 21
         assert facts["Validation samples/s"] == number(result["samples_per_second"]["validation"])
     assert made.groups is not None and made.groups.rows[0][2].text == "3 of 3" and len(made.groups.rows) == 1
 
@@ -128,6 +135,7 @@ def test_event_files_alone_tell_metrics_and_curves(runs: Path) -> None:
     assert bare.speed == pytest.approx(whole.speed, rel=1e-5) and bare.waiting_share == pytest.approx(
         whole.waiting_share
     )
+    assert bare.epoch_seconds == pytest.approx(whole.epoch_seconds, abs=0.5) and bare.parameters == whole.parameters
     wanted = {(curve.metric, curve.split): curve.values for curve in whole.curves}
     for curve in bare.curves:
         assert curve.values == pytest.approx(wanted[curve.metric, curve.split], rel=1e-6)
@@ -247,6 +255,14 @@ def test_a_long_run_is_thinned_and_keeps_its_facts(tmp_path: Path) -> None:
     (curve,) = found.curves
     assert len(curve.steps) == CURVE_POINTS and (curve.steps[0], curve.steps[-1]) == (1, 1000)
     assert found.slim().curves == found.curves and found.slim().speed == found.speed
+
+
+def test_seconds_per_epoch_leave_out_what_lies_between_attempts() -> None:
+    told = [(1, 1, 100.0), (1, 2, 110.0), (1, 4, 130.0), (2, 5, 900.0), (2, 6, 912.0), (2, 7, None), (2, 8, "x")]
+    lines = [{"generation": g, "epoch": epoch, "step": epoch, "time": time} for g, epoch, time in told]
+    run = RunData("a", metrics=lines)
+    assert run.epoch_seconds == run.slim().epoch_seconds == 10
+    assert RunData("a", metrics=lines[3:4]).epoch_seconds is None
 
 
 def test_a_report_without_runs_says_what_to_do(tmp_path: Path) -> None:

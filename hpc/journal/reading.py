@@ -41,7 +41,8 @@ def read(folder: RunDir) -> RunData:
     experiment = attempted(lambda: yamlfile.read(run.experiment), nothing, run.experiment.name)
     model = str(mapping(experiment.get("model")).get("name"))
     result = load(run.result)
-    load(run.state)  # told where it is damaged: such a run cannot go on
+    state = load(run.state)
+    parameters = result.get("parameters", state.get("parameters"))
     none: Lines = []
     lines = attempted(run.read_metrics, none, run.metrics.name)
     damage += run.faults
@@ -58,6 +59,7 @@ def read(folder: RunDir) -> RunData:
         figures={path.stem: path for path in sorted(run.figures.glob("*.png"))},
         evaluations=_evaluations(run, load),
         data=load(run.data),
+        parameters=parameters if isinstance(parameters, int) else None,
         used=attempted(lambda: mapping(result.get("usage")) or usage.summary(run), {}, run.usage.name),
         sweep=sweep.name if sweep else "",
         commit=payload.commit(code, events),
@@ -81,8 +83,9 @@ def _lines_of_events(run: RunDir) -> Lines:
     """The evaluations as metrics.jsonl would have them, of a run of whose logs only the event files are here."""
     lines: dict[int, dict[str, Any]] = {}
     for tag, points in series.scalars(run.tensorboard).items():
-        for step, _, value in points:
+        for step, when, value in points:
             line = lines.setdefault(step, {"generation": 1, "step": step, "split": "validation", "metrics": {}})
+            line["time"] = when
             _enter(line, tag, value)
     return [lines[step] for step in sorted(lines) if lines[step]["metrics"]]
 

@@ -75,6 +75,8 @@ def plain(runs: Sequence[RunData], baseline: str = "") -> list[dict[str, Any]]:
             "last": {key: run.last.get(key) for key in ("epoch", "step", "metrics") if run.last},
             "evaluations": {name: dict(told["metrics"]) for name, told in run.evaluations.items()},
             "samples_per_second": dict(run.speed),
+            "parameters": run.parameters,
+            "epoch_seconds": run.epoch_seconds,
             "wall_seconds": run.wall_seconds,
             "jobs": run.jobs,
             "commit": run.commit,

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -28,6 +29,7 @@ _STATES = {
 }
 
 
+_EPOCH = "epoch_seconds"
 _OF_ATTEMPT = ("start", "checkpoint", "signal", "requeue", "end", "failed")
 
 
@@ -44,7 +46,7 @@ class RunData:
     result: Values = field(default_factory=dict)
     """result.json; empty before the run has finished."""
     metrics: Sequence[Values] = ()
-    """Lines {generation, step, epoch, split, metrics, samples_per_second, waiting_share}, in the order of writing."""
+    """Lines {generation, time, step, epoch, split, metrics, samples_per_second, waiting_share}, in the order of writing."""
     events: Sequence[Values] = ()
     """Lines {time, event, generation, ...}."""
     figures: Mapping[str, Path] = field(default_factory=dict)
@@ -53,6 +55,8 @@ class RunData:
     """What `hpc evaluate` found, by name: test, test+flips-0, ..."""
     data: Values = field(default_factory=dict)
     """data.json."""
+    parameters: int | None = None
+    """Of the model; None of an older run."""
     used: Values = field(default_factory=dict)
     """The card of hpc.usage."""
     sweep: str = ""
@@ -79,7 +83,8 @@ class RunData:
         typical = {"samples_per_second": self.speed, "waiting_share": self.waiting_share, **self.timing}
         ends = [line for line in (self.validation(self.best), self.validation(self.last)) if line]
         kept = [line for place, line in enumerate(ends) if line not in ends[:place]]
-        return replace(self, metrics=kept, typical={**typical, "attempts": self.attempts}, drawn=self.curves)
+        typical |= {"attempts": self.attempts, _EPOCH: self.epoch_seconds}
+        return replace(self, metrics=kept, typical=typical, drawn=self.curves)
 
     @cached_property
     def state(self) -> str:
@@ -208,6 +213,18 @@ class RunData:
         return next(filter(None, (steptimes.typical(map(_timed, lines)) for lines in told)), {})
 
     @property
+    def epoch_seconds(self) -> float | None:
+        """From an evaluation to the next of the same attempt, by epoch, the median; None if unknown."""
+        if _EPOCH in self.typical:
+            return self.typical[_EPOCH]  # type: ignore[no-any-return]
+        found = []
+        for one, other in pairwise(self.validations):
+            seconds, epochs = (_between(one, other, key) for key in ("time", "epoch"))
+            if one.get("generation") == other.get("generation") and seconds and epochs:
+                found.append(seconds / epochs)
+        return statistics.median(found) if found else None
+
+    @property
     def attempts(self) -> int:
         """Starts of the job; several ranks may report one start."""
         seen = self._generations("start") | {int(line.get("generation", 1)) for line in self.metrics}
@@ -284,6 +301,12 @@ def _timed(told: Values) -> Values:
     seconds = {part: taken for part, taken in mapping(told.get(steptimes.SECONDS)).items() if _finite(taken)}
     rates = {key: told[key] for key in (steptimes.FLOPS, steptimes.MFU) if _finite(told.get(key))}
     return rates | ({steptimes.SECONDS: seconds} if seconds else {})
+
+
+def _between(one: Values, other: Values, key: str) -> float | None:
+    """How much it grows; None if it does not."""
+    begin, end = one.get(key), other.get(key)
+    return end - begin if _finite(begin) and _finite(end) and end > begin else None
 
 
 def _finite(value: Any) -> TypeGuard[int | float]:
