@@ -164,7 +164,13 @@ def test_a_damaged_file_is_named_and_costs_nothing_else(runs: Path, name: str) -
 def test_bad_lines_of_metrics_cost_those_lines_alone_and_are_named(runs: Path) -> None:
     run = RunDir(runs / "tiny-00000001")
     whole, good = read(run), run.metrics.read_text().splitlines()
-    bad = ['{"generation": 1, "st', '{"step": 1, "split": "validation"}', "[1]", "words", '{"generation": 1, "step": "x"}']
+    bad = [
+        '{"generation": 1, "st',
+        '{"step": 1, "split": "validation"}',
+        "[1]",
+        "words",
+        '{"generation": 1, "step": "x"}',
+    ]
     run.metrics.write_text("\n".join([good[0], *bad, "", *good[1:], '{"generation": 1, "torn']))
     found = read(run)
     assert found.damage == [

@@ -8,12 +8,13 @@ from collections.abc import Iterable
 
 from hpc.journal import notes
 from hpc.journal.content import Figure, Report, Section, Table
+from hpc.tables import printable
 
 _LONGEST = 90  # characters of a name in a file name, of which there are two
 _SPECIAL = re.compile(r"([\\`*\[\]|~$])")
 _EDGE_UNDERSCORE = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 _PICTURE = re.compile(r"!\[.*\]\(figures/([A-Za-z0-9._-]+--[A-Za-z0-9._-]+\.png)\)")
-_HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "\n": " ", "\r": " "})
+_HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 
 
 def render(report: Report) -> str:
@@ -33,7 +34,7 @@ def render(report: Report) -> str:
 
 def escape(text: str) -> str:
     """Text that Markdown and the HTML in it take literally, on one line."""
-    marked = _SPECIAL.sub(r"\\\1", text.translate(_HTML))
+    marked = _SPECIAL.sub(r"\\\1", printable(text).translate(_HTML))
     return _EDGE_UNDERSCORE.sub(r"\\_", marked)
 
 

@@ -41,7 +41,9 @@ def write_report(runs: Sequence[RunData], out: Path, baseline: str = "") -> tupl
     try:
         return _write(runs, out, baseline)
     except OSError as error:
-        raise UserError(f"{error.filename2 or error.filename or out}: {error.strerror}; choose another folder with -o") from None
+        raise UserError(
+            f"{error.filename2 or error.filename or out}: {error.strerror}; choose another folder with -o"
+        ) from None
 
 
 def _write(runs: Sequence[RunData], out: Path, baseline: str) -> tuple[Path, Path]:
