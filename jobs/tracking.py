@@ -65,7 +65,7 @@ class Tracker:
         self._writer.put(event_file.picture(step, time.time(), tag, buffer.getvalue(), (height, width)))
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, with its attempt and the Unix time in seconds; one that the disk refuses is tried again with the next."""
+        """One line of metrics.jsonl, with the Unix time in seconds; one that the disk refuses is tried again later."""
         self._lines = [*self._lines[-_MOST_LINES:], {**self._stamp(), **line}]
         self._write_lines()
 

@@ -24,8 +24,8 @@ def write_report(runs: Sequence[RunData], out: Path, baseline: str = "") -> tupl
 
     Each run is compared with `baseline` if that is of its task, else with the first of its task. Hand-written text
     between the notes markers of an existing EXPERIMENTS.md is kept byte for byte, that of runs which are not in this
-    report too; the same runs and notes give the same bytes. Figures that the report before has written and that this one
-    no longer shows are removed.
+    report too; the same runs and notes give the same bytes. Figures of the report before that this one does not show
+    are removed.
     Raises UserError without runs, for a run given twice, a baseline that is none of them, for an EXPERIMENTS.md that it
     must not overwrite, and a folder that cannot be written.
     """

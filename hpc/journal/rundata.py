@@ -46,7 +46,7 @@ class RunData:
     result: Values = field(default_factory=dict)
     """result.json; empty before the run has finished."""
     metrics: Sequence[Values] = ()
-    """Lines {generation, time, step, epoch, split, metrics, samples_per_second, waiting_share}, in the order of writing."""
+    """Lines {generation, time, step, epoch, split, metrics, samples_per_second...}, in the order of writing."""
     events: Sequence[Values] = ()
     """Lines {time, event, generation, ...}."""
     figures: Mapping[str, Path] = field(default_factory=dict)
