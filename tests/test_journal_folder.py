@@ -1,7 +1,8 @@
-"""The folder of a report: one that cannot be written, and the figures of runs that have left it."""
+"""The folder of a report: one that cannot be written, the figures of runs that have left it; what the pages are made of."""
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from hpc.errors import UserError
 from hpc.journal.report import RunData, write_report
 from tests.test_journal import finished, png, write_note
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("out", ["/proc/x", "/proc/x/y", "file/deep", "file", "full"])
@@ -34,3 +37,15 @@ def test_figures_that_are_no_longer_shown_are_removed_and_nothing_else(tmp_path:
     write_report([replace(runs[0], figures={"roc": shade}), replace(runs[2], run="renamed-3")], out)
     left = ["a-1--roc.png", "b-2--roc.png", *(f"renamed-3--{name}.png" for name in figures)]
     assert sorted(path.name for path in (out / "figures").iterdir()) == sorted([*own, *left])
+
+
+def test_an_installed_package_has_its_pages_and_templates() -> None:
+    """Each package, and each file of it that is no Python, stands in pyproject.toml."""
+    told = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = [path.parent for room in ("hpc", "slurm_templates") for path in (ROOT / room).rglob("__init__.py")]
+    assert sorted(told["packages"]) == sorted(".".join(folder.relative_to(ROOT).parts) for folder in found)
+    for room in ("hpc", "slurm_templates"):
+        files = {path for path in (ROOT / room).rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+        for package, globs in told["package-data"].items():
+            files -= {path for glob in globs for path in (ROOT / package.replace(".", "/")).glob(glob)}
+        assert not files
