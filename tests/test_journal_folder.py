@@ -1,4 +1,4 @@
-"""The folder of a report: one that cannot be written, the figures of runs that have left it; what the pages are made of."""
+"""A report's folder: one that cannot be written, figures of runs that have left it, and what its pages are made of."""
 
 from __future__ import annotations
 

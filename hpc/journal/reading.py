@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from hpc import payload, usage, yamlfile
 from hpc.errors import UserError
 from hpc.journal.evaluations import Evaluated
-from hpc.journal.rundata import RunData, mapping
+from hpc.journal.rundata import RunData, Values, mapping
 from hpc.logs import series
 from hpc.rundir import RunDir, read_json
 from hpc.sweepdir import sweep_of
@@ -43,13 +43,12 @@ def read(folder: RunDir) -> RunData:
     result = load(run.result)
     state = load(run.state)
     parameters = result.get("parameters", state.get("parameters"))
-    none: Lines = []
-    lines = attempted(run.read_metrics, none, run.metrics.name)
-    damage += run.faults
+    none: Sequence[Values] = []
+    lines = attempted(lambda: run.lines, none, run.metrics.name)
     if not lines and run.tensorboard.is_dir():
         lines = attempted(lambda: _lines_of_events(run), none, run.tensorboard.name)
     events = attempted(run.read_events, none, run.events.name)
-    return RunData(
+    told = RunData(
         run=run.name,
         experiment=experiment,
         delta=attempted(lambda: yamlfile.read(run.delta), {}, run.delta.name) if run.delta.exists() else {},
@@ -67,6 +66,8 @@ def read(folder: RunDir) -> RunData:
         own_code=attempted(lambda: payload.own_code(code, model), "", run.code.name),
         damage=damage,
     ).slim()
+    damage += run.faults  # of what was asked for
+    return told
 
 
 def _evaluations(run: RunDir, load: Callable[[Path], dict[str, Any]]) -> dict[str, dict[str, Any]]:

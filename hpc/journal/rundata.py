@@ -30,6 +30,8 @@ _STATES = {
 
 
 _EPOCH = "epoch_seconds"
+_PARTS = (("train", "train"), ("validation", "metrics"))
+"""Split, and where a line has its metrics."""
 _OF_ATTEMPT = ("start", "checkpoint", "signal", "requeue", "end", "failed")
 
 
@@ -82,7 +84,7 @@ class RunData:
         """The same without the lines of its metrics but the best and the last: a report holds many runs at once."""
         typical = {"samples_per_second": self.speed, "waiting_share": self.waiting_share, **self.timing}
         ends = [line for line in (self.validation(self.best), self.validation(self.last)) if line]
-        kept = [line for place, line in enumerate(ends) if line not in ends[:place]]
+        kept = [dict(line) for place, line in enumerate(ends) if line not in ends[:place]]
         typical |= {"attempts": self.attempts, _EPOCH: self.epoch_seconds}
         return replace(self, metrics=kept, typical=typical, drawn=self.curves)
 
@@ -162,10 +164,11 @@ class RunData:
             for line, step in zip(lines, steps, strict=True)
         )
         seen = {name: None for line in lines for name in mapping(line.get("metrics"))}
+        parts = {split: [mapping(line.get(key)) for line in lines] for split, key in _PARTS}
         found = []
         for name in sorted(seen, key=lambda name: (name != self.monitor, name != "loss", name)):
-            for split, key in (("train", "train"), ("validation", "metrics")):
-                values = tuple(_point(mapping(line.get(key)).get(name)) for line in lines)
+            for split, several in parts.items():
+                values = tuple(_point(one.get(name)) for one in several)
                 if any(value is not None for value in values):
                     found.append(Curve(name, split, steps, epochs, values))
         return tuple(found)
@@ -218,7 +221,8 @@ class RunData:
         if _EPOCH in self.typical:
             return self.typical[_EPOCH]  # type: ignore[no-any-return]
         found = []
-        for one, other in pairwise(self.validations):
+        timed = [line for line in self.validations if line.get("time") is not None]
+        for one, other in pairwise(timed):
             seconds, epochs = (_between(one, other, key) for key in ("time", "epoch"))
             if one.get("generation") == other.get("generation") and seconds and epochs:
                 found.append(seconds / epochs)
@@ -288,7 +292,7 @@ class RunData:
 
 def mapping(value: Any) -> Values:
     """The value if it is a mapping, else an empty one."""
-    return value if isinstance(value, Mapping) else {}
+    return value if isinstance(value, dict | Mapping) else {}  # the first is asked in no time
 
 
 def sequence(value: Any) -> Sequence[Any]:
