@@ -20,23 +20,31 @@ Kind = TypeVar("Kind")
 Lines = list[dict[str, Any]]
 
 
+class _Attempts:
+    """Reads what may be damaged, and keeps what was."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.damage: list[str] = []
+
+    def __call__(self, read: Callable[[], Kind], missing: Kind, name: str) -> Kind:
+        try:
+            return read()
+        except (UserError, OSError, ValueError, LookupError, TypeError) as error:
+            told = " ".join(str(error).replace(f"{self._folder}/", "").split())
+            self.damage.append(told if name in told else f"{name}: {told}")
+            return missing
+
+    def json(self, path: Path) -> dict[str, Any]:
+        return self(lambda: read_json(path), {}, path.name)
+
+
 def read(folder: RunDir) -> RunData:
     """All that a report needs of a run, and no more; a file that is damaged counts as missing, and is named."""
     run, sweep = Evaluated(folder.path), sweep_of(folder)
     code = sweep.code if sweep else run.code  # a row's link to it does not come home
-    damage: list[str] = []
-
-    def attempted(read: Callable[[], Kind], missing: Kind, name: str) -> Kind:
-        try:
-            return read()
-        except (UserError, OSError, ValueError, LookupError, TypeError) as error:
-            told = " ".join(str(error).replace(f"{run.path}/", "").split())
-            damage.append(told if name in told else f"{name}: {told}")
-            return missing
-
-    def load(path: Path) -> dict[str, Any]:
-        return attempted(lambda: read_json(path), {}, path.name)
-
+    attempted = _Attempts(run.path)
+    load, damage = attempted.json, attempted.damage
     nothing: dict[str, Any] = {}
     experiment = attempted(lambda: yamlfile.read(run.experiment), nothing, run.experiment.name)
     model = str(mapping(experiment.get("model")).get("name"))
