@@ -45,6 +45,7 @@ def fitted(rows: Sequence[dict[str, str]], width: int, drop: Sequence[str]) -> t
     `drop`: columns to leave out, the first one first. The first column is a name that keeps its end; the last one, a
     detail without a title or not, is cut to what is left.
     """
+    rows = [{title: printable(text) for title, text in row.items()} for row in rows]
     name, *_, detail = titles = list(rows[0])
     sizes = {title: max(_cells(title), *(_cells(row[title]) for row in rows)) for title in titles}
     if sum(sizes.values()) + _GAP * len(sizes) > width:
@@ -61,6 +62,13 @@ def fitted(rows: Sequence[dict[str, str]], width: int, drop: Sequence[str]) -> t
             room[title] = min(room[title], max(width - taken, 0))
             rows = [{**row, title: shorten(row[title], room[title])} for row in rows]
     return [cut(title, max(room[title], 1)) for title in shown], [[row[title] for title in shown] for row in rows]
+
+
+def printable(text: str) -> str:
+    """On one line, and without a hold on the terminal: what has no sign of its own is escaped as in Python."""
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode("ascii") for sign in text)
 
 
 def cut(text: str, room: int) -> str:

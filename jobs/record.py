@@ -50,6 +50,8 @@ class Recorder:
         self._written_at = 0.0
         self.sample_usage: Callable[[], None] = lambda: None
         """Brings what is known of this node's use up to date."""
+        self.parameters = 0
+        """Of the model, trained and frozen ones."""
         self._refused = False
         self._mine = read_json(run.state)
         self._shown: tuple[int, dict[str, float]] = (0, {})
@@ -135,6 +137,7 @@ class Recorder:
             self._tell_once(error)
             return
         progress = {"phase": phase, "step": step, "epoch": step // self._per_epoch, "steps": self._total}
+        progress["parameters"] = self.parameters
         monitored = {"monitor": self._monitor, "best": _brief(best or {})}
         state = {**held, **progress, **monitored, "time": round(time.time(), 3)}
         self._quietly(partial(write_json, self._run.state, state))
@@ -247,6 +250,7 @@ class Recorder:
             "class_names": self._names,
             "steps": step,
             "epochs": step // self._per_epoch,
+            "parameters": self.parameters,
             "monitor": self._monitor,
             "direction": DIRECTIONS[self._task][self._monitor],
             **({"majority": best["baseline"]["accuracy"]} if self._task == "classification" else {}),

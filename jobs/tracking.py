@@ -65,9 +65,12 @@ class Tracker:
         self._writer.put(event_file.picture(step, time.time(), tag, buffer.getvalue(), (height, width)))
 
     def evaluation(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl; one that the disk refuses is tried again with the next."""
-        self._lines = [*self._lines[-_MOST_LINES:], {"generation": self._generation, **line}]
+        """One line of metrics.jsonl, with the Unix time in seconds; one that the disk refuses is tried again later."""
+        self._lines = [*self._lines[-_MOST_LINES:], {**self._stamp(), **line}]
         self._write_lines()
+
+    def _stamp(self) -> dict[str, Any]:
+        return {"generation": self._generation, "time": round(time.time(), 3)}
 
     def _write_lines(self) -> None:
         try:

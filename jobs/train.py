@@ -139,6 +139,7 @@ class Trainer:
             steps = (self.step, self.total_steps, self.steps_per_epoch)
             names = self.task.class_names
             self.recorder = Recorder(self.run, self.experiment, names, self.generation, steps, self.parts.volumes)
+            self.recorder.parameters = sum(parameter.numel() for parameter in self.model.parameters())
             if self._evaluation_due():
                 self.recorder.evaluates_again(self.step, self.state["shown"])
             resuming.check_room(folder, self.learner.checkpoint_bytes, fresh=found is None)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shutil
+import subprocess
+import sys
+import time
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event as ProtoEvent
+from typer.testing import CliRunner
 
 from hpc import ledger
+from hpc.attempt import begin, record_submission
+from hpc.cli import app
 from hpc.errors import UserError
 from hpc.logs import fsck, repair, series
 from hpc.logs.records import HEADER, RecordReader, frame
@@ -171,18 +180,17 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
-def _status(monkeypatch: pytest.MonkeyPatch, live: bool) -> None:
-    class Told:
-        state = "running" if live else "failed"
+@pytest.fixture
+def holder(run: RunDir) -> Iterator[subprocess.Popen[bytes]]:
+    """A batch script that holds the run by its lease, and lives."""
+    with subprocess.Popen(["sleep", "600"]) as shell:
+        record_submission(run, "local", str(shell.pid))
+        begin(run, shell.pid)
+        yield shell
+        shell.kill()
 
-    Told.live = live  # type: ignore[attr-defined]
-    monkeypatch.setattr(ledger, "status", lambda run: Told)
 
-
-def test_a_repair_keeps_the_name_moves_the_original_and_is_done_once(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _status(monkeypatch, live=False)
+def test_a_repair_keeps_the_name_moves_the_original_and_is_done_once(run: RunDir) -> None:
     path = run.tensorboard / FIRST
     content = bytearray(path.read_bytes())
     content[300] ^= 4
@@ -200,12 +208,59 @@ def test_a_repair_keeps_the_name_moves_the_original_and_is_done_once(
 
 
 def test_a_live_run_is_not_repaired_and_its_torn_tail_is_no_damage(
-    run: RunDir, monkeypatch: pytest.MonkeyPatch
+    run: RunDir, holder: subprocess.Popen[bytes]
 ) -> None:
-    _status(monkeypatch, live=True)
     path = run.tensorboard / SECOND
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(UserError, match="is running"):
+    path.write_bytes(torn := path.read_bytes()[:-3])
+    told = CliRunner().invoke(app, ["fsck", run.name, "--runs", str(run.runs), "--json"])
+    assert told.exit_code == 0 and not any(one["damaged"] for one in json.loads(told.stdout)["files"])
+    with pytest.raises(UserError, match=r"is running.*hpc cancel"):
         repair.repair(run)
-    assert fsck.exit_code(fsck.check(run.tensorboard, writing=True)) == 0
-    assert fsck.exit_code(fsck.check(run.tensorboard)) == 1
+    assert path.read_bytes() == torn and not run.damaged_events.exists()
+    holder.kill()
+    holder.wait()
+    assert fsck.exit_code(fsck.check(run.tensorboard, ledger.status(run).live)) == 1
+    assert [before.salvaged for before, _ in repair.repair(run)] == [19]
+
+
+REPAIRS = """
+import sys
+from hpc.logs.repair import repair
+from hpc.rundir import RunDir
+print("ready", flush=True)
+repair(RunDir(sys.argv[1]))
+"""
+
+
+def test_a_repair_killed_at_any_moment_loses_nothing_and_a_second_one_ends_it(run: RunDir) -> None:
+    chance, names = random.Random(3), (FIRST, SECOND)
+    whole = [payload for first in (0, 4000) for payload in events(4000, first)]
+    taken, halves = 0.0, 0
+    for round_ in range(11):
+        shutil.rmtree(run.quarantine, ignore_errors=True)
+        damaged = {}
+        for name, first in zip(names, (0, 4000), strict=True):
+            content = bytearray(b"".join(map(frame, events(4000, first))))
+            content[len(content) // 2] ^= 4
+            damaged[name] = bytes(content)
+            (run.tensorboard / name).write_bytes(content)
+        command = [sys.executable, "-c", REPAIRS, str(run.path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+            assert child.stdout and child.stdout.readline() == b"ready\n"
+            began = time.monotonic()
+            if round_:
+                time.sleep(chance.random() * taken)
+                child.kill()
+            child.wait()
+        taken = taken or time.monotonic() - began  # the first is left alone
+        for name in names:  # the original is in its place, or kept whole beside
+            places = [run.tensorboard / name, run.damaged_events / name.replace("tfevents", "events")]
+            assert damaged[name] in [path.read_bytes() for path in places if path.exists()]
+        halves += len(repair.repair(run)) > 0
+        assert not any(one.damaged for one in fsck.check(run.tensorboard))
+        kept = [record.payload for name in names for record in RecordReader(run.tensorboard / name)]
+        assert len(kept) == len(whole) - 2 and set(kept) < set(whole)
+        originals = {path.read_bytes() for path in run.damaged_events.iterdir()}
+        assert originals == set(damaged.values())
+        assert sorted(path.name for path in run.tensorboard.iterdir()) == sorted(names)
+    assert halves > 0, "no kill came in time"

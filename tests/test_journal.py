@@ -20,6 +20,7 @@ from hpc.journal import captions, compare, notes
 from hpc.journal.markdown import escape
 from hpc.journal.report import RunData, write_report
 from hpc.rundir import RunDir, append_line
+from hpc.tables import printable
 
 CLASSES = ["amygdala", "hippocampus", "thalamus"]
 OWN_SCRIPTS: list[dict[str, str | None]] = [{"type": "application/json", "id": "data"}, {}]
@@ -395,10 +396,23 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     assert set(notes.read(text_path)) == {notes.INTRODUCTION, NASTY, "b-2"}
 
 
+def test_line_ends_and_tabs_split_no_row(tmp_path: Path) -> None:
+    odd = "a\nb\r\n\tc \u2028`d` | e\x1b[2J"
+    told = result()
+    told["best"]["metrics"][odd] = 0.5
+    runs = [RunData(odd, {"model": {"name": odd}}, {}, told), finished("b-2")]
+    text_path, web_path = write_report(runs, tmp_path)
+    text, shown = text_path.read_text(), r"a\nb\r\n\tc \u2028`d` | e\x1b[2J"
+    assert [len(row) for row in table(text.replace("\\|", "/"), "Differences")] == [11, 11, 11]
+    assert shown in "".join(Page(MarkdownIt("commonmark").enable("table").render(text)).texts)
+    page = Page(web_path.read_text())
+    assert page.texts.count(shown) >= 5 and not any(odd in words for words in page.texts)
+
+
 @given(st.text(max_size=30))
 @settings(max_examples=150, deadline=None)
 def test_escaped_text_reads_as_it_was_written(text: str) -> None:
-    words = " ".join(text.split())
+    words = printable(text).strip()
     assert not set(escape(words)) & {"<", ">"}
     shown = MarkdownIt("commonmark").enable("table").render(f"| a |\n| --- |\n| x{escape(words)}x |")
     page = Page(shown)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from hpc.cli import app
 from hpc.journal.compare import number
 from hpc.journal.compose import compose
 from hpc.journal.content import CURVE_POINTS, Table
+from hpc.journal.evaluations import Evaluated
 from hpc.journal.reading import read
 from hpc.journal.rundata import RunData
+from hpc.logs.sinks.facts import evaluations
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, append_line, read_json, write_json
 from tests import tiny_run, tiny_tasks
@@ -95,6 +99,11 @@ def test_the_numbers_are_those_of_the_result(runs: Path) -> None:
             assert curve.steps == tuple(map(float, lines)) and curve.epochs == (1, 2, 3)
         facts = {fact["Fact"]: fact["Value"] for fact in titled(section.tables, "Facts")}
         assert facts["Jobs"] == "55" and facts["Commit"] == "0123abc"
+        times = [line["time"] for line in lines.values()]
+        assert facts["Seconds per epoch"] == number(statistics.median([times[1] - times[0], times[2] - times[1]]))
+        assert times[-1] == pytest.approx(run.metrics.stat().st_mtime, abs=2) and times == sorted(times)
+        assert {when for *_, when in evaluations(run)} == set(times), "for the sinks, too"
+        assert facts["Parameters"] == "93" and read_json(run.state)["parameters"] == 60 + 12 + 21
         assert facts["Validation samples/s"] == number(result["samples_per_second"]["validation"])
     assert made.groups is not None and made.groups.rows[0][2].text == "3 of 3" and len(made.groups.rows) == 1
 
@@ -126,6 +135,7 @@ def test_event_files_alone_tell_metrics_and_curves(runs: Path) -> None:
     assert bare.speed == pytest.approx(whole.speed, rel=1e-5) and bare.waiting_share == pytest.approx(
         whole.waiting_share
     )
+    assert bare.epoch_seconds == pytest.approx(whole.epoch_seconds, abs=0.5) and bare.parameters == whole.parameters
     wanted = {(curve.metric, curve.split): curve.values for curve in whole.curves}
     for curve in bare.curves:
         assert curve.values == pytest.approx(wanted[curve.metric, curve.split], rel=1e-6)
@@ -149,6 +159,70 @@ def test_a_damaged_file_is_named_and_costs_nothing_else(runs: Path, name: str) -
     assert state.endswith("; damaged") and text.count("; damaged |") == 2
     dice = read_json(RunDir(runs / "tiny-00000001").result)["best"]["metrics"]["dice"]
     assert number(dice) in text
+
+
+def test_bad_lines_of_metrics_cost_those_lines_alone_and_are_named(runs: Path) -> None:
+    run = RunDir(runs / "tiny-00000001")
+    whole, good = read(run), run.metrics.read_text().splitlines()
+    bad = [
+        '{"generation": 1, "st',
+        '{"step": 1, "split": "validation"}',
+        "[1]",
+        "words",
+        '{"generation": 1, "step": "x"}',
+    ]
+    run.metrics.write_text("\n".join([good[0], *bad, "", *good[1:], '{"generation": 1, "torn']))
+    found = read(run)
+    assert found.damage == [
+        "metrics.jsonl: left out: line 2 is no JSON (half a line?), line 3 has no generation, "
+        "line 4 holds list, not an object, and 2 more"
+    ]
+    assert (found.curves, found.best, found.speed, found.used) == (whole.curves, whole.best, whole.speed, whole.used)
+    run.result.unlink()
+    assert read(run).damage == found.damage, "the usage is not blamed"
+
+
+def test_lines_are_taken_back_as_the_run_itself_takes_them_back(tmp_path: Path) -> None:
+    chance, run = random.Random(4), RunDir(tmp_path)
+    for _ in range(200):
+        line = {"generation": chance.randrange(1, 4), "step": chance.randrange(9), "split": chance.choice("ab")}
+        append_line(run.metrics, line)
+        assert Evaluated(tmp_path).read_metrics() == run.read_metrics()
+        if chance.random() < 0.1:
+            run.metrics.unlink()
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"step_seconds": {"data": "long"}, "mfu": [1]},
+        {"step_seconds": {"data": float("inf")}},
+        {"per_class": 3, "class_names": 4.0, "confusion_matrix": 5, "usage": 6, "attempts": float("inf")},
+        {"confusion_matrix": ["words", [[1, 2], [3, 4]]]},
+        {"confusion_matrix": [[[1, 2], [3, 4]], [[1], [2]], [[1, 2, 3], 4]]},
+    ],
+)
+def test_a_result_of_odd_values_costs_those_alone(runs: Path, told: dict[str, Any]) -> None:
+    run = RunDir(runs / "tiny-00000001")
+    run.result.write_text(json.dumps(read_json(run.result) | told))
+    shutil.rmtree(run.figures)
+    report(runs)
+    assert f"| {run.name} | finished |" in (runs.parent / "out" / "EXPERIMENTS.md").read_text()
+
+
+def test_the_commit_of_logs_that_do_not_tell_it_comes_with_the_code(runs: Path, tmp_path: Path) -> None:
+    """As those of older runs; a sweep's rows have one code, beside them."""
+    sweep = tmp_path / "sweeps" / "tiny-sweep-1"
+    shutil.copytree(runs / "tiny-00000001", sweep / "tiny-00000001")
+    (sweep / "rows.txt").write_text("tiny-00000001\n")
+    events = RunDir(sweep / "tiny-00000001").events / "001-shell.jsonl"
+    events.write_text(events.read_text().replace(', "commit": "0123abc"', ""))
+    for told in ("not in these logs; 'hpc sync --with code' brings it", "9876fed"):
+        report(sweep.parent)
+        text = (tmp_path / "out" / "EXPERIMENTS.md").read_text()
+        assert f"| Commit | {told} |" in text and "| Sweep | tiny-sweep-1 |" in text
+        (sweep / "code").mkdir(exist_ok=True)
+        (sweep / "code" / "commit.txt").write_text("9876fed\n")
 
 
 def test_what_an_evaluation_found_is_compared(runs: Path) -> None:
@@ -187,6 +261,14 @@ def test_a_long_run_is_thinned_and_keeps_its_facts(tmp_path: Path) -> None:
     (curve,) = found.curves
     assert len(curve.steps) == CURVE_POINTS and (curve.steps[0], curve.steps[-1]) == (1, 1000)
     assert found.slim().curves == found.curves and found.slim().speed == found.speed
+
+
+def test_seconds_per_epoch_leave_out_what_lies_between_attempts() -> None:
+    told = [(1, 1, 100.0), (1, 2, 110.0), (1, 4, 130.0), (2, 5, 900.0), (2, 6, 912.0), (2, 7, None), (2, 8, "x")]
+    lines = [{"generation": g, "epoch": epoch, "step": epoch, "time": time} for g, epoch, time in told]
+    run = RunData("a", metrics=lines)
+    assert run.epoch_seconds == run.slim().epoch_seconds == 10
+    assert RunData("a", metrics=lines[3:4]).epoch_seconds is None
 
 
 def test_a_report_without_runs_says_what_to_do(tmp_path: Path) -> None:

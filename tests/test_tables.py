@@ -12,6 +12,7 @@ from pyarrow import parquet
 
 from datasets.splitlist import merge_list
 from datasets.tables import Columns, Row, match_rows, plain_id, read_table, read_values
+from hpc.tables import print_rows
 
 FINDINGS = Columns(id="Image Index", labels=("Finding Labels",), separator="|", none="No Finding", group="Patient ID")
 
@@ -208,3 +209,11 @@ def test_values_of_an_atlas(tmp_path):
     }
     with pytest.raises(ValueError, match="line 3: value 10 occurs twice"):
         read_values(write(tmp_path, "value,label\n10,left\n10,right\n"))
+
+
+def test_a_row_on_the_screen_is_one_line_whatever_its_words(capsys):
+    odd = "a\nb\tc\r\u2028\x1b[2J\udc80 | `d` é"
+    print_rows([{"name": "plain", "value": "1"}, {"name": odd, "value": odd}], 200, ())
+    head, plain, last = capsys.readouterr().out.split("\n")[:-1]
+    shown = r"a\nb\tc\r\u2028\x1b[2J\udc80 | `d` é"
+    assert last == f"{shown}  {shown}" and head.index("value") == plain.index("1") == len(shown) + 2

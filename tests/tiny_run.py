@@ -172,7 +172,7 @@ def _shown(run: RunDir, tag: str) -> list[Any]:
 def outcome(run: RunDir) -> Outcome:
     """All that must not depend on interruptions: final weights and optimizer byte by byte, metrics, best epoch."""
     found = newest(run)
-    measured = ("generation", "samples_per_second", "waiting_share", *TIMING)
+    measured = ("generation", "time", "samples_per_second", "waiting_share", *TIMING)
     lines = [{key: value for key, value in line.items() if key not in measured} for line in run.read_metrics()]
     moments = found.optimizer()
     state = found.state()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 
 from hpc.journal import notes
 from hpc.journal.content import Figure, Report, Section, Table
+from hpc.tables import printable
 
 _LONGEST = 90  # characters of a name in a file name, of which there are two
 _SPECIAL = re.compile(r"([\\`*\[\]|~$])")
 _EDGE_UNDERSCORE = re.compile(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-_HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "\n": " ", "\r": " "})
+_PICTURE = re.compile(r"!\[.*\]\(figures/([A-Za-z0-9._-]+--[A-Za-z0-9._-]+\.png)\)")
+_HTML = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;"})
 
 
 def render(report: Report) -> str:
@@ -31,13 +34,18 @@ def render(report: Report) -> str:
 
 def escape(text: str) -> str:
     """Text that Markdown and the HTML in it take literally, on one line."""
-    marked = _SPECIAL.sub(r"\\\1", text.translate(_HTML))
+    marked = _SPECIAL.sub(r"\\\1", printable(text).translate(_HTML))
     return _EDGE_UNDERSCORE.sub(r"\\_", marked)
 
 
 def figure_file(run: str, figure: Figure) -> str:
     """File name of a figure in the report's folder of figures: no two are alike, none leaves the folder."""
     return f"{_plain(run)}--{_plain(figure.name)}.png"
+
+
+def figure_files(lines: Iterable[str]) -> set[str]:
+    """Names of the figures' files in the lines of a report that no hand has written."""
+    return {found[1] for line in lines if (found := _PICTURE.fullmatch(line))}
 
 
 def _plain(name: str) -> str:

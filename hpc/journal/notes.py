@@ -31,14 +31,19 @@ def block(run: str, text: str) -> str:
 
 
 def read(path: Path) -> dict[str, str]:
-    """The notes in a report by run; empty where there is no report yet.
+    """The notes in a report by run; empty where there is no report yet. Raises as `split` does."""
+    return split(path)[0]
+
+
+def split(path: Path) -> tuple[dict[str, str], list[str]]:
+    """The notes in a report by run, and the lines that no hand has written; empty where there is no report yet.
 
     Raises UserError for a file that is no report of ours, and where a marker is broken: text could be lost.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
-        return {}
+        return {}, []
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 ({error.reason}); save it as UTF-8 or move it away") from None
     if not text.startswith(HEADER):
@@ -46,8 +51,9 @@ def read(path: Path) -> dict[str, str]:
     return _parse(text, path)
 
 
-def _parse(text: str, path: Path) -> dict[str, str]:
+def _parse(text: str, path: Path) -> tuple[dict[str, str], list[str]]:
     notes: dict[str, str] = {}
+    own: list[str] = []
     run: str | None = None
     lines: list[str] = []
     fence = ""
@@ -61,12 +67,12 @@ def _parse(text: str, path: Path) -> dict[str, str]:
         elif closed and run is not None:
             notes[run], run = _joined(notes.get(run, ""), "".join(f"{one}\n" for one in lines)), None
         else:
-            lines.append(line)
+            (own if run is None else lines).append(line)
     if run is not None:
         whose = f"the notes of {run}" if run else "the introduction's notes"
         within = f", or close their {fence} above it" if fence else ""
         raise UserError(f"{path}: {whose} have no <!-- /notes --> line; add it below them{within}")
-    return notes
+    return notes, own
 
 
 def _fenced(fence: str, line: str) -> str:

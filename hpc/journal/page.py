@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc.journal.content import Cell, Curve, Report, Section
 from hpc.journal.markdown import figure_file
+from hpc.tables import printable
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -33,7 +34,7 @@ def render(report: Report) -> str:
 
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     source = (_HERE / "page.html.j2").read_text(encoding="utf-8")
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
+    template = Environment(autoescape=True, undefined=StrictUndefined, finalize=_shown).from_string(source)
     return template.render(
         report=report,
         style=Markup(style),
@@ -45,6 +46,11 @@ def render(report: Report) -> str:
         file_of=figure_file,
         open_runs=_OPEN,
     )
+
+
+def _shown(value: Any) -> Any:
+    """Words on one line; what is escaped already, as notes, keeps its lines."""
+    return printable(value) if type(value) is str else value
 
 
 def _policy(style: str, script: str) -> str:
@@ -95,8 +101,8 @@ def _curves(sections: Sequence[Section]) -> dict[str, Any] | None:
             place = axes.setdefault(axis, len(axes))
             values = [_short(value) for value in _picked(curve.values, kept)]
             lines.append([metrics.index(curve.metric), splits.index(curve.split), place, values])
-        runs.append({"name": section.run, "best": [section.best_step, section.best_epoch], "lines": lines})
-    return {"metrics": metrics, "splits": splits, "axes": list(axes), "runs": runs}
+        runs.append({"name": printable(section.run), "best": [section.best_step, section.best_epoch], "lines": lines})
+    return {"metrics": [*map(printable, metrics)], "splits": splits, "axes": list(axes), "runs": runs}
 
 
 def _kept(curve: Curve, most: int, best_step: float | None) -> list[int]:

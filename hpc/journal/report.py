@@ -24,9 +24,10 @@ def write_report(runs: Sequence[RunData], out: Path, baseline: str = "") -> tupl
 
     Each run is compared with `baseline` if that is of its task, else with the first of its task. Hand-written text
     between the notes markers of an existing EXPERIMENTS.md is kept byte for byte, that of runs which are not in this
-    report too; the same runs and notes give the same bytes.
-    Raises UserError without runs, for a run given twice, a baseline that is none of them, and for an EXPERIMENTS.md
-    that it must not overwrite.
+    report too; the same runs and notes give the same bytes. Figures of the report before that this one does not show
+    are removed.
+    Raises UserError without runs, for a run given twice, a baseline that is none of them, for an EXPERIMENTS.md that it
+    must not overwrite, and a folder that cannot be written.
     """
     names = [run.run for run in runs]
     if not names:
@@ -37,11 +38,26 @@ def write_report(runs: Sequence[RunData], out: Path, baseline: str = "") -> tupl
         raise UserError(f"--baseline {baseline}: not among the runs of the report; use one of {', '.join(names)}")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; -o takes a folder")
+    try:
+        return _write(runs, out, baseline)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename2 or error.filename or out}: {error.strerror}; choose another folder with -o"
+        ) from None
+
+
+def _write(runs: Sequence[RunData], out: Path, baseline: str) -> tuple[Path, Path]:
     text, web = out / MARKDOWN, out / PAGE
-    report = compose(runs, notes.read(text), baseline)
+    written, before = notes.split(text)
+    report = compose(runs, written, baseline)
+    shown = markdown.render(report)
     _write_figures(report, out)
     write_bytes(web, page.render(report).encode())
-    write_bytes(text, markdown.render(report).encode())
+    # Before the names of what is left over are gone with the old text; where notes show it, it stays.
+    for name in markdown.figure_files(before):
+        if name not in shown:
+            (out / FIGURES / name).unlink(missing_ok=True)
+    write_bytes(text, shown.encode())
     return text, web
 
 
@@ -61,6 +77,8 @@ def plain(runs: Sequence[RunData], baseline: str = "") -> list[dict[str, Any]]:
             "last": {key: run.last.get(key) for key in ("epoch", "step", "metrics") if run.last},
             "evaluations": {name: dict(told["metrics"]) for name, told in run.evaluations.items()},
             "samples_per_second": dict(run.speed),
+            "parameters": run.parameters,
+            "epoch_seconds": run.epoch_seconds,
             "wall_seconds": run.wall_seconds,
             "jobs": run.jobs,
             "commit": run.commit,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from hpc import steptimes
 from hpc.journal.compare import better, is_number, lower_is_better
@@ -28,6 +29,9 @@ _STATES = {
 }
 
 
+_EPOCH = "epoch_seconds"
+_PARTS = (("train", "train"), ("validation", "metrics"))
+"""Split, and where a line has its metrics."""
 _OF_ATTEMPT = ("start", "checkpoint", "signal", "requeue", "end", "failed")
 
 
@@ -44,7 +48,7 @@ class RunData:
     result: Values = field(default_factory=dict)
     """result.json; empty before the run has finished."""
     metrics: Sequence[Values] = ()
-    """Lines {generation, step, epoch, split, metrics, samples_per_second, waiting_share}, in the order of writing."""
+    """Lines {generation, time, step, epoch, split, metrics, samples_per_second...}, in the order of writing."""
     events: Sequence[Values] = ()
     """Lines {time, event, generation, ...}."""
     figures: Mapping[str, Path] = field(default_factory=dict)
@@ -53,10 +57,16 @@ class RunData:
     """What `hpc evaluate` found, by name: test, test+flips-0, ..."""
     data: Values = field(default_factory=dict)
     """data.json."""
+    parameters: int | None = None
+    """Of the model; None of an older run."""
     used: Values = field(default_factory=dict)
     """The card of hpc.usage."""
+    sweep: str = ""
+    """The sweep that it is a row of."""
     commit: str = ""
     """Of the code that was submitted."""
+    with_code: bool = True
+    """Whether that code is here, and not the logs alone."""
     own_code: str = ""
     """Of the user's own models, see hpc.payload."""
     damage: Sequence[str] = ()
@@ -74,8 +84,9 @@ class RunData:
         """The same without the lines of its metrics but the best and the last: a report holds many runs at once."""
         typical = {"samples_per_second": self.speed, "waiting_share": self.waiting_share, **self.timing}
         ends = [line for line in (self.validation(self.best), self.validation(self.last)) if line]
-        kept = [line for place, line in enumerate(ends) if line not in ends[:place]]
-        return replace(self, metrics=kept, typical={**typical, "attempts": self.attempts}, drawn=self.curves)
+        kept = [dict(line) for place, line in enumerate(ends) if line not in ends[:place]]
+        typical |= {"attempts": self.attempts, _EPOCH: self.epoch_seconds}
+        return replace(self, metrics=kept, typical=typical, drawn=self.curves)
 
     @cached_property
     def state(self) -> str:
@@ -153,10 +164,11 @@ class RunData:
             for line, step in zip(lines, steps, strict=True)
         )
         seen = {name: None for line in lines for name in mapping(line.get("metrics"))}
+        parts = {split: [mapping(line.get(key)) for line in lines] for split, key in _PARTS}
         found = []
         for name in sorted(seen, key=lambda name: (name != self.monitor, name != "loss", name)):
-            for split, key in (("train", "train"), ("validation", "metrics")):
-                values = tuple(_point(mapping(line.get(key)).get(name)) for line in lines)
+            for split, several in parts.items():
+                values = tuple(_point(one.get(name)) for one in several)
                 if any(value is not None for value in values):
                     found.append(Curve(name, split, steps, epochs, values))
         return tuple(found)
@@ -168,12 +180,12 @@ class RunData:
 
     def sorted_classes(self, told: Values) -> list[Values]:
         """The same of a result or an evaluation."""
-        rows = [row for row in told.get("per_class") or () if isinstance(row, Mapping)]
+        rows = [row for row in sequence(told.get("per_class")) if isinstance(row, Mapping)]
         return [rows[place] for place in by_difficulty(self.task, rows)]
 
     @property
     def class_names(self) -> list[str]:
-        return [str(name) for name in self.result.get("class_names") or ()]
+        return [str(name) for name in sequence(self.result.get("class_names"))]
 
     @property
     def speed(self) -> Values:
@@ -200,16 +212,28 @@ class RunData:
     @cached_property
     def timing(self) -> Values:
         """What is known of where the time of a step goes, see hpc.steptimes: the result's, else of the evaluations."""
-        return (
-            steptimes.typical([self.result]) or steptimes.typical([self.typical]) or steptimes.typical(self.validations)
-        )
+        told: Iterator[Sequence[Values]] = iter([[self.result], [self.typical], self.validations])
+        return next(filter(None, (steptimes.typical(map(_timed, lines)) for lines in told)), {})
+
+    @property
+    def epoch_seconds(self) -> float | None:
+        """From an evaluation to the next of the same attempt, by epoch, the median; None if unknown."""
+        if _EPOCH in self.typical:
+            return self.typical[_EPOCH]  # type: ignore[no-any-return]
+        found = []
+        timed = [line for line in self.validations if line.get("time") is not None]
+        for one, other in pairwise(timed):
+            seconds, epochs = (_between(one, other, key) for key in ("time", "epoch"))
+            if one.get("generation") == other.get("generation") and seconds and epochs:
+                found.append(seconds / epochs)
+        return statistics.median(found) if found else None
 
     @property
     def attempts(self) -> int:
         """Starts of the job; several ranks may report one start."""
         seen = self._generations("start") | {int(line.get("generation", 1)) for line in self.metrics}
         given = self.result.get("attempts", self.typical.get("attempts"))
-        return int(given) if is_number(given) else len(seen)
+        return int(given) if _finite(given) else len(seen)
 
     @property
     def preemptions(self) -> int:
@@ -224,9 +248,8 @@ class RunData:
     def tasks(self) -> int | None:
         """Tasks of the allocation, as the experiment asks for them; None if it does not say."""
         launch = mapping(self.experiment.get("launch"))
-        if not launch:
-            return None
-        return int(launch.get("nodes") or 1) * int(launch.get("tasks_per_node") or launch.get("gpus") or 1)
+        numbers = (launch.get("nodes") or 1, launch.get("tasks_per_node") or launch.get("gpus") or 1)
+        return math.prod(numbers) if launch and all(isinstance(number, int) for number in numbers) else None
 
     @property
     def jobs(self) -> list[str]:
@@ -269,11 +292,33 @@ class RunData:
 
 def mapping(value: Any) -> Values:
     """The value if it is a mapping, else an empty one."""
-    return value if isinstance(value, Mapping) else {}
+    return value if isinstance(value, dict | Mapping) else {}  # the first is asked in no time
+
+
+def sequence(value: Any) -> Sequence[Any]:
+    """The value if it is a list, else an empty one."""
+    return value if isinstance(value, list) else ()
+
+
+def _timed(told: Values) -> Values:
+    """What it says of the time of a step in numbers."""
+    seconds = {part: taken for part, taken in mapping(told.get(steptimes.SECONDS)).items() if _finite(taken)}
+    rates = {key: told[key] for key in (steptimes.FLOPS, steptimes.MFU) if _finite(told.get(key))}
+    return rates | ({steptimes.SECONDS: seconds} if seconds else {})
+
+
+def _between(one: Values, other: Values, key: str) -> float | None:
+    """How much it grows; None if it does not."""
+    begin, end = one.get(key), other.get(key)
+    return end - begin if _finite(begin) and _finite(end) and end > begin else None
+
+
+def _finite(value: Any) -> TypeGuard[int | float]:
+    return is_number(value) and math.isfinite(value)
 
 
 def _point(value: Any) -> float | None:
-    return float(value) if is_number(value) and math.isfinite(value) else None
+    return float(value) if _finite(value) else None
 
 
 def _thinned(lines: Sequence[Values]) -> Sequence[Values]:

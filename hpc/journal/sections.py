@@ -12,7 +12,7 @@ from hpc.journal.cells import cell, cells, direction, falls, heads, versus
 from hpc.journal.changes import changes, from_base, listed, spelt
 from hpc.journal.compare import is_number, number
 from hpc.journal.content import Cell, Figure, Head, Section, Table
-from hpc.journal.rundata import RunData, Values, mapping
+from hpc.journal.rundata import RunData, Values, mapping, sequence
 from hpc.units import short_time
 
 _BAR = 20
@@ -57,6 +57,7 @@ def _facts(run: RunData) -> Table:
         ("Differs from its base in", listed(from_base(run))),
         ("Task", run.task or None),
         ("Model", spelt(name) if (name := mapping(run.experiment.get("model")).get("name")) else None),
+        ("Parameters", f"{run.parameters:,}" if run.parameters else None),
         ("Data", _data(run)),
         ("Best", f"epoch {number(best.get('epoch'))}, step {number(best.get('step'))}" if best else None),
         ("Checkpoint", best.get("checkpoint")),
@@ -67,6 +68,7 @@ def _facts(run: RunData) -> Table:
         ("Validation samples/s", run.speed.get("validation")),
         ("Waiting for data", f"{share:.1%} of the training time" if share is not None else None),
         ("Computing", steptimes.compute(run.timing)),
+        ("Seconds per epoch", run.epoch_seconds),
         ("Wall time", short_time(seconds) if seconds is not None else None),
         ("Used", "; ".join(_card(run)) or None),
         *_place(run),
@@ -85,8 +87,14 @@ def _place(run: RunData) -> list[tuple[str, Any]]:
         ("Nodes", launch.get("nodes")),
         ("First nodes of the attempts", ", ".join(run.hosts) or None),
         ("Tasks", run.tasks),
-        ("Commit", run.commit or None),
+        ("Sweep", run.sweep or None),
+        ("Commit", run.commit or _without_commit(run)),
     ]
+
+
+def _without_commit(run: RunData) -> str | None:
+    """What to do where the code knows it and the logs do not, as those of older runs."""
+    return "not in these logs; 'hpc sync --with code' brings it" if run.attempts and not run.with_code else None
 
 
 def _card(run: RunData) -> list[str]:
@@ -214,10 +222,10 @@ def _bracket(pair: Any) -> str | None:
 
 
 def _confusion(run: RunData) -> Table | None:
-    matrix = [row for row in run.result.get("confusion_matrix") or () if isinstance(row, Sequence)]
-    if not matrix or len(matrix) > _MATRIX_FITS:
+    matrix = sequence(run.result.get("confusion_matrix"))
+    if not matrix or len(matrix) > _MATRIX_FITS or not all(isinstance(row, list) for row in matrix):
         return None
-    if all(isinstance(entry, Sequence) for entry in matrix[0]):
+    if any(isinstance(entry, list) for entry in matrix[0]):
         return _label_counts(matrix, run.class_names)
     names = run.class_names if len(run.class_names) == len(matrix) else [str(k) for k in range(len(matrix))]
     rows = tuple(cells(name, *counts) for name, counts in zip(names, matrix, strict=True))
@@ -226,10 +234,14 @@ def _confusion(run: RunData) -> Table | None:
 
 def _label_counts(matrices: Sequence[Sequence[Any]], names: Sequence[str]) -> Table | None:
     """Of several labels: each one's counts."""
-    if len(names) != len(matrices):
+    if len(names) != len(matrices) or not all(_two_by_two(matrix) for matrix in matrices):
         return None
     rows = tuple(cells(name, tp, fp, fn, tn) for name, ((tn, fp), (fn, tp)) in zip(names, matrices, strict=True))
     return Table("Labels, counted apart", heads("Label", "Found", "False alarms", "Missed", "Rightly not named"), rows)
+
+
+def _two_by_two(matrix: Sequence[Any]) -> bool:
+    return len(matrix) == 2 and all(isinstance(row, list) and len(row) == 2 for row in matrix)
 
 
 def _timing(run: RunData) -> Table | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from pathlib import Path
@@ -14,6 +15,8 @@ from hpc.logs.salvage import survey
 from hpc.rundir import RunDir, fsync_folder, locked
 
 _BLOCK = 1 << 20
+_ASIDE = re.compile(r".*/\.[0-9a-f]{8}")
+"""What `_aside` names."""
 
 
 def repair(run: RunDir) -> list[tuple[Finding, Path]]:
@@ -29,6 +32,8 @@ def repair(run: RunDir) -> list[tuple[Finding, Path]]:
                 f"{run.name} is {status.state}: a writer's files are not repaired; "
                 f"wait for its end or 'hpc cancel {run.name}', then 'hpc fsck {run.name} --repair'"
             )
+        for left in filter(_ASIDE.fullmatch, map(str, run.damaged_events.glob(".*"))):  # by one that was killed
+            Path(left).unlink()
         damaged = [one for one in check(run.tensorboard) if one.damaged]
         return [(one, _repair_file(run, run.tensorboard / one.file)) for one in damaged]
 
@@ -37,7 +42,7 @@ def _repair_file(run: RunDir, path: Path) -> Path:
     run.damaged_events.mkdir(parents=True, exist_ok=True)
     # TensorBoard takes every name with "tfevents" in it, wherever it lies.
     name = str(path.relative_to(run.tensorboard)).replace("tfevents", "events").replace("/", "__")
-    aside = run.damaged_events / f".{secrets.token_hex(4)}"
+    aside = _aside(run.damaged_events)
     try:
         _copy_whole(path, aside)
         if check_file(aside, aside.parent).damaged:
@@ -48,6 +53,10 @@ def _repair_file(run: RunDir, path: Path) -> Path:
         aside.unlink(missing_ok=True)
     fsync_folder(path.parent)
     return kept
+
+
+def _aside(folder: Path) -> Path:
+    return folder / f".{secrets.token_hex(4)}"
 
 
 def _copy_whole(path: Path, target: Path) -> None:
@@ -71,7 +80,7 @@ def _keep(path: Path, folder: Path, name: str) -> Path:
     try:
         os.link(path, kept)
     except OSError:  # a file system without hard links
-        part = folder / f".{secrets.token_hex(4)}"
+        part = _aside(folder)
         shutil.copyfile(path, part)
         with part.open("rb") as file:
             os.fsync(file.fileno())

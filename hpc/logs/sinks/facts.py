@@ -104,16 +104,16 @@ def _files(run: RunDir) -> dict[str, Path]:
     return {str(path.relative_to(run.path)): path for path in (*single, *figures) if path.is_file()}
 
 
-def evaluations(run: RunDir) -> Iterator[tuple[str, int, float]]:
-    """Tag, step and value of metrics.jsonl, under the names that the event files have for them."""
+def evaluations(run: RunDir) -> Iterator[tuple[str, int, float, float | None]]:
+    """Tag, step, value and Unix time of metrics.jsonl, under the names of the event files; older lines have no time."""
     for line in run.read_metrics():
-        split, step = line.get("split"), line.get("step")
+        split, step, when = line.get("split"), line.get("step"), line.get("time")
         for prefix, metrics in ((split, line.get("metrics")), ("train", line.get("train"))):
             if not isinstance(metrics, dict) or not isinstance(step, int):
                 continue
             for name, value in metrics.items():
                 if isinstance(value, int | float):
-                    yield f"{prefix}/{name}", step, float(value)
+                    yield f"{prefix}/{name}", step, float(value), when if isinstance(when, int | float) else None
 
 
 def name_of(run: RunDir) -> str:

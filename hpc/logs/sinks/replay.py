@@ -99,16 +99,16 @@ class _Replay:
         return pending.after(below, max((point.step for point in points), default=-1))
 
     def _only_in_metrics(self, pending: Pending) -> list[Point]:
-        """Evaluations that the event files lack, as where a full disk turned them off; their time is made up.
+        """Evaluations that the event files lack, as where a full disk turned them off.
 
-        One millisecond per step after the run's beginning: the same in every replay.
+        The time of older ones is made up, the same in every replay: one millisecond per step after the run's beginning.
         """
         told = list(facts.evaluations(self.run))
         if told and pending.cursor.start != (0, 0):
             pending = Pending(self.run.tensorboard, Cursor())
         return [
-            Point(tag, step, self.about.started_ms + step, value)
-            for tag, step, value in told
+            Point(tag, step, self.about.started_ms + step if when is None else round(when * 1000), value)
+            for tag, step, value, when in told
             if not pending.has(tag, step)
         ]
 
