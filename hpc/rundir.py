@@ -11,10 +11,10 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hpc import errors
 
@@ -106,21 +106,36 @@ class RunDir:
         return max((m for m in found if m), key=lambda m: (int(m[1]), int(m[2])), default=[None])[0]
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """One line per evaluated step, by step.
+        """One line per evaluated step, by step; lines that are no evaluation are passed over."""
+        return taken_back(line for line in read_lines(self.metrics) if _is_evaluation(line))
 
-        A later generation takes back the steps from its first line on, a rollback those after the step that it tells
-        next; an older generation that still writes is not heard.
-        """
-        kept: dict[tuple[int, str], dict[str, Any]] = {}
-        newest = 0
-        for line in read_lines(self.metrics):
-            if line["generation"] < newest:
-                continue
-            last = line["step"] - (line["generation"] > newest)
-            newest = line["generation"]
-            kept = {key: old for key, old in kept.items() if key[0] <= last}
-            kept[line["step"], line["split"]] = line
-        return [kept[key] for key in sorted(kept)]
+
+Evaluation = TypeVar("Evaluation", bound=Mapping[str, Any])
+
+
+def taken_back(lines: Iterable[Evaluation]) -> list[Evaluation]:
+    """What counts of the lines of metrics.jsonl, by step.
+
+    A later generation takes back the steps from its first line on, a rollback those after the step that it tells next;
+    an older generation that still writes is not heard.
+    """
+    kept: dict[tuple[int, str], Evaluation] = {}
+    newest = 0
+    for line in lines:
+        generation, step = line["generation"], line["step"]
+        if generation < newest:
+            continue
+        last = step - (generation > newest)
+        newest = generation
+        while kept and next(reversed(kept))[0] > last:  # their steps rise
+            kept.popitem()
+        kept[step, line["split"]] = line
+    return [kept[key] for key in sorted(kept)]
+
+
+def _is_evaluation(line: dict[str, Any]) -> bool:
+    generation, step, split = (line.get(key) for key in ("generation", "step", "split"))
+    return isinstance(generation, int) and isinstance(step, int) and isinstance(split, str)
 
 
 def _is_event(line: dict[str, Any]) -> bool:

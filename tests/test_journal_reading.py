@@ -187,6 +187,7 @@ def test_lines_are_taken_back_as_the_run_itself_takes_them_back(tmp_path: Path) 
     for _ in range(200):
         line = {"generation": chance.randrange(1, 4), "step": chance.randrange(9), "split": chance.choice("ab")}
         append_line(run.metrics, line)
+        append_line(run.metrics, {"step": 3})
         assert Evaluated(tmp_path).read_metrics() == run.read_metrics()
         if chance.random() < 0.1:
             run.metrics.unlink()

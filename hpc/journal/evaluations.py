@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from hpc.rundir import RunDir
+from hpc.rundir import RunDir, taken_back
 
 _OF_HEAD = frozenset(["generation", "time", "epoch", "step", "split"])
 _HEAD = re.compile(
@@ -35,24 +35,13 @@ class Evaluated(RunDir):
         return [f"{self.metrics.name}: left out: {words}"] if told else []
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """As RunDir has it, in a time that grows with the lines alone. Raises OSError."""
+        """As RunDir has it. Raises OSError."""
         return [dict(line) for line in self.lines]
 
     @cached_property
     def lines(self) -> list[Mapping[str, Any]]:
         """The same, but each is parsed when more than its head is asked for. Raises OSError."""
-        kept: dict[tuple[int, str], Mapping[str, Any]] = {}
-        newest = 0
-        for line in self._whole_lines():
-            generation, step = line["generation"], line["step"]
-            if generation < newest:
-                continue
-            last = step - (generation > newest)
-            newest = generation
-            while kept and next(reversed(kept))[0] > last:  # their steps rise
-                kept.popitem()
-            kept[step, line["split"]] = line
-        return [kept[key] for key in sorted(kept)]
+        return taken_back(self._whole_lines())
 
     def _whole_lines(self) -> Iterator[Mapping[str, Any]]:
         texts = self.metrics.read_bytes().decode(errors="replace").split("\n") if self.metrics.exists() else [""]
