@@ -111,6 +111,7 @@ class Trainer:
         self.steps_per_epoch = min(len(self.loader), settings.limit_steps or len(self.loader))
         self.total_steps = settings.epochs * self.steps_per_epoch
         acceleration.prepare(self.model, settings, engine, self.loader, self.watchdog, self.flag)
+        self._num_parameters = sum(p.numel() for p in self.model.parameters())  # once sharded, a rank has some of them
         self.learner = Learner(self.experiment, engine, self.model, self.task, self.steps_per_epoch)
         weights = partial(self.learner.strategy.weights, self.model)
         self.ledger = StepLedger(self.run, self.generation, engine.rank, weights) if settings.ledger else None
@@ -139,7 +140,7 @@ class Trainer:
             steps = (self.step, self.total_steps, self.steps_per_epoch)
             names = self.task.class_names
             self.recorder = Recorder(self.run, self.experiment, names, self.generation, steps, self.parts.volumes)
-            self.recorder.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+            self.recorder.parameters = self._num_parameters
             if self._evaluation_due():
                 self.recorder.evaluates_again(self.step, self.state["shown"])
             resuming.check_room(folder, self.learner.checkpoint_bytes, fresh=found is None)

@@ -20,7 +20,7 @@ from torch import nn
 from hpc.allocation import Allocation
 from hpc.errors import UserError
 from hpc.experiment import load
-from hpc.rundir import RunDir
+from hpc.rundir import RunDir, read_json
 from hpc.training import Train
 from jobs import strategies
 from jobs.engine import Engine
@@ -166,6 +166,8 @@ def test_it_is_the_single_one_within_rounding(kind: str, runs: dict[str, RunDir]
     np.testing.assert_allclose(moments(found), moments(single), atol=2e-5)
     np.testing.assert_allclose(weights(found), weights(single), atol=2e-4)
     assert found["last"]["metrics"]["loss"] == pytest.approx(single["last"]["metrics"]["loss"], rel=0.01)
+    counts = [read_json(runs[name].result)["parameters"] for name in (kind, "single")]
+    assert counts[0] == counts[1] > 0
     skipped = [event["step"] for event in runs[kind].read_events() if event["event"] == "skipped"]
     assert skipped == [DROPPED]
 
