@@ -24,6 +24,13 @@ def test_a_folder_that_cannot_be_written_is_one_line_with_a_remedy(tmp_path: Pat
         write_report([finished("a-1")], folder)
 
 
+def test_a_page_that_is_somebodys_stays(tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("mine")
+    with pytest.raises(UserError, match=r"index\.html: is there without EXPERIMENTS\.md"):
+        write_report([finished("a-1")], tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("index.html", "mine")]
+
+
 def test_figures_that_are_no_longer_shown_are_removed_and_nothing_else(tmp_path: Path) -> None:
     out, shade = tmp_path / "out", png(tmp_path / "f.png")
     figures = {"roc": shade, "curves": shade, "mine": shade}

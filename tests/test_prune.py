@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -12,11 +13,12 @@ from pathlib import Path
 import pytest
 
 from hpc import cli
+from hpc.errors import UserError
 from hpc.logs import positions, prune, status
 from hpc.logs.ends import Place
 from hpc.logs.sync import Carried, Session
 from hpc.rundir import ROWS, RunDir, locked, write_json
-from tests.syncing import FIRST, SECOND, age, append, attempt, make_run, scalar, write
+from tests.syncing import FIRST, SECOND, age, append, attempt, make_run, scalar, visible, write
 
 NAME = "tiny-1a2b3c4d"
 HELD = {"phase": "training", "pid": os.getpid(), "host": os.uname().nodename, "time": time.time(), "generation": 1}
@@ -55,9 +57,9 @@ def why(runs: Path, older_s: float = 3600, only: str | None = None, sink: str | 
     return {one.name: one.kept for one in prune.candidates(runs, older_s, only, sink)}
 
 
-def removed(runs: Path, only: str | None = None) -> list[str]:
-    chosen = [one for one in prune.candidates(runs, 3600, only, None) if not one.kept]
-    return list(prune.remove(runs, chosen, 3600, only))
+def removed(runs: Path, only: str | None = None, unasked: bool = False) -> list[str]:
+    chosen = [one for one in prune.candidates(runs, 3600, only, None, unasked) if not one.kept]
+    return list(prune.remove(runs, chosen, 3600, only, unasked))
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
@@ -261,18 +263,51 @@ def test_a_tracker_answers_for_event_files_alone(runs: Path, home: Path) -> None
     uri = "mlflow:http://127.0.0.1:5000"
     positions.write(runs, replace(known, sink=uri))
     assert "event files alone" in why(runs)[NAME]
-    assert removed(runs, "logs") == [f"{NAME}: logs removed, {uri} has them"]
+    assert "by --only logs --unasked" in why(runs, only="logs")[NAME] and removed(runs, "logs") == []
+    assert removed(runs, "logs", unasked=True) == [f"{NAME}: logs removed, {uri} has them"]
     assert (run.logs / "1_0_log.out").exists() and not list(run.tensorboard.iterdir())
 
 
 def test_what_was_pruned_here_is_not_brought_again(runs: Path, home: Path, tmp_path: Path) -> None:
-    finish(make_run(runs, first=attempt(0, 9, 1)))
+    run = finish(make_run(runs, first=attempt(0, 9, 1)))
     sync(runs, home)
     age_all(home / NAME)
     sync(home, tmp_path / "archive")
     assert removed(home) == [f"{NAME} removed, {tmp_path / 'archive'} has it"]
     sync(runs, home)
     assert not (home / NAME).exists()
+    write(run, SECOND, attempt(9, 12, 2))
+    sync(runs, home)
+    assert visible(home) == visible(runs), "it has gone on: all of it comes again"
+
+
+@pytest.mark.parametrize("how", ["link", "moved"])
+def test_the_folder_itself_is_no_sink(runs: Path, home: Path, how: str) -> None:
+    """Else each file would be compared with itself, and the only copy removed."""
+    finish(make_run(runs, first=attempt(0, 9, 1)))
+    sync(runs, home)
+    assert why(runs) == {NAME: ""}
+    shutil.rmtree(home)
+    if how == "link":
+        home.symlink_to(runs)
+        with pytest.raises(UserError, match=r"one is in the other|are one folder"):
+            Session(Place("", str(runs)), Place("", str(home)), Carried())
+    else:
+        runs.rename(home)
+    for folder in {home, home.resolve()}:
+        age_all(folder / NAME)
+        assert why(folder) == {NAME: f"{home} is this folder itself"}
+        assert removed(folder) == removed(folder, unasked=True) == []
+    assert visible(home)
+
+
+def test_a_run_that_cannot_go_keeps_no_other(runs: Path, home: Path) -> None:
+    for name in ("one-1", "two-2"):
+        finish(make_run(runs, name, first=attempt(0, 9, 1)))
+    sync(runs, home)
+    (runs / f"{prune._TAKEN}one-1").write_text("in the way")
+    told = removed(runs)
+    assert told[0].startswith("one-1 stays: ") and told[1] == f"two-2 removed, {home} has it"
 
 
 def test_the_command_shows_first(

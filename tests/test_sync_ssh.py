@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc.errors import UserError
 from hpc.logs import positions
 from hpc.logs.ends import RemoteEnd, Unreachable, end_of, place_of, ssh_command
 from hpc.logs.sync import Busy, Carried, Round, Session
@@ -80,6 +81,14 @@ def test_killed_again_and_again_it_ends_equal_and_tensorboard_sees_every_step_on
         steps = [step for step, _ in points]
         assert steps == list(range(len(steps))), "every step once, and none is missing"
     assert len({len(points) for points in views}) > 2, "it was looked at while it grew"
+
+
+def test_the_same_folder_through_another_host_is_refused(server: Sshd, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    make_run(runs, first=attempt(0, 9, 1))
+    for ends in ((str(runs), f"{server.host}:{runs}"), (f"{server.host}:{runs}", str(runs))):
+        with pytest.raises(UserError, match="are one folder"):
+            sync(*ends)
 
 
 @pytest.mark.parametrize("fast", [True, False], ids=["default loader", "python loader"])

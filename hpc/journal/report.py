@@ -48,6 +48,8 @@ def write_report(runs: Sequence[RunData], out: Path, baseline: str = "") -> tupl
 
 def _write(runs: Sequence[RunData], out: Path, baseline: str) -> tuple[Path, Path]:
     text, web = out / MARKDOWN, out / PAGE
+    if web.exists() and not text.exists():
+        raise UserError(f"{web}: is there without {MARKDOWN}, so it may be somebody's; choose another folder with -o")
     written, before = notes.split(text)
     report = compose(runs, written, baseline)
     shown = markdown.render(report)

@@ -286,6 +286,8 @@ class Delivery:
             self._pull(name, known, later)
             self._verify(name, known)
         except _WrittenAnew:
+            if self._lost_there(name, known):
+                return
             if not self._shrunk(name, known):
                 if not self._make_room(name, later):
                     return
@@ -346,6 +348,18 @@ class Delivery:
         known.verified = True
         self._save()
 
+    def _lost_there(self, name: str, known: FileCursor) -> bool:
+        """A resumed attempt cuts its older files; without a new one a file is cut by accident, and ours stays."""
+        size, more = self._listed.events[name][0], self._listed.events.keys() - self._cursor.files.keys()
+        if not known.verified or not self._listed.ended or more or size >= known.size:
+            return False
+        self.told.damaged += 1
+        self.told.problems.append(
+            f"{self._cursor.run}/{name}: has {size} bytes at the source, {known.size} here that were compared when the "
+            f"run had ended; what is here stays"
+        )
+        return True
+
     def _shrunk(self, name: str, known: FileCursor) -> bool:
         """A source that was cut, and is else what was delivered: cut it here, too, in place."""
         size = self._listed.events[name][0]
@@ -372,6 +386,15 @@ class Delivery:
             yield
         except OSError as error:
             raise DestinationFailed(f"{error.filename or self._dest.place}: {error.strerror or error}") from None
+
+
+def goes_on(one: Listed, cursor: RunCursor) -> bool:
+    """Whether a run has more than it had when it was pruned here: then all of it comes again."""
+    known = {name: file.seen[:1] for name, file in cursor.files.items()}
+    if all(known.get(name) == tuple(stat[:1]) for name, stat in one.events.items()):
+        return False
+    cursor.files, cursor.others, cursor.pruned = {}, {}, 0.0
+    return True
 
 
 def strangers(source: End, dest: End, listed: Sequence[Listed], cursors: Mapping[str, RunCursor]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import importlib.resources
 import json
 import os
 import re
+import secrets
 import shlex
 import socket
 import struct
@@ -255,6 +256,20 @@ def end_of(place: Place, create: bool = False, batch: bool = False) -> End:
         raise UserError(f"{place}: {error.strerror}; 'hpc ls --runs FOLDER' shows what a folder holds") from None
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{place}: a file is in the way; name a folder") from None
+
+
+def same_folder(one: End, other: End, aside: str) -> bool:
+    """Whether two ends are one folder, whatever hosts, links and mounts lie between.
+
+    What is written through one is looked for through the other. `aside`: a folder in `one` for this alone. Raises
+    OSError where it cannot be written.
+    """
+    token = secrets.token_hex(16)
+    one.save(f"{aside}/{token}", token)
+    try:
+        return other.sum(f"{aside}/{token}", len(token)) is not None
+    finally:
+        one.call("fresh", path=aside)
 
 
 def names() -> dict[str, str]:

@@ -20,7 +20,7 @@ from hpc.errors import UserError
 from hpc.ledger import look
 from hpc.logs import cursor, positions
 from hpc.logs.cursor import RunCursor, delivered_name
-from hpc.logs.ends import End, LocalEnd, Place, Unreachable, end_of, here, place_of, portions
+from hpc.logs.ends import End, LocalEnd, Place, Unreachable, end_of, here, place_of, portions, same_folder
 from hpc.logs.positions import Position
 from hpc.logs.salvage import survey
 from hpc.logs.sinks import is_sink
@@ -33,6 +33,9 @@ TITLES = ("run", "bytes", "files", "age", "what")
 PARTS = ("logs", "checkpoints")
 _OVER = frozenset(["finished", "failed", "cancelled", "lost"])
 _TAKEN = ".pruned-"
+_MEETING = f"{positions.FOLDER}/meeting"
+"""Where it is tried whether a sink is the folder itself."""
+_ITSELF = "is this folder itself"
 _OTHER = " as it is here; remove it there, 'touch' it here, and sync again"
 _Stats = dict[str, list[int]]
 """Of the files of a run, as a sink has them: size, and time (ns) where the sink is believed for what it confirmed."""
@@ -193,7 +196,7 @@ class _Sinks:
     def _missing(self, position: Position, found: Candidate, only: str | None) -> str:
         """What this sink lacks, in words; nothing where it has all."""
         if is_sink(position.sink):
-            return self._by_its_word(position, found, only)
+            return self._by_its_word(position, found, only, self._unasked)
         end, held = self._held(position.sink, position.run)
         if isinstance(end, str):
             return end
@@ -209,6 +212,8 @@ class _Sinks:
         end = self._end(sink)
         if not isinstance(end, str):
             return end[0], end[1].get(run, {})
+        if end.endswith(_ITSELF):
+            return end, {}
         if not self._unasked:
             return f"{end}; --unasked takes its word", {}
         try:
@@ -236,9 +241,12 @@ class _Sinks:
         return f"{unlike[0]} is not in {sink}{unlike[1]}" if unlike else ""
 
     @staticmethod
-    def _by_its_word(position: Position, found: Candidate, only: str | None) -> str:
-        if only != "logs":
-            return f"{position.sink} has its event files alone: --only logs, or sync it to a folder"
+    def _by_its_word(position: Position, found: Candidate, only: str | None, unasked: bool) -> str:
+        if only != "logs" or not unasked:
+            return (
+                f"{position.sink} has scalars and pictures of its event files alone: sync it to a folder, "
+                f"or take its word by --only logs --unasked"
+            )
         mine = {path: path.relative_to(found.run.path).as_posix() for path in found.files}
         found.files = [p for p, name in mine.items() if position.files.get(name, -1) >= p.lstat().st_size]
         found.size = sum(path.lstat().st_size for path in found.files)
@@ -254,6 +262,9 @@ class _Sinks:
         place = place_of(sink.removeprefix(f"{here()}:"))
         try:
             end = end_of(place, batch=True)
+            if same_folder(LocalEnd(Place("", str(self._folder))), end, _MEETING):
+                end.close()
+                return f"{sink} {_ITSELF}"
             everything = Carried(tuple(more_names()), 1 << 62)
             told = json.loads(zlib.decompress(end.call("list", **everything.fields())[1]))
         except (Unreachable, UserError, OSError) as error:
@@ -315,14 +326,15 @@ def remove(
 ) -> Iterator[str]:
     """Remove what may go, each checked again right before; one sentence each."""
     _sweep_up(folder)
-    sweeps: dict[Path, list[Candidate]] = {}
+    groups: dict[Path, list[Candidate]] = {}
     for one in chosen:
-        if one.run.in_sweep and only is None:
-            sweeps.setdefault(one.run.path.parent, []).append(one)
-        else:
-            yield _remove(folder, [one], one.run.path, older_s, only, unasked)
-    for path, rows in sweeps.items():
-        yield _remove(folder, rows, path, older_s, only, unasked)
+        path = one.run.path.parent if one.run.in_sweep and only is None else one.run.path
+        groups.setdefault(path, []).append(one)
+    for path, several in groups.items():
+        try:
+            yield _remove(folder, several, path, older_s, only, unasked)
+        except (OSError, UserError, Unreachable) as error:
+            yield f"{path.name} stays: {error}"
 
 
 def _remove(

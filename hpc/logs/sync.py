@@ -18,8 +18,8 @@ from typing import Any
 from hpc.errors import UserError
 from hpc.logs import positions
 from hpc.logs.cursor import ASIDE, LOCK, RunCursor, folder_of, parse
-from hpc.logs.deliver import Delivery, DestinationFailed, Foreign, Listed, Told, strangers
-from hpc.logs.ends import End, Place, RemoteEnd, Unreachable, end_of, here
+from hpc.logs.deliver import Delivery, DestinationFailed, Foreign, Listed, Told, goes_on, strangers
+from hpc.logs.ends import End, Place, RemoteEnd, Unreachable, end_of, here, same_folder
 from hpc.logs.positions import Position, quoted
 from hpc.logs.records import Ending
 from hpc.rundir import RunDir
@@ -132,6 +132,8 @@ class Session:
         told, _ = dest.call("lock", path=LOCK, holder=f"{here()} (process {os.getpid()})")
         if told["taken"] is False:
             raise Busy(f"another sync writes to {dest.place}: {told['holder'] or 'somewhere'}")
+        if same_folder(dest, source, ASIDE):
+            raise UserError(f"{source.place} and {dest.place} are one folder; choose another destination")
         self.source_name = f"{source.place.host}:{source.root}" if source.place.host else f"{here()}:{source.root}"
         by_hand = dest.place.host or source.place.host
         # As the source's machine would name it: status and prune there ask by this name.
@@ -195,7 +197,7 @@ class Session:
     def _carry_events(self, one: Listed, now: float, done: Round) -> bool:
         """False of a run that is not to be carried at all."""
         cursor = self._cursor(one.run)
-        if cursor.pruned:
+        if cursor.pruned and not goes_on(one, cursor):
             return False
         before = cursor.text()
         delivery = Delivery(self.source, self.dest, one, cursor, now, lambda: self._save(cursor))
@@ -272,7 +274,7 @@ class Session:
         if far:
             command += ["-e", " ".join(shlex.quote(part) for part in far.ssh)]
         command += ["--", _rsync_name(self.source), _rsync_name(self.dest)]
-        names = b"\0".join(os.fsencode(path) for path in paths)
+        names = b"\0".join(os.fsencode(f"./{path}") for path in paths)  # rsync takes #name for a comment
         try:
             code, errors = _run(command, names)
         except FileNotFoundError:

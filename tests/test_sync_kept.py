@@ -1,0 +1,51 @@
+"""hpc sync loses nothing: what an accident takes at the source stays here, and every file comes, whatever its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hpc.logs.ends import Place
+from hpc.logs.sync import Carried, Round, Session
+from tests.syncing import FIRST, SECOND, attempt, make_run, visible, write
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+def carry(runs: Path, home: Path) -> Round:
+    session = Session(Place("", str(runs)), Place("", str(home)), Carried())
+    try:
+        return session.round()
+    finally:
+        session.close()
+
+
+def test_what_was_cut_after_the_runs_end_stays_here(runs: Path, home: Path) -> None:
+    """No attempt goes on, so nobody has cut it on purpose."""
+    run = make_run(runs, first=attempt(0, 40, 1))
+    run.result.write_text("{}")
+    carry(runs, home)
+    write(run, FIRST, attempt(0, 40, 1)[:900])
+    for _ in range(2):
+        assert any("what is here stays" in problem for problem in carry(runs, home).problems)
+    assert list(visible(home).values()) == [attempt(0, 40, 1)]
+    write(run, SECOND, attempt(30, 50, 2))
+    write(run, FIRST, attempt(0, 30, 1))
+    assert carry(runs, home).problems == [] and visible(home) == visible(runs), "a resumed one has cut it"
+
+
+@pytest.mark.parametrize("name", ["#old", "; x", "-r"])
+def test_odd_names_are_carried(runs: Path, home: Path, name: str) -> None:
+    run = make_run(runs, name, first=attempt(0, 9, 1))
+    run.metrics.write_text("{}\n")
+    carry(runs, home)
+    assert (home / name / run.metrics.name).read_text() == "{}\n"
