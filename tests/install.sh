@@ -11,6 +11,7 @@ if missing munged; then packages="$packages munge"; fi
 if missing slurmdbd; then packages="$packages slurmdbd"; fi
 # The server without its service: slurmdbd keeps its tables there.
 if missing mariadbd || missing mariadb-install-db; then packages="$packages mariadb-server-core"; fi
+if missing my_print_defaults; then packages="$packages mariadb-client-core"; fi # the server's tables are made by it
 if missing sshd; then packages="$packages openssh-server"; fi
 if missing rsync; then packages="$packages rsync"; fi
 if missing chromium || missing chromedriver; then packages="$packages chromium chromium-driver"; fi

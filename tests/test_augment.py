@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from datasets.augment import Augment, draw, draw_moves
 from datasets.augment.options import PRESETS
+from tests.cpus import AVX2
 
 EVERYTHING = {
     "flip": [0, 1],
@@ -58,6 +59,7 @@ def test_a_sample_is_the_same_bits_in_any_batch(kind, chances):
 @pytest.mark.parametrize(
     ("name", "shape"), [(name, (1, 41, 43, 45)) for name in EVERYTHING] + [("crop", (3, 203, 211))]
 )
+@AVX2
 def test_the_number_of_threads_changes_no_bit(name, shape):
     """On samples large enough for torch to share out; a resumed run may have another number of cores."""
     augment, before = Augment(**{name: IMAGES[name]}), torch.get_num_threads()

@@ -22,6 +22,7 @@ from jobs.ema import Ema
 from jobs.memory import Estimate, Shards, Step, estimate, largest_batch
 from jobs.optimize import build_optimizer
 from models3d import create_model, takes
+from tests.cpus import NO_BF16
 from tests.tiny_run import CONTEXT
 
 ADAMW = partial(build_optimizer, Optimizer(name="adamw"))
@@ -141,6 +142,7 @@ WAYS: list[tuple[str, tuple[int, ...], dict[str, Any], Step]] = [
 @pytest.mark.parametrize(
     ("name", "shape", "options", "step"), WAYS, ids=[way[0] + str(number) for number, way in enumerate(WAYS)]
 )
+@NO_BF16
 def test_other_networks_and_ways(name: str, shape: tuple[int, ...], options: dict[str, Any], step: Step) -> None:
     found = estimated(name, shape, step, **options).peak
     assert found == pytest.approx(measured(name, shape, step, **options), rel=0.1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.slurm.processes import ClusterError, search_path
 
-PROGRAMS = ("slurmdbd", "sacct", "sacctmgr", "mariadbd", "mariadb-install-db")
+PROGRAMS = ("slurmdbd", "sacct", "sacctmgr", "mariadbd", "mariadb-install-db", "my_print_defaults")
 # Small and careless with the disk: it lives for some seconds and a crash of the machine may eat it.
 MARIADB = (
     "--no-defaults",
