@@ -49,6 +49,9 @@ def test_a_silent_slurm_is_one_line(folder: Path) -> None:
         [sys.executable, "-c", code.replace("SlurmError('", "RuntimeError('")], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 1 and "Traceback" in done.stderr, "a fault of ours is not hidden"
+    asked = {**os.environ, "HPC_DEBUG": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=asked)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "in call" in done.stderr, "on demand"
 
 
 @pytest.mark.parametrize("command", ["show", "why", "evaluate", "fsck", "cancel"])
