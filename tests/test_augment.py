@@ -1,5 +1,7 @@
 """Augmentation as a whole: the same in any batch, what follows what, how often, and what is refused."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 
 from datasets.augment import Augment, draw, draw_moves
 from datasets.augment.options import PRESETS
-from tests.cpus import AVX2
+from datasets.augment.products import product
 
 EVERYTHING = {
     "flip": [0, 1],
@@ -58,11 +60,7 @@ def test_a_sample_is_the_same_bits_in_any_batch(kind, chances):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [
-        pytest.param(name, (1, 41, 43, 45), marks=[AVX2] if name in ("blur", "low_resolution") else [])
-        for name in EVERYTHING
-    ]
-    + [("crop", (3, 203, 211))],
+    [(name, (1, 41, 43, 45)) for name in EVERYTHING] + [("crop", (3, 203, 211))],
 )
 def test_the_number_of_threads_changes_no_bit(name, shape):
     """On samples large enough for torch to share out; a resumed run may have another number of cores."""
@@ -76,6 +74,25 @@ def test_the_number_of_threads_changes_no_bit(name, shape):
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(out, results[0][0]) and torch.equal(labels, results[0][1]) for out, labels in results)
+
+
+def test_a_product_is_the_same_with_any_number_of_threads_and_in_any_batch():
+    """Shapes drawn by a seed: on CPUs with AVX2 alone a quarter of them differs where torch.bmm is called as it is."""
+    before, draw = torch.get_num_threads(), random.Random(7)
+    try:
+        for _ in range(60):
+            inner, columns = draw.randint(2, 200), draw.randint(2, 200)
+            left = torch.randn(draw.randint(1, 4), draw.choice([1, 33, 100, 1935]), inner)
+            right = torch.randn(len(left), inner, columns)
+            torch.set_num_threads(1)
+            one = product(left, right)
+            torch.testing.assert_close(one, torch.bmm(left, right), rtol=1e-4, atol=1e-4)
+            for threads in (2, 3, 4, 8):
+                torch.set_num_threads(threads)
+                assert torch.equal(product(left, right), one), (left.shape, columns, threads)
+                assert torch.equal(product(left[-1:], right[-1:]), one[-1:]), (left.shape, columns, threads)
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", KINDS)

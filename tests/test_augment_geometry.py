@@ -8,7 +8,6 @@ from scipy.interpolate import make_lsq_spline
 from scipy.spatial.transform import Rotation
 
 from datasets.augment import Augment, resampling
-from tests.cpus import AVX2
 
 SHAPES = [(33, 40), (17, 20, 23)]
 GEOMETRY = {
@@ -186,7 +185,6 @@ def test_axes_of_one_voxel_stay(shape):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5, 64])
-@AVX2
 def test_slabs_for_threads_join_without_a_seam(threads):
     before = torch.get_num_threads()
     volume, maps = torch.randn(1, 2, 7, 8, 9), torch.randint(0, 9, (1, 7, 8, 9), dtype=torch.uint8)
@@ -202,7 +200,6 @@ def test_slabs_for_threads_join_without_a_seam(threads):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["image", "volume"])
-@AVX2
 def test_a_sample_too_large_for_one_grid_is_resampled_in_blocks(shape, monkeypatch):
     def once():
         inputs = torch.randn(1, 2, *shape, generator=torch.Generator().manual_seed(0))

@@ -9,7 +9,6 @@ from scipy import ndimage, stats
 
 from datasets.augment import Augment
 from datasets.order import Stream, random_bits, uniforms
-from tests.cpus import AVX2
 
 SHAPES = {"image": (3, 15, 22), "volume": (2, 9, 12, 13), "thin": (1, 1, 2, 7)}
 
@@ -200,7 +199,6 @@ def test_cutout_takes_its_count_of_holes():
 
 @pytest.mark.parametrize("shape", [(1, 1, 300), (300, 1, 1), (1, 300, 1), (300, 1), (1, 300), (1, 20, 30)])
 @pytest.mark.parametrize("options", [{"blur": [1, 2]}, {"low_resolution": [1, 3]}])
-@AVX2
 def test_filters_of_an_axis_of_one_voxel_do_not_depend_on_threads(shape, options):
     inputs = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 1, *shape)).astype(np.float32))
     before, results = torch.get_num_threads(), []

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from datasets.augment.chance import Chance, Floats, cosine, sine
+from datasets.augment.products import product
 from datasets.order import Stream, random_bits
 
 SERIAL = 16384
@@ -35,10 +36,7 @@ def filtered(inputs: Tensor, chance: Chance) -> Tensor:
         matrix = coarsened(blurring(size, sigmas, inputs.device), factors)
         # (n * C, size, rest): this axis goes to the end, so that after all of them the order is the old one
         columns = out.reshape(shape[0] * shape[1], size, -1).transpose(1, 2)
-        lines = columns.shape[1]
-        # a single line would be a product with a vector, whose sum is split by the number of threads
-        columns = columns.expand(-1, 2, -1) if lines == 1 else columns
-        out = torch.bmm(columns, matrix.transpose(1, 2).repeat_interleave(shape[1], dim=0))[:, :lines]
+        out = product(columns, matrix.transpose(1, 2).repeat_interleave(shape[1], dim=0))
     return out.reshape(shape)
 
 
@@ -90,11 +88,14 @@ def apply_colour(inputs: Tensor, chance: Chance) -> Tensor:
     saturation = chance.within("saturation", 1.0)[:, None, None]
     angle = 2 * np.pi * chance.amount("hue", 1)[:, :, None]
     grey = np.broadcast_to(LUMA, (3, 3))
-    colour = np.eye(3) - grey
-    turned = grey + cosine(angle) * colour + sine(angle) * HUE
-    matrix = turned @ (grey + saturation * colour)
-    mixed = torch.bmm(torch.from_numpy(matrix.astype(np.float32)).to(inputs.device), inputs.flatten(2))
-    return mixed.reshape(inputs.shape)
+    chroma = np.eye(3) - grey
+    turned = grey + cosine(angle) * chroma + sine(angle) * HUE
+    matrix = turned @ (grey + saturation * chroma)
+    shares = torch.from_numpy(matrix.astype(np.float32)).to(inputs.device)[..., None, None]
+    mixed = shares[:, :, 0] * inputs[:, :1]
+    for colour in (1, 2):
+        mixed.add_(shares[:, :, colour] * inputs[:, colour : colour + 1])
+    return mixed
 
 
 def apply_levels(inputs: Tensor, chance: Chance) -> Tensor:

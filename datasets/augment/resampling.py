@@ -10,6 +10,7 @@ from torch.nn.functional import grid_sample
 
 from datasets.augment.chance import Floats
 from datasets.augment.geometry import Moves
+from datasets.augment.products import product
 
 BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 """of sampling grid at a time: little beside a large volume, and not so many blocks that threads wait for each other"""
@@ -74,7 +75,7 @@ class _Sources:
         grid = torch.add(self._first[:, index], self._rest, out=self._grid)
         if self._bend is not None:
             basis, field = self._bend
-            grid.view(self.count, self.rows, -1).baddbmm_(basis[index].expand(self.count, -1, -1), field)
+            grid.view(self.count, self.rows, -1).add_(product(basis[index].expand(self.count, -1, -1), field))
         return grid.view(self.count, self.rows, *self.shape[1:], len(self.shape))
 
 
@@ -96,7 +97,8 @@ def _splines(moves: Moves, bends: Floats, shape: tuple[int, ...], device: torch.
     field = _to_grid(np.einsum("nij,n...j->n...i", moves.matrix, bends), shape).to(device)
     basis = [spline_basis(size, knot).to(device) for size, knot in zip(shape, moves.knots, strict=True)]
     for axis in reversed(range(1, len(shape))):
-        field = basis[axis] @ field.reshape(*bends.shape[: axis + 2], -1)
+        lines = field.reshape(int(np.prod(bends.shape[: axis + 1])), bends.shape[axis + 1], -1)
+        field = product(basis[axis].expand(len(lines), -1, -1), lines)
     return basis[0], field.reshape(*bends.shape[:2], -1)
 
 
