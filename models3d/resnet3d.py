@@ -49,7 +49,7 @@ class Stem(nn.Module):
             if self.deterministic_pooling
             else F.max_pool3d(x, 2, stride=1, padding=1)
         )
-        return F.relu(self.bn(x))
+        return F.relu(self.bn(x), inplace=True)
 
 
 class ResBlock(nn.Module):
@@ -70,9 +70,9 @@ class ResBlock(nn.Module):
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.drop_path(y) + self.shortcut(x))
+        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
+        return F.relu(self.drop_path(y) + self.shortcut(x), inplace=True)
 
 
 class ResNet3d(nn.Module):

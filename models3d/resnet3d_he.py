@@ -83,7 +83,7 @@ class Block(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv3d(in_width, out, 1, stride, bias=False), norm_layer(norm, out))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.relu(self.drop_path(self.branch(x)) + self.shortcut(x))
+        return F.relu(self.drop_path(self.branch(x)) + self.shortcut(x), inplace=True)
 
 
 class HeResNet3d(nn.Module):
