@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 Direction = Literal["max", "min"]
 
@@ -38,6 +38,11 @@ UNDEFINED = "–"
 
 _DIFFICULTY = {"multilabel": ("ap", "f1"), "segmentation": ("dice",)}
 """Of single classes: the lower, the more difficult; the first of these that the classes have. Else recall."""
+
+
+def is_finite(value: Any) -> TypeGuard[int | float]:
+    """What files tell may be anything: True and NaN are no number that can be drawn or reckoned with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def by_difficulty(task: str, rows: Sequence[Mapping[str, Any]]) -> list[int]:

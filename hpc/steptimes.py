@@ -11,6 +11,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from hpc.metrics import is_finite
+
 PHASES = {
     "data": "waiting for data",
     "host": "host",
@@ -27,15 +29,19 @@ _UNITS = ((1e15, "PFLOP/s"), (1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s
 
 
 def typical(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of evaluations the median of each figure, under the same keys; those that no line has are left out."""
+    """The median of each figure over evaluations, under the same keys; without those that are never a number."""
     several, found = list(lines), dict[str, Any]()
-    timed = [line[SECONDS] for line in several if isinstance(line.get(SECONDS), Mapping)]
-    if timed:
+    told = [line[SECONDS] for line in several if isinstance(line.get(SECONDS), Mapping)]
+    if timed := [seconds for seconds in map(_numbers, told) if seconds]:
         found[SECONDS] = {key: statistics.median(one.get(key, 0.0) for one in timed) for key in (*PHASES, STEP)}
     for key in (FLOPS, MFU):
-        if values := [value for line in several if isinstance(value := line.get(key), int | float)]:
+        if values := [line[key] for line in several if is_finite(line.get(key))]:
             found[key] = statistics.median(values)
     return found
+
+
+def _numbers(told: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in told.items() if is_finite(value)}
 
 
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:

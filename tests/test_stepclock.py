@@ -121,6 +121,8 @@ def test_of_several_evaluations_the_median_is_told_and_what_none_has_is_left_out
     lines: list[dict[str, Any]] = [{"step_seconds": {**PLANTED, STEP: 63.0 + n}, "mfu": n / 10} for n in (1, 2, 9)]
     found = steptimes.typical([*lines, {"step": 1}])
     assert found["step_seconds"][STEP] == 65 and found["mfu"] == 0.2 and "flops_per_second" not in found
+    strange = {"step_seconds": {"data": "soon", "step": True}, "mfu": float("nan"), "flops_per_second": "many"}
+    assert steptimes.typical([*lines, strange]) == found  # a file that something else wrote, too
     assert steptimes.typical([{}]) == {} and steptimes.lines({}) == []
     assert steptimes.rate(3.9e11) == "390 GFLOP/s" and steptimes.milliseconds(0.01234) == "12.3 ms"
 

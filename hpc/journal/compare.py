@@ -43,7 +43,7 @@ def number(value: Any, digits: int = 4) -> str:
 
 def difference(value: Any, baseline: Any) -> str:
     """`+0.02`; `=` where both are written alike, empty where one of the two is no finite number."""
-    if not (is_number(value) and is_number(baseline) and math.isfinite(value) and math.isfinite(baseline)):
+    if not (metrics.is_finite(value) and metrics.is_finite(baseline)):
         return ""
     if number(value) == number(baseline):
         return "="

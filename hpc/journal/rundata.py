@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from hpc import steptimes
 from hpc.journal.compare import better, is_number, lower_is_better
 from hpc.journal.content import CURVE_POINTS, Curve
-from hpc.metrics import DEFAULT_MONITOR, by_difficulty
+from hpc.metrics import DEFAULT_MONITOR, by_difficulty, is_finite
 
 Values = Mapping[str, Any]
 
@@ -213,7 +213,7 @@ class RunData:
     def timing(self) -> Values:
         """What is known of where the time of a step goes, see hpc.steptimes: the result's, else of the evaluations."""
         told: Iterator[Sequence[Values]] = iter([[self.result], [self.typical], self.validations])
-        return next(filter(None, (steptimes.typical(map(_timed, lines)) for lines in told)), {})
+        return next(filter(None, (steptimes.typical(lines) for lines in told)), {})
 
     @property
     def epoch_seconds(self) -> float | None:
@@ -233,7 +233,7 @@ class RunData:
         """Starts of the job; several ranks may report one start."""
         seen = self._generations("start") | {int(line.get("generation", 1)) for line in self.metrics}
         given = self.result.get("attempts", self.typical.get("attempts"))
-        return int(given) if _finite(given) else len(seen)
+        return int(given) if is_finite(given) else len(seen)
 
     @property
     def preemptions(self) -> int:
@@ -300,25 +300,14 @@ def sequence(value: Any) -> Sequence[Any]:
     return value if isinstance(value, list) else ()
 
 
-def _timed(told: Values) -> Values:
-    """What it says of the time of a step in numbers."""
-    seconds = {part: taken for part, taken in mapping(told.get(steptimes.SECONDS)).items() if _finite(taken)}
-    rates = {key: told[key] for key in (steptimes.FLOPS, steptimes.MFU) if _finite(told.get(key))}
-    return rates | ({steptimes.SECONDS: seconds} if seconds else {})
-
-
 def _between(one: Values, other: Values, key: str) -> float | None:
     """How much it grows; None if it does not."""
     begin, end = one.get(key), other.get(key)
-    return end - begin if _finite(begin) and _finite(end) and end > begin else None
-
-
-def _finite(value: Any) -> TypeGuard[int | float]:
-    return is_number(value) and math.isfinite(value)
+    return end - begin if is_finite(begin) and is_finite(end) and end > begin else None
 
 
 def _point(value: Any) -> float | None:
-    return float(value) if _finite(value) else None
+    return float(value) if is_finite(value) else None
 
 
 def _thinned(lines: Sequence[Values]) -> Sequence[Values]:
