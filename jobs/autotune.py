@@ -30,7 +30,7 @@ from jobs import acceleration
 from jobs import choice as choices
 from jobs.choice import Choice
 from jobs.engine import Engine
-from jobs.precision import Precision, say_idle
+from jobs.precision import Precision, emulates_bf16, say_idle
 from jobs.probe import Measured, Probe
 from jobs.setup import Parts, make_loaders
 from jobs.tasks import make_task
@@ -137,7 +137,7 @@ def precisions(experiment: Experiment, device: torch.device) -> list[str]:
     if experiment.train.precision != "auto":
         return [experiment.train.precision]
     if device.type != "cuda":
-        return ["fp32", "bf16"]
+        return ["fp32"] if emulates_bf16(device) else ["fp32", "bf16"]
     half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return ["fp32", "tf32", half]
 

@@ -17,8 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hpc.experiment import load
 from hpc.rundir import RunDir, read_json
+from jobs.precision import emulates_bf16
 from jobs.realdata.making import make
 from jobs.realdata.wheels import Unavailable
 
@@ -51,10 +54,9 @@ def pack() -> None:
 
 
 def _precision() -> list[str]:
-    """A CPU without instructions for bf16 takes a hundred times as long for its convolutions."""
-    cpu = Path("/proc/cpuinfo")
-    known = cpu.read_text() if cpu.exists() else ""
-    return [] if "bf16" in known or Path("/dev/nvidiactl").exists() else ["train.precision=fp32"]
+    """As the recipe says, but fp32 where it would take a CPU hours."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return ["train.precision=fp32"] if emulates_bf16(device) else []
 
 
 def submit(recipe: str) -> RunDir:

@@ -129,12 +129,19 @@ class Precision:
             self.scaler.load(state)
 
 
+def emulates_bf16(device: torch.device) -> bool:
+    """Whether this is a CPU without instructions for bf16: its convolutions then take a hundred times as long."""
+    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def say_idle(settings: Train, device: torch.device) -> None:
     """Tell what of these settings takes no effect on this device, once at the start of a run."""
     if settings.precision == "tf32" and device.type != "cuda":
         _LOG.info("train.precision tf32 has no effect on %s, which computes in fp32; bf16 is for both", device)
     if settings.precision == "fp16" and device.type == "cpu":
         _LOG.info("train.precision fp16 is emulated on many CPUs, and slow there; bf16 needs no loss scale")
+    if settings.precision == "bf16" and emulates_bf16(device):
+        _LOG.warning("train.precision bf16 is emulated on this CPU, and very slow; use train.precision=fp32 here")
 
 
 def _use_tf32(on: bool) -> None:

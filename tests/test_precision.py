@@ -12,6 +12,7 @@ from hpc.errors import UserError
 from hpc.experiment import validate
 from hpc.optimisation import Optimizer
 from hpc.training import Train
+from jobs import autotune
 from jobs import precision as precisions
 from jobs.guards import Verdict
 from jobs.optimize import build_optimizer
@@ -128,6 +129,18 @@ def test_what_takes_no_effect_is_refused_or_told(caplog: pytest.LogCaptureFixtur
     with caplog.at_level("INFO"):
         precisions.say_idle(Train(precision="tf32"), CPU)
     assert "train.precision tf32 has no effect on cpu" in caplog.text
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_where_bf16_is_emulated_it_is_neither_tried_nor_passed_over_in_silence(
+    emulated: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: not emulated)
+    values = {"name": "a", "model": {"name": "resnet3d"}, "data": {"file": "a.h5"}}
+    auto = validate({**values, "train": {"precision": "auto", "autotune": True, "device": "cpu"}}, "exp.yaml")
+    assert autotune.precisions(auto, CPU) == (["fp32"] if emulated else ["fp32", "bf16"])
+    precisions.say_idle(Train(precision="bf16"), CPU)
+    assert ("use train.precision=fp32 here" in caplog.text) == emulated
 
 
 @pytest.fixture(scope="module")

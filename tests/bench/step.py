@@ -39,6 +39,7 @@ from hpc.rundir import RunDir
 from jobs import acceleration, autotune
 from jobs.choice import Choice
 from jobs.engine import Engine
+from jobs.precision import emulates_bf16
 from jobs.probe import Probe
 from jobs.setup import prepare
 from jobs.tasks import make_task
@@ -47,7 +48,7 @@ from models3d import create_model
 
 CLASSES, CPU = 3, torch.device("cpu")
 # Without instructions for it, a bf16 convolution on a CPU takes minutes: nothing to compare.
-LOW = "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+LOW = "fp32" if emulates_bf16(CPU) else "bf16"
 PLAIN = Choice(threads=1)
 TRAINING = 48
 """Samples."""
