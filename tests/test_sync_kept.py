@@ -43,6 +43,18 @@ def test_what_was_cut_after_the_runs_end_stays_here(runs: Path, home: Path) -> N
     assert carry(runs, home).problems == [] and visible(home) == visible(runs), "a resumed one has cut it"
 
 
+def test_a_file_that_was_lost_or_cut_here_comes_again(runs: Path, home: Path) -> None:
+    run = make_run(runs, first=attempt(0, 9, 1))
+    run.metrics.write_text('{"step": 1}\n')
+    run.result.write_text("{}")
+    carry(runs, home)
+    for lose in (Path.unlink, lambda path: path.write_text("")):
+        lose(home / run.name / run.metrics.name)
+        done = carry(runs, home)
+        assert done.others == 1 and (home / run.name / run.metrics.name).read_text() == '{"step": 1}\n'
+    assert carry(runs, home).others == 0
+
+
 @pytest.mark.parametrize("name", ["#old", "; x", "-r"])
 def test_odd_names_are_carried(runs: Path, home: Path, name: str) -> None:
     run = make_run(runs, name, first=attempt(0, 9, 1))

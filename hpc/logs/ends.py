@@ -99,6 +99,11 @@ class End:
             found |= dict(zip(some, json.loads(self.call("sums", asked)[1]), strict=True))
         return found
 
+    def sizes(self, files: Sequence[str]) -> dict[str, int | None]:
+        """Size of each file; None of one that is not there."""
+        told = self.call("sizes", zlib.compress(json.dumps(list(files)).encode()))[1]
+        return dict(zip(files, json.loads(zlib.decompress(told)), strict=True))
+
     def marks(self, runs: Sequence[str]) -> dict[str, list[str] | None]:
         """What tells each of these runs from another of its name; None of one that is not there."""
         told = self.call("marks", json.dumps(list(runs)).encode())[1]

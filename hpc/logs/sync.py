@@ -111,6 +111,8 @@ class Session:
         """Runs of which other files were carried in this round."""
         self._same: set[str] = set()
         """Runs that are those of the destination, or are not there yet."""
+        self._looked: set[str] = set()
+        """Runs whose other files were looked for at the destination."""
         self.source = end_of(source, batch=batch)
         try:
             self.dest = end_of(dest, create=True, batch=batch)
@@ -249,6 +251,7 @@ class Session:
 
     def _carry_others(self, runs: Sequence[Listed], done: Round) -> set[str]:
         """One rsync for all that has changed; the paths that it could not carry."""
+        touched = self._forget_lost([one for one in runs if one.run not in self._looked])
         changed = {
             f"{one.run}/{name}": (one, name, stat)
             for one in runs
@@ -256,16 +259,28 @@ class Session:
             if self._cursor(one.run).others.get(name) != stat
         }
         failed = self._rsync(list(changed), done) if changed else set()
-        touched = {}
         for path, (one, name, stat) in changed.items():
             if path not in failed:
-                cursor = touched[one.run] = self._cursor(one.run)
-                cursor.others[name] = stat
+                self._cursor(one.run).others[name] = stat
+                touched.add(one.run)
         done.others = len(changed) - len(failed)
-        for cursor in touched.values():
-            self._save(cursor)
-        self._touched = set(touched)
+        for run in sorted(touched):
+            self._save(self._cursor(run))
+        self._touched = touched
         return failed
+
+    def _forget_lost(self, runs: Sequence[Listed]) -> set[str]:
+        """What was carried and is not at the destination any more, or has another size there, is to come again.
+
+        The runs that have lost something.
+        """
+        known = {f"{one.run}/{name}": (one.run, name) for one in runs for name in self._cursor(one.run).others}
+        there = self.dest.sizes(list(known)) if known else {}
+        lost = [at for path, at in known.items() if there[path] != self._cursor(at[0]).others[at[1]][0]]
+        for run, name in lost:
+            del self._cursor(run).others[name]
+        self._looked.update(one.run for one in runs)
+        return {run for run, _ in lost}
 
     def _rsync(self, paths: Sequence[str], done: Round) -> set[str]:
         far = next((end for end in (self.source, self.dest) if isinstance(end, RemoteEnd)), None)
