@@ -359,6 +359,13 @@ def test_status_tells_what_is_where(
     make_run(runs, "new-2", first=attempt(0, 3, 1))
     found = status.look(runs)
     assert found.exit_code == 1 and "new-2" in found.sentence
+    assert f"--status --forget '{home}'" in found.sentence
+    assert command(monkeypatch, "sync", "--status", "--runs", str(runs), "--forget", "hom") == 2
+    assert f"knows no such sink; valid: {home}" in capsys.readouterr().err
     make_run(runs, "empty-3")
     (empty,) = (row for row in status.rows(status.look(runs)) if row[0] == "empty-3")
     assert empty[-1] == f"{home}: nothing yet"
+    assert command(monkeypatch, "sync", "--status", "--runs", str(runs), "--forget", str(home)) == 1
+    assert f"{home} is forgotten" in capsys.readouterr().err and not status.look(runs).runs[0].sinks
+    sync(runs, home)
+    assert status.look(runs).runs[0].confirmed, "it was left as it is"

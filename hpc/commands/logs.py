@@ -34,6 +34,9 @@ def sync(
     ] = None,
     most: Annotated[str, typer.Option(help="Leave larger files that are no event files.", metavar="SIZE")] = "100MB",
     status: Annotated[bool, typer.Option("--status", help="What is confirmed where; 1 if behind.")] = False,
+    forget: Annotated[
+        str | None, typer.Option(help="With --status: ask no more what this sink has.", metavar="SINK")
+    ] = None,
     as_json: AsJson = False,
     runs: Runs = None,
 ) -> None:
@@ -41,9 +44,9 @@ def sync(
     if status:
         if dest is not None:
             raise UserError("--status looks at one folder of runs; leave DEST out")
-        _status(Path(source) if source else runs, as_json)
-    if as_json:
-        raise UserError("--json goes with --status")
+        _status(Path(source) if source else runs, forget, as_json)
+    if as_json or forget:
+        raise UserError(f"{'--json' if as_json else '--forget'} goes with --status")
     if source is None or dest is None:
         raise UserError("name where from and where to: hpc sync SRC DEST; 'hpc sync --status' tells where things are")
     if watch and from_cron:
@@ -139,11 +142,13 @@ def _seconds(text: str, option: str) -> float:
         raise UserError(f"{option}: {error}") from None
 
 
-def _status(runs: Path | None, as_json: bool) -> None:
+def _status(runs: Path | None, forget: str | None, as_json: bool) -> None:
     from hpc.logs import status
     from hpc.rundir import runs_folder
 
     folder = runs_folder(runs)
+    if forget:
+        print(status.forget(folder, forget), file=sys.stderr)
     found = status.look(folder)
     if as_json:
         print_json(found.as_dict())

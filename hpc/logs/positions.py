@@ -81,6 +81,15 @@ def read(runs: Path, run: str | None = None) -> list[Position]:
     return sorted(found, key=lambda one: (one.sink, one.run))
 
 
+def forget(runs: Path, sink: str) -> int:
+    """Take away what a sink has confirmed; of how many runs. Raises OSError."""
+    mine = [position for position in read(runs) if position.sink == sink]
+    for position in mine:
+        carried_path(runs, sink, position.run).unlink(missing_ok=True)
+        path_of(runs, sink, position.run).unlink()
+    return len(mine)
+
+
 def _load(path: Path) -> Iterator[Position]:
     with suppress(UserError, OSError, TypeError, ValueError, KeyError):
         told = read_json(path)

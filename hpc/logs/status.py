@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpc.errors import UserError
+from hpc.errors import UserError, nearest
 from hpc.logs import cursor, positions
 from hpc.logs.blocks import last_event, whole_records
 from hpc.logs.cursor import SETTLE_S, is_damage
@@ -91,11 +91,21 @@ class Found:
         shown = ", ".join(behind[:3]) + (f" and {len(behind) - 3} more" if len(behind) > 3 else "")
         words = f"{len(behind)} of {len(self.runs)} runs are not confirmed: {shown}; carry them with 'hpc sync'"
         damaged = [run.run.rpartition("/")[2] for run in self.runs if run.damaged]
-        return words + (f"; {len(damaged)} damaged: 'hpc fsck {damaged[0]}' tells more" if damaged else "")
+        words += f"; {len(damaged)} damaged: 'hpc fsck {damaged[0]}' tells more" if damaged else ""
+        late = sorted({one.sink for run in self.runs for one in run.sinks if one.behind})
+        return words + (f"; a sink that is gone for good: --status --forget {late[0]!r}" if late else "")
 
     def as_dict(self) -> dict[str, Any]:
         runs = [{**asdict(run), "confirmed": run.confirmed} for run in self.runs]
         return {"folder": str(self.folder), "confirmed": not self.exit_code, "runs": runs}
+
+
+def forget(folder: Path, sink: str) -> str:
+    """Ask no more for what a sink has; in a sentence. Raises UserError for one that nothing is known of."""
+    known = sorted({position.sink for position in positions.read(folder)})
+    if sink not in known:
+        raise UserError(f"--forget {sink}: {folder} knows no such sink; {nearest(sink, known)}")
+    return f"{sink} is forgotten with what it confirmed of {positions.forget(folder, sink)} runs; it is left as it is"
 
 
 def look(folder: Path) -> Found:
