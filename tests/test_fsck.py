@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import secrets
 import shutil
 import subprocess
 import sys
@@ -205,6 +206,18 @@ def test_a_repair_keeps_the_name_moves_the_original_and_is_done_once(run: RunDir
     reader.Reload()
     assert len(reader.Scalars("loss")) == 39
     assert sorted(one.name for one in run.damaged_events.iterdir()) == [kept.name]
+
+
+def test_what_holds_no_record_moves_away_and_a_link_stays(run: RunDir, tmp_path: Path) -> None:
+    noise, link = run.tensorboard / f"{FIRST}.v2", run.tensorboard / f"{SECOND}.v2"
+    noise.write_bytes(secrets.token_bytes(5000))
+    (elsewhere := tmp_path / "elsewhere").write_bytes(frame(events(1)[0]) + b"torn")
+    link.symlink_to(elsewhere)
+    told = CliRunner().invoke(app, ["fsck", run.name, "--runs", str(run.runs), "--repair"])
+    assert told.exit_code == 1 and "a link, left as it is" in told.stderr
+    assert sorted(path.name for path in run.tensorboard.iterdir()) == [FIRST, SECOND, link.name]
+    assert [one.stat().st_size for one in run.damaged_events.iterdir()] == [5000]
+    assert link.is_symlink() and elsewhere.read_bytes().endswith(b"torn")
 
 
 def test_a_live_run_is_not_repaired_and_its_torn_tail_is_no_damage(

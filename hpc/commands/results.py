@@ -100,14 +100,15 @@ def fsck(
     from hpc.logs.repair import repair
 
     run = _run(name, runs)
-    if mend and run.tensorboard.is_dir():
-        for before, kept in repair(run):
-            print(f"{before.file}: {before.sentence}; repaired, the original is {kept}", file=sys.stderr)
+    mended = repair(run) if mend and run.tensorboard.is_dir() else []
+    for before, kept in mended:
+        words = f"repaired, the original is {kept}" if kept else "a link, left as it is: repair what it leads to"
+        print(f"{before.file}: {before.sentence}; {words}", file=sys.stderr)
     findings = files.check(run.tensorboard, ledger.status(run).live)
-    if not findings:
+    if not findings and not mended:
         raise UserError(f"{run.name} has no event files yet; see 'hpc show {run.name}'")
     # One whole file is the same to all.
-    shown = readers.shown(run.tensorboard) if len(findings) > 1 or findings[0].damaged else []
+    shown = readers.shown(run.tensorboard) if len(findings) > 1 or files.exit_code(findings) else []
     if as_json:
         told = [asdict(finding) | {"damaged": finding.damaged} for finding in findings]
         print_json({"files": told, "readers": [asdict(one) for one in shown]})

@@ -19,8 +19,9 @@ _ASIDE = re.compile(r".*/\.[0-9a-f]{8}")
 """What `_aside` names."""
 
 
-def repair(run: RunDir) -> list[tuple[Finding, Path]]:
-    """Repairs every damaged event file of a run; what was found, and where the original is now.
+def repair(run: RunDir) -> list[tuple[Finding, Path | None]]:
+    """Repairs every damaged event file of a run; what was found, and where the original is now: None of a link, which
+    stays, as what it leads to is not the run's alone. A file without one whole record leaves none under its name.
 
     The name in tb/ is replaced in one step, so it keeps its place in order; a kill leaves the old file or the new one,
     and the command may be given again. Raises UserError while an attempt may still write, OSError.
@@ -38,7 +39,9 @@ def repair(run: RunDir) -> list[tuple[Finding, Path]]:
         return [(one, _repair_file(run, run.tensorboard / one.file)) for one in damaged]
 
 
-def _repair_file(run: RunDir, path: Path) -> Path:
+def _repair_file(run: RunDir, path: Path) -> Path | None:
+    if path.is_symlink():
+        return None
     run.damaged_events.mkdir(parents=True, exist_ok=True)
     # TensorBoard takes every name with "tfevents" in it, wherever it lies.
     name = str(path.relative_to(run.tensorboard)).replace("tfevents", "events").replace("/", "__")
@@ -48,7 +51,10 @@ def _repair_file(run: RunDir, path: Path) -> Path:
         if check_file(aside, aside.parent).damaged:
             raise OSError(f"{aside}: what was written is not what was read")
         kept = _keep(path, run.damaged_events, name)
-        aside.replace(path)
+        if aside.stat().st_size:
+            aside.replace(path)
+        else:
+            path.unlink()
     finally:
         aside.unlink(missing_ok=True)
     fsync_folder(path.parent)
