@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +60,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("HPC_REQUIRE_SLURM") == "1":
             pytest.fail(f"HPC_REQUIRE_SLURM=1, but no SLURM cluster can be started here ({reason})", pytrace=False)
         pytest.skip(f"no SLURM cluster can be started here ({reason})")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A folder of runs, the source of a sync; not made yet."""
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Where runs are brought to; not made yet."""
+    return tmp_path / "home"
 
 
 @pytest.fixture(autouse=True)

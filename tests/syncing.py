@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,11 +16,18 @@ import urllib.request
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from hpc.logs.records import frame
 from hpc.rundir import RunDir
+
+ROOT = Path(__file__).parents[1]
+NEEDS_SETPRIV = pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="takes root's rights away")
+_RIGHTS = "-dac_override,-dac_read_search,-fowner"
+WITHOUT_RIGHTS = ("setpriv", "--bounding-set", _RIGHTS, "--inh-caps", _RIGHTS)
+"""In front of a command: root is bound by permissions then."""
 
 FIRST, SECOND, THIRD = (f"events.out.tfevents.17000{k}0000.node{k}.7.0.g00{k}" for k in (1, 2, 3))
 

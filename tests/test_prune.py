@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -18,7 +19,20 @@ from hpc.logs import positions, prune, status
 from hpc.logs.ends import Place
 from hpc.logs.sync import Carried, Session
 from hpc.rundir import ROWS, RunDir, locked, write_json
-from tests.syncing import FIRST, SECOND, age, append, attempt, make_run, scalar, visible, write
+from tests.syncing import (
+    FIRST,
+    NEEDS_SETPRIV,
+    ROOT,
+    SECOND,
+    WITHOUT_RIGHTS,
+    age,
+    append,
+    attempt,
+    make_run,
+    scalar,
+    visible,
+    write,
+)
 
 NAME = "tiny-1a2b3c4d"
 HELD = {"phase": "training", "pid": os.getpid(), "host": os.uname().nodename, "time": time.time(), "generation": 1}
@@ -41,16 +55,6 @@ def age_all(folder: Path) -> None:
     when = time.time() - 7200
     for path in folder.rglob("*"):
         os.utime(path, (when, when), follow_symlinks=False)
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
 
 
 def why(runs: Path, older_s: float = 3600, only: str | None = None, sink: str | None = None) -> dict[str, str]:
@@ -299,6 +303,22 @@ def test_the_folder_itself_is_no_sink(runs: Path, home: Path, how: str) -> None:
         assert why(folder) == {NAME: f"{home} is this folder itself"}
         assert removed(folder) == removed(folder, unasked=True) == []
     assert visible(home)
+
+
+@NEEDS_SETPRIV
+def test_what_is_read_only_goes_and_what_is_not_ours_is_named(runs: Path, home: Path) -> None:
+    for name in ("one-1", "two-2"):
+        run = finish(make_run(runs, name, first=attempt(0, 9, 1)))
+    sync(runs, home)
+    (runs / "one-1/tb").chmod(0o500)
+    (left := runs / f"{prune._TAKEN}old").mkdir(0)
+    (runs / f"{prune._TAKEN}theirs/in").mkdir(parents=True)
+    os.chown(runs / f"{prune._TAKEN}theirs", 4711, 4711)
+    command = [*WITHOUT_RIGHTS, sys.executable, "-m", "hpc.cli", "prune", "--older-than", "1h", "--yes", "--runs", runs]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert "theirs could not be removed whole" in told.stdout, told
+    assert not left.exists() and not (runs / "one-1").exists() and not run.path.exists()
+    assert [path.name for path in runs.glob(f"{prune._TAKEN}*")] == [f"{prune._TAKEN}theirs"]
 
 
 def test_a_run_that_cannot_go_keeps_no_other(runs: Path, home: Path) -> None:

@@ -19,20 +19,22 @@ from hpc.logs.ends import End, LocalEnd, Place
 from hpc.logs.records import frame
 from hpc.logs.sync import Busy, Carried, Round, Session
 from hpc.rundir import ROWS, RunDir, all_runs
-from tests.syncing import FIRST, SECOND, THIRD, append, attempt, make_run, scalar, visible, write
+from tests.syncing import (
+    FIRST,
+    NEEDS_SETPRIV,
+    ROOT,
+    SECOND,
+    THIRD,
+    WITHOUT_RIGHTS,
+    append,
+    attempt,
+    make_run,
+    scalar,
+    visible,
+    write,
+)
 
-ROOT = Path(__file__).parents[1]
 NAME = "tiny-1a2b3c4d"
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
 
 
 def sync(runs: Path, home: Path, *more: str) -> Round:
@@ -449,7 +451,7 @@ def test_two_at_once_and_the_second_leaves(runs: Path, home: Path) -> None:
     assert visible(home) == visible(runs)
 
 
-@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="takes root's rights away")
+@NEEDS_SETPRIV
 def test_a_file_without_permission_is_named_and_the_others_come(runs: Path, home: Path) -> None:
     run = make_run(runs, first=attempt(0, 3, 1), second=attempt(3, 5, 2))
     other = make_run(runs, "other-2", first=attempt(0, 3, 1))
@@ -457,14 +459,7 @@ def test_a_file_without_permission_is_named_and_the_others_come(runs: Path, home
     other.metrics.write_text("{}")
     for path in (run.tensorboard / FIRST, run.metrics):
         path.chmod(0)
-    drop = [
-        "setpriv",
-        "--bounding-set",
-        "-dac_override,-dac_read_search",
-        "--inh-caps",
-        "-dac_override,-dac_read_search",
-    ]
-    command = [*drop, sys.executable, "-m", "hpc.cli", "sync", str(runs), str(home)]
+    command = [*WITHOUT_RIGHTS, sys.executable, "-m", "hpc.cli", "sync", str(runs), str(home)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 1, done
     assert f"{NAME}/tb/{FIRST}: Permission denied" in done.stderr and f"{NAME}/metrics.jsonl: Permission" in done.stderr

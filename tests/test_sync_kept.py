@@ -11,16 +11,6 @@ from hpc.logs.sync import Carried, Round, Session
 from tests.syncing import FIRST, SECOND, attempt, make_run, visible, write
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    return tmp_path / "runs"
-
-
-@pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
-
-
 def carry(runs: Path, home: Path) -> Round:
     session = Session(Place("", str(runs)), Place("", str(home)), Carried())
     try:

@@ -325,7 +325,7 @@ def remove(
     folder: Path, chosen: Sequence[Candidate], older_s: float, only: str | None, unasked: bool = False
 ) -> Iterator[str]:
     """Remove what may go, each checked again right before; one sentence each."""
-    _sweep_up(folder)
+    yield from _sweep_up(folder)
     groups: dict[Path, list[Candidate]] = {}
     for one in chosen:
         path = one.run.path.parent if one.run.in_sweep and only is None else one.run.path
@@ -358,7 +358,10 @@ def _remove(
             _forget(folder, one.name)
         taken = path.with_name(f"{_TAKEN}{path.name}")
         path.rename(taken)  # at once out of every list; a kill leaves a hidden folder, which the next prune removes
-        shutil.rmtree(taken)
+        try:
+            _clear(taken)
+        except OSError as error:
+            return f"{path.name} removed, {several[0].sink} has it; but {_left(taken, error)}"
     return f"{path.name} removed, {several[0].sink} has it"
 
 
@@ -383,8 +386,25 @@ def _forget(folder: Path, run: str) -> None:
                 write_text(path, one.text())
 
 
-def _sweep_up(folder: Path) -> None:
-    """What a killed prune left."""
+def _sweep_up(folder: Path) -> Iterator[str]:
+    """What a killed prune left; a sentence for each that stays."""
     for path in folder.glob(f"{_TAKEN}*"):
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            try:
+                _clear(path)
+            except OSError as error:
+                yield _left(path, error)
+
+
+def _clear(path: Path) -> None:
+    """Remove a folder; what is read-only in it but ours goes, too. Raises OSError."""
+    path.chmod(0o700)
+    for where, folders, _ in os.walk(path):
+        for inner in (Path(where, name) for name in folders):
+            if not inner.is_symlink():
+                inner.chmod(0o700)
+    shutil.rmtree(path)
+
+
+def _left(path: Path, error: OSError) -> str:
+    return f"{path} could not be removed whole: {error.filename or ''}: {error.strerror or error}"
