@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc.logs import status
 from hpc.logs.ends import Place
 from hpc.logs.sync import Carried, Round, Session
 from tests.syncing import FIRST, SECOND, attempt, make_run, visible, write
@@ -45,9 +46,13 @@ def test_a_file_that_was_lost_or_cut_here_comes_again(runs: Path, home: Path) ->
     assert carry(runs, home).others == 0
 
 
-@pytest.mark.parametrize("name", ["#old", "; x", "-r"])
+@pytest.mark.parametrize("name", ["#old", "; x", "-r", "n" * 255, "ü" * 127, "%" * 90, "two\nlines"])
 def test_odd_names_are_carried(runs: Path, home: Path, name: str) -> None:
     run = make_run(runs, name, first=attempt(0, 9, 1))
     run.metrics.write_text("{}\n")
-    carry(runs, home)
+    (runs / "beside").symlink_to(run.path)
+    for _ in range(2):
+        carry(runs, home)
     assert (home / name / run.metrics.name).read_text() == "{}\n"
+    found = status.look(runs)
+    assert found.exit_code == 0 and [one.run for one in found.runs] == [name]

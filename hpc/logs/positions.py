@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from hpc.rundir import read_json, write_json
 
 FOLDER = ".hpc-sinks"
 """In a runs folder; a dot in front, so it is taken for no run."""
+_LONGEST = 200  # bytes; file systems take 255, and endings come behind it
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,9 @@ def carried_path(runs: Path, sink: str, run: str) -> Path:
 
 
 def quoted(run: str) -> str:
-    """A run's path as the name of one file."""
-    return run.replace("%", "%25").replace("/", "%2F")
+    """A run's path as the name of one file, of a long one its beginning and its digits."""
+    name = run.replace("%", "%25").replace("/", "%2F")
+    return name if len(os.fsencode(name)) <= _LONGEST else f"{name[: _LONGEST // 4]}-{digits(run)}"
 
 
 def write(runs: Path, position: Position) -> None:

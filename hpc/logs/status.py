@@ -117,7 +117,8 @@ def look(folder: Path) -> Found:
         known.setdefault(position.run, []).append(position)
     sources = dict(_sources(folder))
     sinks = {position.sink for several in known.values() for position in several}
-    return Found(folder, tuple(_status(folder, run, known, sources, sinks) for run in all_runs(folder)))
+    runs = {run.path.resolve(): run for run in all_runs(folder)}  # a link beside its run is no other run
+    return Found(folder, tuple(_status(folder, run, known, sources, sinks) for run in runs.values()))
 
 
 def _sources(folder: Path) -> Iterator[tuple[str, tuple[cursor.RunCursor, float]]]:
