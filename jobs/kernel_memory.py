@@ -13,8 +13,8 @@ import torch
 __all__ = ["columns"]
 
 _FORWARD, _BACKWARD = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
-_BATCHED = ("Slow2d", "Slow3d", "SlowTranspose2d")
-_BY_SAMPLE = ("SlowDilated2d", "SlowDilated3d", "SlowTranspose3d")
+_BATCHED = ("Slow2d", "Slow3d")
+_BY_SAMPLE = ("SlowDilated2d", "SlowDilated3d", "SlowTranspose2d", "SlowTranspose3d")
 
 
 def columns(func: Any, args: Any) -> int:
@@ -35,5 +35,6 @@ def columns(func: Any, args: Any) -> int:
         channels, places = inputs.shape[1], 1
         for size, kernel, *how in zip(inputs.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True):
             places *= (size + 2 * how[1] - how[2] * (kernel - 1) - 1) // how[0] + 1
-    samples = inputs.shape[0] if backend in _BATCHED else 1
+    batched = backend in _BATCHED or (backend == "SlowTranspose2d" and func is _FORWARD)
+    samples = inputs.shape[0] if batched else 1
     return int(samples * channels * math.prod(weight.shape[2:]) * places * inputs.element_size())
