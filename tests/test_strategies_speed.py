@@ -26,6 +26,8 @@ FAST = ("train.precision=fp16", "train.channels_last=true", "train.compile=block
 BACK = ("train.epochs=4", "train.keep=20")
 BAD = range(9, 9 + IN_A_ROW)
 """Steps whose gradients are no number in the runs that go back."""
+SHARDS = ("fsdp", "zero1", "zero3", "offload2")
+"""In fp16, each stopped and resumed."""
 Row = tuple[Path, int, int | None, int]
 
 
@@ -57,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RunDir]
     data = tiny_run.make_data(folder, {"train": 17, "validation": 5, "test": 1})
     (folder / "net.py").write_text(NET)
     made, rows = {}, []
-    for name in ("fast-ddp", "fast-fsdp", "fast-zero3", "back-ddp", "back-fsdp", "back-zero2"):
+    for name in ("fast-ddp", *(f"fast-{kind}" for kind in SHARDS), "back-ddp", "back-fsdp", "back-zero2"):
         own = [text for text in KINDS[name.partition("-")[2]] if not text.startswith("train.stages")]
         own += FAST if name.startswith("fast") else BACK
         if name.startswith("fast"):
@@ -65,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RunDir]
         run = made[name] = tiny_run.make_run(
             folder / name, data, f"model={{name: 'file:{folder}/net.py:Net'}}", *PLAIN, *own
         )
-        if name in ("fast-fsdp", "fast-zero3"):
+        if name.partition("-")[2] in SHARDS and name.startswith("fast"):
             rows += [(run.path, 1, 6, free_port()), (run.path, 2, None, free_port())]
         else:
             rows += [(run.path, 1, None, free_port())]
@@ -73,7 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RunDir]
     yield made
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "zero3"])
+@pytest.mark.parametrize("kind", SHARDS)
 def test_shards_are_as_fast_settings_of_whole_weights(kind: str, runs: dict[str, RunDir]) -> None:
     """Stopped and resumed: the loss scale goes on."""
     found, whole = outcome(runs[f"fast-{kind}"]), outcome(runs["fast-ddp"])
