@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from hpc.allocation import Allocation
 from hpc.errors import UserError
 from hpc.rundir import RunDir
 from hpc.training import Train
@@ -148,6 +149,33 @@ def stop(folder: Path, data: Path) -> None:
     torch._dynamo.reset()
     assert tiny_run.train(run, 2) == "done"
     tiny_run.assert_same(tiny_run.outcome(run), tiny_run.play(folder / "whole", data, (), *own))
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGKILL], ids=str)
+def test_compilation_broken_off_on_one_of_two_ranks_begins_anew(tmp_path: Path, data: Path, number: int) -> None:
+    own = ("train.compile=blocks", "train.epochs=1")
+    whole, parts = (tiny_run.make_run(tmp_path / name, data, *own) for name in ("whole", "parts"))
+    ends = [0, 0] if number == signal.SIGUSR2 else [1, -signal.SIGKILL]
+    for run, generation, broken, wanted in ((parts, 1, number, ends), (parts, 2, 0, [0, 0]), (whole, 1, 0, [0, 0])):
+        port = tiny_run.free_port()
+        given = [(rank, run, generation, port, broken) for rank in range(2)]
+        assert tiny_run.run_ranks(one_rank, given) == wanted
+    tiny_run.assert_same(tiny_run.outcome(parts), tiny_run.outcome(whole))
+
+
+def one_rank(rank: int, run: RunDir, generation: int, port: int, broken: int) -> None:
+    """The last rank gets the signal, if any, as it compiles."""
+
+    def signalled(graph: Any, example: Any) -> Any:
+        if broken and rank == 1:
+            os.kill(os.getpid(), broken)
+        return aot_eager(graph, example)
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    acceleration.BACKEND = signalled  # type: ignore[assignment]
+    place = Allocation(rank, 2, rank, cpus_per_task=1, master_port=port)
+    assert tiny_run.train(run, generation, allocation=place) == ("stopped" if broken else "done")
+    os._exit(0)
 
 
 def test_compilation_that_fails_on_another_rank_is_taken_back_here(quick: None) -> None:
