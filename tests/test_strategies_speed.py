@@ -95,3 +95,27 @@ def test_shards_go_back_as_whole_weights_do(kind: str, runs: dict[str, RunDir]) 
     np.testing.assert_allclose(moments(found), moments(whole), atol=2e-5)
     np.testing.assert_allclose(weights(found), weights(whole), atol=2e-4)
     assert found["last"]["metrics"]["loss"] == pytest.approx(whole["last"]["metrics"]["loss"], rel=0.01)
+
+
+@pytest.mark.skipif(os.environ.get("HPC_SOAK") != "1", reason="the real compiler takes its time; make soak")
+def test_the_real_compiler_works_beside_shards(tmp_path: Path) -> None:
+    """fully_shard and ZeRO 3 with Inductor are ddp without."""
+    data = tiny_run.make_data(tmp_path, {"train": 8, "validation": 2, "test": 1})
+    (tmp_path / "net.py").write_text(NET)
+    made = {}
+    for kind in ("ddp", "fsdp", "zero3"):
+        own = [text for text in KINDS[kind] if not text.startswith(("train.stages", "train.ema"))]
+        own += ["train.epochs=1", f"train.compile={'off' if kind == 'ddp' else 'blocks'}"]
+        net = f"model={{name: 'file:{tmp_path}/net.py:Net'}}"
+        run = made[kind] = tiny_run.make_run(tmp_path / kind, data, net, *PLAIN, *own)
+        port = free_port()
+        assert run_ranks(compiled, [(rank, run, port) for rank in range(2)]) == [0, 0]
+        assert any(run.compiled.rglob("*.so")) == (kind != "ddp")
+    for kind in ("fsdp", "zero3"):
+        np.testing.assert_allclose(weights(outcome(made[kind])), weights(outcome(made["ddp"])), atol=2e-4)
+
+
+def compiled(rank: int, run: RunDir, port: int) -> None:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(run.compiled)
+    assert tiny_run.train(run, allocation=Allocation(rank, 2, rank, cpus_per_task=1, master_port=port)) == "done"
+    os._exit(0)
