@@ -151,16 +151,17 @@ def stop(folder: Path, data: Path) -> None:
     tiny_run.assert_same(tiny_run.outcome(run), tiny_run.play(folder / "whole", data, (), *own))
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGKILL], ids=str)
-def test_compilation_broken_off_on_one_of_two_ranks_begins_anew(tmp_path: Path, data: Path, number: int) -> None:
-    own = ("train.compile=blocks", "train.epochs=1")
-    whole, parts = (tiny_run.make_run(tmp_path / name, data, *own) for name in ("whole", "parts"))
-    ends = [0, 0] if number == signal.SIGUSR2 else [1, -signal.SIGKILL]
-    for run, generation, broken, wanted in ((parts, 1, number, ends), (parts, 2, 0, [0, 0]), (whole, 1, 0, [0, 0])):
+def test_compilation_broken_off_on_one_of_two_ranks_begins_anew(tmp_path: Path, data: Path) -> None:
+    """By a stop, and by a kill."""
+    own, names = ("train.compile=blocks", "train.epochs=1"), ("whole", "stopped", "killed")
+    whole, stopped, killed = (tiny_run.make_run(tmp_path / name, data, *own) for name in names)
+    rows = [(whole, 1, 0, [0, 0]), (stopped, 1, signal.SIGUSR2, [0, 0]), (stopped, 2, 0, [0, 0])]
+    rows += [(killed, 1, signal.SIGKILL, [1, -signal.SIGKILL]), (killed, 2, 0, [0, 0])]
+    for run, generation, number, ends in rows:
         port = tiny_run.free_port()
-        given = [(rank, run, generation, port, broken) for rank in range(2)]
-        assert tiny_run.run_ranks(one_rank, given) == wanted
-    tiny_run.assert_same(tiny_run.outcome(parts), tiny_run.outcome(whole))
+        assert tiny_run.run_ranks(one_rank, [(rank, run, generation, port, number) for rank in range(2)]) == ends
+    for run in (stopped, killed):
+        tiny_run.assert_same(tiny_run.outcome(run), tiny_run.outcome(whole))
 
 
 def one_rank(rank: int, run: RunDir, generation: int, port: int, broken: int) -> None:

@@ -276,20 +276,21 @@ def test_ranks_choose_and_overflow_together(tmp_path: Path, data: Path) -> None:
     assert [choice.recall(run) for run in (whole, parts)] == [Choice("fp16", True, threads=1)] * 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGKILL], ids=str)
-def test_a_search_broken_off_on_one_of_two_ranks_begins_anew(tmp_path: Path, data: Path, number: int) -> None:
-    """Both choose one way afterwards, and their run is the undisturbed one."""
+def test_a_search_broken_off_on_one_of_two_ranks_begins_anew(tmp_path: Path, data: Path) -> None:
+    """By a stop, and by a kill: both ranks choose one way afterwards, and their run is the undisturbed one."""
     overrides = planted(tmp_path, "first", "train.autotune=true", "train.epochs=1")
-    whole, parts = make(tmp_path / "whole", data, *overrides), make(tmp_path / "parts", data, *overrides)
-    ends = [0, 0] if number == signal.SIGUSR2 else [1, -signal.SIGKILL]
-    port = tiny_run.free_port()
-    assert tiny_run.run_ranks(broken_off, [(rank, parts, port, number) for rank in range(2)]) == ends
-    assert not parts.autotune.exists() and not (parts.path / "cache").exists()
-    rows = [[(run.path, n, None, tiny_run.free_port())] for n, run in ((1, whole), (2, parts))]
-    for own in rows:
-        assert tiny_run.run_ranks(one_rank, [(rank, own, own[0][0]) for rank in range(2)]) == [0, 0]
-    tiny_run.assert_same(tiny_run.outcome(parts), tiny_run.outcome(whole))
-    assert choice.recall(parts) == choice.recall(whole) == Choice(channels_last=True, threads=1)
+    made = [make(tmp_path / name, data, *overrides) for name in ("whole", "stopped", "killed")]
+    breaks = (None, (signal.SIGUSR2, [0, 0]), (signal.SIGKILL, [1, -signal.SIGKILL]))
+    for run, broken in zip(made, breaks, strict=True):
+        if broken:
+            number, ends = broken
+            port = tiny_run.free_port()
+            assert tiny_run.run_ranks(broken_off, [(rank, run, port, number) for rank in range(2)]) == ends
+            assert not run.autotune.exists() and not (run.path / "cache").exists()
+        rows = [(run.path, 2, None, tiny_run.free_port())]
+        assert tiny_run.run_ranks(one_rank, [(rank, rows, run.path) for rank in range(2)]) == [0, 0]
+        tiny_run.assert_same(tiny_run.outcome(run), tiny_run.outcome(made[0]))
+        assert choice.recall(run) == Choice(channels_last=True, threads=1)
 
 
 def broken_off(rank: int, run: RunDir, port: int, number: int) -> None:
