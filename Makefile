@@ -35,7 +35,7 @@ test: check $(MLFLOW_READY)
 # The full counts of what `make test` plays once; the faults leave a line each in docs/soak.txt.
 soak: $(READY)
 	bash tests/install.sh
-	HPC_SOAK=1 $(BIN)/python -m pytest tests/test_faults.py tests/test_scenarios.py tests/test_drill.py
+	HPC_SOAK=1 $(BIN)/python -m pytest tests/test_faults.py tests/test_scenarios.py tests/test_drill.py tests/test_strategies_speed.py
 
 # The tiny form of every recipe on real data; `make test` plays one of each task.
 recipes: $(READY)

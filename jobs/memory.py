@@ -4,8 +4,8 @@ Counted, in bytes: parameters, buffers and gradients; the optimizer's state; the
 autograd keeps for the backward pass; the temporary tensors of forward, backward and optimizer step: all that torch's
 allocator is asked for, so the peak is its peak (tests/test_memory.py compares with the profiler's allocation events).
 Of several processes: DDP's buckets, and what each keeps where state, gradients or weights are in shards; of DeepSpeed
-its bucket and flat copies. Not counted: what kernels take for themselves (cuDNN's and oneDNN's workspace), CUDA's
-context (0.3 to 0.5 GB), the allocator's fragments, the loader's batches ahead, libraries.
+its bucket and flat copies. Of kernels: torch's own convolutions (jobs/kernel_memory.py). Not counted: cuDNN's and
+oneDNN's workspace, CUDA's context (0.3 to 0.5 GB), the allocator's fragments, the loader's batches ahead, libraries.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from jobs import acceleration
 from jobs.cuda_casts import with_cuda_casts
+from jobs.kernel_memory import columns
 
 __all__ = ["Estimate", "Shards", "Step", "estimate", "largest_batch", "parts_of"]
 
@@ -192,9 +193,9 @@ def largest_batch(peak: Callable[[int], int], memory: int, first: int = 1, most:
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of all storages that operators return, from then until they are freed."""
 
-    def __init__(self, block: int) -> None:
+    def __init__(self, cuda: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._block = block
+        self._block, self._on_cpu = _CUDA_BLOCK if cuda else 1, not cuda
         self._seen: weakref.WeakKeyDictionary[Any, tuple[int, str]] = weakref.WeakKeyDictionary()
         self._shrunk: weakref.WeakSet[Any] = weakref.WeakSet()
         self.bytes = self.peak = 0
@@ -206,6 +207,9 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.count(item for item in tree_leaves(result) if isinstance(item, torch.Tensor))
+        if self._on_cpu and (unfolded := columns(func, args)):
+            self.add(unfolded)
+            self.add(-unfolded)
         return result
 
     def size(self, storage: torch.UntypedStorage) -> int:
@@ -329,7 +333,7 @@ class _Run:
     def __init__(self, model: nn.Module, shape: Sequence[int], step: Step) -> None:
         """All that lives before the step is counted."""
         self._model, self._step, self._batch = model, step, shape[0]
-        self._live = live = _Live(_CUDA_BLOCK if step.device == "cuda" else 1)
+        self._live = live = _Live(cuda=step.device == "cuda")
         shards = step.shards or Shards(1, 0)
         live.share = 1 / shards.processes if shards.stage == 3 else 1.0
         parameters = self._counted(model.parameters())

@@ -171,6 +171,7 @@ def _marked(phase: str) -> Callable[[Playing, Rank], bool]:
 _PHASES: dict[str, Callable[[Playing, Rank], bool]] = {
     "the import of torch": lambda play, rank: _maps(rank, "libtorch_cpu"),
     "the build": _marked("build"),
+    "compilation": lambda play, rank: any((play.run / "compiled").rglob("*.cpp")),
     "the first step": _marked("step"),
     "validation": _marked("validation"),
     "a save": lambda play, rank: any((play.run / "checkpoints").glob(".g*")),

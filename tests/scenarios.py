@@ -5,6 +5,7 @@ commands on top, ready to paste. What a fault does to a run is in tests/faults.
 """
 
 from tests.playing import Row
+from tests.stage import COMPILED
 
 TINY = "$ hpc submit tiny.yaml launch.cluster=slurm"
 TWO_NODES = f"{TINY} launch.instance=cedia-a100-40gb-nodes launch.nodes=2"
@@ -25,6 +26,15 @@ ROWS = [
         attempts=2,
         causes=("SIGUSR2",),
         weights="one-task",
+    ),
+    Row(
+        "local-stop-compiling",
+        "the same while its blocks are compiled, by the real compiler, before its first step",
+        f"$ hpc submit {COMPILED}\nsignal USR2 during compilation\nwait for end",
+        attempts=2,
+        causes=("SIGUSR2",),
+        weights="compiled",
+        soak=True,
     ),
     Row(
         "local-cancel",

@@ -46,6 +46,7 @@ train:
 launch: {instance: cedia-a100-40gb, gpus: 1, cpus: 1, mem: 2GB, time: 30min}
 """
 TWO_TASKS = "$ hpc train tiny.yaml launch.tasks_per_node=2 launch.cpus=2 model.pause=0"
+COMPILED = "tiny.yaml launch.cluster=local train.compile=blocks train.precision=fp32 train.epochs=2"
 UNDISTURBED = {
     row.name: row
     for row in (
@@ -56,6 +57,12 @@ UNDISTURBED = {
         ),
         Row("two-tasks", "an undisturbed run of two ranks here", TWO_TASKS),
         Row("two-tasks-maps", "an undisturbed segmentation of two ranks here", TWO_TASKS.replace("tiny.", "maps.")),
+        Row(
+            "compiled",
+            "an undisturbed run here, its blocks compiled",
+            f"$ hpc train {COMPILED} model.pause=0",
+            soak=True,
+        ),
         Row("fsdp", "the same with weights in shards", f"{TWO_TASKS} train.strategy=fsdp"),
         Row("zero", "the same by ZeRO 3", f"{TWO_TASKS} train.strategy=deepspeed train.zero.stage=3"),
         Row(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from hpc.allocation import Allocation
 from hpc.errors import UserError
 from hpc.rundir import RunDir
 from hpc.training import Train
@@ -148,6 +149,34 @@ def stop(folder: Path, data: Path) -> None:
     torch._dynamo.reset()
     assert tiny_run.train(run, 2) == "done"
     tiny_run.assert_same(tiny_run.outcome(run), tiny_run.play(folder / "whole", data, (), *own))
+
+
+def test_compilation_broken_off_on_one_of_two_ranks_begins_anew(tmp_path: Path, data: Path) -> None:
+    """By a stop, and by a kill."""
+    own, names = ("train.compile=blocks", "train.epochs=1"), ("whole", "stopped", "killed")
+    whole, stopped, killed = (tiny_run.make_run(tmp_path / name, data, *own) for name in names)
+    rows = [(whole, 1, 0, [0, 0]), (stopped, 1, signal.SIGUSR2, [0, 0]), (stopped, 2, 0, [0, 0])]
+    rows += [(killed, 1, signal.SIGKILL, [1, -signal.SIGKILL]), (killed, 2, 0, [0, 0])]
+    for run, generation, number, ends in rows:
+        port = tiny_run.free_port()
+        assert tiny_run.run_ranks(one_rank, [(rank, run, generation, port, number) for rank in range(2)]) == ends
+    for run in (stopped, killed):
+        tiny_run.assert_same(tiny_run.outcome(run), tiny_run.outcome(whole))
+
+
+def one_rank(rank: int, run: RunDir, generation: int, port: int, broken: int) -> None:
+    """The last rank gets the signal, if any, as it compiles."""
+
+    def signalled(graph: Any, example: Any) -> Any:
+        if broken and rank == 1:
+            os.kill(os.getpid(), broken)
+        return aot_eager(graph, example)
+
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+    acceleration.BACKEND = signalled  # type: ignore[assignment]
+    place = Allocation(rank, 2, rank, cpus_per_task=1, master_port=port)
+    assert tiny_run.train(run, generation, allocation=place) == ("stopped" if broken else "done")
+    os._exit(0)
 
 
 def test_compilation_that_fails_on_another_rank_is_taken_back_here(quick: None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from hpc.allocation import Allocation
 from hpc.errors import UserError
 from hpc.experiment import load
 from hpc.rundir import RunDir, read_json
@@ -273,6 +274,39 @@ def test_ranks_choose_and_overflow_together(tmp_path: Path, data: Path) -> None:
     tiny_run.assert_same(found[1], found[0])
     assert found[0]["learner"]["precision"]["overflows"] > 0
     assert [choice.recall(run) for run in (whole, parts)] == [Choice("fp16", True, threads=1)] * 2
+
+
+def test_a_search_broken_off_on_one_of_two_ranks_begins_anew(tmp_path: Path, data: Path) -> None:
+    """By a stop, and by a kill: both ranks choose one way afterwards, and their run is the undisturbed one."""
+    overrides = planted(tmp_path, "first", "train.autotune=true", "train.epochs=1")
+    made = [make(tmp_path / name, data, *overrides) for name in ("whole", "stopped", "killed")]
+    breaks = (None, (signal.SIGUSR2, [0, 0]), (signal.SIGKILL, [1, -signal.SIGKILL]))
+    for run, broken in zip(made, breaks, strict=True):
+        if broken:
+            number, ends = broken
+            port = tiny_run.free_port()
+            assert tiny_run.run_ranks(broken_off, [(rank, run, port, number) for rank in range(2)]) == ends
+            assert not run.autotune.exists() and not (run.path / "cache").exists()
+        rows = [(run.path, 2, None, tiny_run.free_port())]
+        assert tiny_run.run_ranks(one_rank, [(rank, rows, run.path) for rank in range(2)]) == [0, 0]
+        tiny_run.assert_same(tiny_run.outcome(run), tiny_run.outcome(made[0]))
+        assert choice.recall(run) == Choice(channels_last=True, threads=1)
+
+
+def broken_off(rank: int, run: RunDir, port: int, number: int) -> None:
+    """The last rank gets the signal in its second choice."""
+    os.environ["XDG_CACHE_HOME"], autotune._COMPILE_S = str(run.path / "cache"), 1e6
+    timed = Probe._timed
+
+    def signalled(probe: Probe, model: Any, precision: Any, choice: Choice) -> Any:
+        if choice.channels_last and rank == 1:
+            os.kill(os.getpid(), number)
+        return timed(probe, model, precision, choice)
+
+    Probe._timed = signalled  # type: ignore[method-assign]
+    place = Allocation(rank, 2, rank, cpus_per_task=1, master_port=port)
+    assert tiny_run.train(run, 1, allocation=place) == "stopped"
+    os._exit(0)
 
 
 def test_a_stop_breaks_the_search_off(tmp_path: Path, data: Path) -> None:

@@ -20,6 +20,7 @@ from jobs.engine import Engine
 from jobs.setup import Parts, prepare
 from tests import tiny_run
 from tests.fakeslurm import without_slurm
+from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parent.parent
 CEDIA = "launch.instance=cedia-a100-40gb"
@@ -201,3 +202,12 @@ def test_rates_of_another_machine_say_nothing_of_the_instance(file: Path, monkey
     engine.device = torch.device("cpu")
     assert bench._foreign(experiment, engine) == "cedia-a100-40gb has a GPU, this machine has none"
     assert isinstance(instances.find("laptop"), Instance) and Engine
+
+
+@pytest.mark.slurm
+def test_one_of_two_tasks_of_an_allocation_measures(file: Path, slurm_cluster: Cluster) -> None:
+    """As the help says it: srun hpc bench."""
+    words = ["bench", "step", file, "--seconds", "0.3", "--steps", "3", "--json"]
+    done = slurm_cluster.run("srun", "--ntasks=2", sys.executable, "-m", "hpc.cli", *words, cwd=ROOT)
+    found = json.loads(done.stdout)  # of one alone
+    assert found["step"]["steps"] >= 1 and found["not_kept"] is None and "Traceback" not in done.stderr

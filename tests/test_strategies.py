@@ -24,7 +24,7 @@ from hpc.rundir import RunDir, read_json
 from hpc.training import Train
 from jobs import strategies
 from jobs.engine import Engine
-from jobs.precision import Fault
+from jobs.precision import Fault, Scaler
 from jobs.train import Stopped, Trainer
 from tests import tiny_run
 from tests.tiny_run import Outcome, SignalAtBoundary, assert_same, free_port, outcome, run_ranks
@@ -72,6 +72,7 @@ class Net(nn.Module):
     def forward(self, x):
         return self.head(self.blocks(self.stem(x)).mean((2, 3, 4)))
 """
+FP16 = ("train.precision=fp16", FREE)
 IN_STAGE_0, IN_STAGE_1 = 3, 9
 DROPPED = 6
 """A step of the second stage."""
@@ -80,6 +81,7 @@ Row = tuple[Path, int, int, int | None, int, tuple[str, ...]]
 
 def play(rank: int, rows: list[Row]) -> None:
     """Attempts (run, generation, ranks, boundary, port, overrides) one after another; the last rank is signalled."""
+    Scaler.__init__.__defaults__ = (2.0**19, 2000)  # type: ignore[misc]  # the first steps in fp16 overflow
     for folder, generation, world, boundary, port, overrides in rows:
         if rank < world:
             place = Allocation(rank, world, rank, cpus_per_task=1, master_port=port, generation=generation)
@@ -129,11 +131,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RunDir]
     folder = tmp_path_factory.mktemp("strategies")
     data = tiny_run.make_data(folder, {"train": 17, "validation": 5, "test": 1})
     (folder / "net.py").write_text(NET)
-    names = ["single", "single-free", "changing", *KINDS, *(f"{kind}-stopped" for kind in STOPPED)]
+    names = [
+        "single",
+        "single-free",
+        "changing",
+        "ddp-fp16",
+        "changing-fp16",
+        *KINDS,
+        *(f"{kind}-stopped" for kind in STOPPED),
+    ]
     given = (f"model={{name: 'file:{folder}/net.py:Net'}}", *COMMON)
     made = {name: tiny_run.make_run(folder / name, data, *given) for name in names}
     rows: list[tuple[RunDir, int, int, int | None, tuple[str, ...]]] = [(made["single"], 1, 1, None, (EMA,))]
-    rows += [(made["single-free"], 1, 1, None, (FREE,))]
+    rows += [(made["single-free"], 1, 1, None, (FREE,)), (made["ddp-fp16"], 1, 2, None, ("train.strategy=ddp", *FP16))]
     for number, (kind, overrides) in enumerate(KINDS.items()):
         stop = (IN_STAGE_1, IN_STAGE_0)[number % 2]
         rows += [(made[kind], 1, 2, None, overrides)]
@@ -142,6 +152,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RunDir]
             rows += [(again, 1, 2, stop, overrides), (again, 2, 2, None, overrides)]
     changes = [("ddp", 2, 3), ("zero2", 2, 6), ("fsdp", 2, 3), ("ddp", 1, None)]
     rows += [(made["changing"], n, *where, KINDS[kind]) for n, (kind, *where) in enumerate(changes, 1)]
+    # a step each, then one rank to the end; fsdp begins with the epoch's validation
+    ways = [("ddp", 2, 2), ("zero1", 2, 2), ("zero2", 2, 2), ("zero3", 2, 2), ("fsdp", 2, 5), ("ddp", 1, None)]
+    for n, (kind, *where) in enumerate(ways, 1):
+        rows += [(made["changing-fp16"], n, *where, (*(text for text in KINDS[kind] if text != EMA), *FP16))]
     plan = [(run.path, *row, free_port(), overrides) for run, *row, overrides in rows]
     for half in (plan[: len(plan) // 2], plan[len(plan) // 2 :]):
         assert run_ranks(play, [(rank, half) for rank in range(2)]) == [0, 0]
@@ -186,6 +200,17 @@ def test_a_run_changes_strategy_and_ranks(runs: dict[str, RunDir]) -> None:
     assert found["weights"] != found["trained"], "an average"
     np.testing.assert_allclose(moments(found), moments(single), atol=2e-5)
     np.testing.assert_allclose(weights(found), weights(single), atol=2e-4)
+
+
+def test_the_loss_scale_goes_through_all_strategies(runs: dict[str, RunDir]) -> None:
+    """A step each of ddp, ZeRO 1 to 3 and fsdp on two ranks, then one alone."""
+    found, whole = outcome(runs["changing-fp16"]), outcome(runs["ddp-fp16"])
+    events = runs["changing-fp16"].read_events()
+    assert len({event["step"] for event in events if event["event"] == "signal"}) == 5
+    assert {event["generation"] for event in events if event["event"] == "overflow"} == {1, 2}
+    assert found["learner"] == whole["learner"] and found["learner"]["precision"]["good"] == 5
+    np.testing.assert_allclose(moments(found), moments(whole), atol=2e-5)
+    np.testing.assert_allclose(weights(found), weights(whole), atol=2e-4)
 
 
 REFUSED = {

@@ -26,6 +26,8 @@ FAST = ("train.precision=fp16", "train.channels_last=true", "train.compile=block
 BACK = ("train.epochs=4", "train.keep=20")
 BAD = range(9, 9 + IN_A_ROW)
 """Steps whose gradients are no number in the runs that go back."""
+SHARDS = ("fsdp", "zero1", "zero3", "offload2")
+"""In fp16, each stopped and resumed."""
 Row = tuple[Path, int, int | None, int]
 
 
@@ -57,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RunDir]
     data = tiny_run.make_data(folder, {"train": 17, "validation": 5, "test": 1})
     (folder / "net.py").write_text(NET)
     made, rows = {}, []
-    for name in ("fast-ddp", "fast-fsdp", "fast-zero3", "back-ddp", "back-fsdp", "back-zero2"):
+    for name in ("fast-ddp", *(f"fast-{kind}" for kind in SHARDS), "back-ddp", "back-fsdp", "back-zero2"):
         own = [text for text in KINDS[name.partition("-")[2]] if not text.startswith("train.stages")]
         own += FAST if name.startswith("fast") else BACK
         if name.startswith("fast"):
@@ -65,7 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RunDir]
         run = made[name] = tiny_run.make_run(
             folder / name, data, f"model={{name: 'file:{folder}/net.py:Net'}}", *PLAIN, *own
         )
-        if name in ("fast-fsdp", "fast-zero3"):
+        if name.partition("-")[2] in SHARDS and name.startswith("fast"):
             rows += [(run.path, 1, 6, free_port()), (run.path, 2, None, free_port())]
         else:
             rows += [(run.path, 1, None, free_port())]
@@ -73,7 +75,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, RunDir]
     yield made
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "zero3"])
+@pytest.mark.parametrize("kind", SHARDS)
 def test_shards_are_as_fast_settings_of_whole_weights(kind: str, runs: dict[str, RunDir]) -> None:
     """Stopped and resumed: the loss scale goes on."""
     found, whole = outcome(runs[f"fast-{kind}"]), outcome(runs["fast-ddp"])
@@ -93,3 +95,27 @@ def test_shards_go_back_as_whole_weights_do(kind: str, runs: dict[str, RunDir]) 
     np.testing.assert_allclose(moments(found), moments(whole), atol=2e-5)
     np.testing.assert_allclose(weights(found), weights(whole), atol=2e-4)
     assert found["last"]["metrics"]["loss"] == pytest.approx(whole["last"]["metrics"]["loss"], rel=0.01)
+
+
+@pytest.mark.skipif(os.environ.get("HPC_SOAK") != "1", reason="the real compiler takes its time; make soak")
+def test_the_real_compiler_works_beside_shards(tmp_path: Path) -> None:
+    """fully_shard and ZeRO 3 with Inductor are ddp without."""
+    data = tiny_run.make_data(tmp_path, {"train": 8, "validation": 2, "test": 1})
+    (tmp_path / "net.py").write_text(NET)
+    made = {}
+    for kind in ("ddp", "fsdp", "zero3"):
+        own = [text for text in KINDS[kind] if not text.startswith(("train.stages", "train.ema"))]
+        own += ["train.epochs=1", f"train.compile={'off' if kind == 'ddp' else 'blocks'}"]
+        net = f"model={{name: 'file:{tmp_path}/net.py:Net'}}"
+        run = made[kind] = tiny_run.make_run(tmp_path / kind, data, net, *PLAIN, *own)
+        port = free_port()
+        assert run_ranks(compiled, [(rank, run, port) for rank in range(2)]) == [0, 0]
+        assert any(run.compiled.rglob("*.so")) == (kind != "ddp")
+    for kind in ("fsdp", "zero3"):
+        np.testing.assert_allclose(weights(outcome(made[kind])), weights(outcome(made["ddp"])), atol=2e-4)
+
+
+def compiled(rank: int, run: RunDir, port: int) -> None:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(run.compiled)
+    assert tiny_run.train(run, allocation=Allocation(rank, 2, rank, cpus_per_task=1, master_port=port)) == "done"
+    os._exit(0)
