@@ -379,12 +379,20 @@ def test_status_tells_what_is_where(
     make_run(runs, "new-2", first=attempt(0, 3, 1))
     found = status.look(runs)
     assert found.exit_code == 1 and "new-2" in found.sentence
-    assert f"--status --forget '{home}'" in found.sentence
-    assert command(monkeypatch, "sync", "--status", "--runs", str(runs), "--forget", "hom") == 2
-    assert f"knows no such sink; valid: {home}" in capsys.readouterr().err
     make_run(runs, "empty-3")
     (empty,) = (row for row in status.rows(status.look(runs)) if row[0] == "empty-3")
     assert empty[-1] == f"{home}: nothing yet"
+
+
+def test_a_sink_that_is_gone_can_be_forgotten(
+    runs: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(runs, first=attempt(0, 9, 1))
+    sync(runs, home)
+    make_run(runs, "new-2", first=attempt(0, 3, 1))
+    assert f"--status --forget '{home}'" in status.look(runs).sentence
+    assert command(monkeypatch, "sync", "--status", "--runs", str(runs), "--forget", "hom") == 2
+    assert f"knows no such sink; valid: {home}" in capsys.readouterr().err
     assert command(monkeypatch, "sync", "--status", "--runs", str(runs), "--forget", str(home)) == 1
     assert f"{home} is forgotten" in capsys.readouterr().err and not status.look(runs).runs[0].sinks
     sync(runs, home)
