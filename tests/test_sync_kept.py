@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,18 @@ def test_what_was_cut_after_the_runs_end_stays_here(runs: Path, home: Path) -> N
     write(run, SECOND, attempt(30, 50, 2))
     write(run, FIRST, attempt(0, 30, 1))
     assert carry(runs, home).problems == [] and visible(home) == visible(runs), "a resumed one has cut it"
+
+
+def test_a_run_made_anew_before_it_wrote_an_event_file_is_another_to_the_same_watch(runs: Path, home: Path) -> None:
+    run = make_run(runs)
+    session = Session(Place("", str(runs)), Place("", str(home)), Carried())
+    assert session.round().problems == []
+    before = (home / run.name / run.experiment.name).read_text()
+    shutil.rmtree(run.path)
+    make_run(runs).experiment.write_text("name: another\n")
+    assert "another run of this name" in session.round().problems[0]
+    assert (home / run.name / run.experiment.name).read_text() == before
+    session.close()
 
 
 def test_a_file_that_was_lost_or_cut_here_comes_again(runs: Path, home: Path) -> None:

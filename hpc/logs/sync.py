@@ -19,7 +19,7 @@ from hpc.errors import UserError
 from hpc.logs import positions
 from hpc.logs.cursor import ASIDE, LOCK, RunCursor, folder_of, parse
 from hpc.logs.deliver import Delivery, DestinationFailed, Foreign, Listed, Told, goes_on, strangers
-from hpc.logs.ends import End, Place, RemoteEnd, Unreachable, end_of, here, same_folder
+from hpc.logs.ends import End, Place, RemoteEnd, Unreachable, end_of, here, names, same_folder
 from hpc.logs.positions import Position, quoted
 from hpc.logs.records import Ending
 from hpc.rundir import RunDir
@@ -109,8 +109,8 @@ class Session:
         self._carried = carried
         self._touched: set[str] = set()
         """Runs of which other files were carried in this round."""
-        self._same: set[str] = set()
-        """Runs that are those of the destination, or are not there yet."""
+        self._same: dict[str, list[int] | None] = {}
+        """Runs that are those of the destination, or are not there yet, with size and time of their experiment."""
         self._looked: set[str] = set()
         """Runs whose other files were looked for at the destination."""
         self.source = end_of(source, batch=batch)
@@ -181,13 +181,17 @@ class Session:
         return done
 
     def _without_strangers(self, listed: Sequence[Listed], done: Round) -> list[Listed]:
-        """Each run is asked once; again when an event file is gone, as of a run that was removed and made anew."""
-        asked = [one for one in listed if one.run not in self._same or self._has_lost(one)]
+        """Each run is asked once; again when an event file is gone, or its experiment is another: it was made anew."""
+        asked = [one for one in listed if self._is_new(one) or self._has_lost(one)]
         strange = strangers(self.source, self.dest, asked, self._cursors) if asked else {}
-        self._same.update(one.run for one in asked)
-        self._same.difference_update(strange)
+        self._same |= {one.run: _experiment(one) for one in asked if one.run not in strange}
+        for run in strange:
+            self._same.pop(run, None)
         done.problems += [f"{why}; {_ELSEWHERE}" for why in dict.fromkeys(strange.values())]
         return [one for one in listed if one.run not in strange]
+
+    def _is_new(self, one: Listed) -> bool:
+        return one.run not in self._same or self._same[one.run] != _experiment(one)
 
     def _has_lost(self, one: Listed) -> bool:
         cursor = self._cursors.get(one.run)
@@ -289,9 +293,9 @@ class Session:
         if far:
             command += ["-e", " ".join(shlex.quote(part) for part in far.ssh)]
         command += ["--", _rsync_name(self.source), _rsync_name(self.dest)]
-        names = b"\0".join(os.fsencode(f"./{path}") for path in paths)  # rsync takes #name for a comment
+        listed = b"\0".join(os.fsencode(f"./{path}") for path in paths)  # rsync takes #name for a comment
         try:
-            code, errors = _run(command, names)
+            code, errors = _run(command, listed)
         except FileNotFoundError:
             raise UserError("rsync is not installed here; it carries all that is no event file") from None
         if code in (0, _VANISHED):
@@ -344,6 +348,10 @@ class Session:
             note = f"{self.source.place}: positions are not kept there ({error.strerror})"
             done.notes += [note] if note not in done.notes else []
         self._confirmed[name.name] = json.dumps(asdict(position))
+
+
+def _experiment(one: Listed) -> list[int] | None:
+    return one.others.get(names()["experiment"])
 
 
 def _run(command: Sequence[str], given: bytes) -> tuple[int, bytes]:
