@@ -12,8 +12,8 @@ from hpc.journal import captions
 from hpc.metrics import UNDEFINED
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-INLINED = 1_150_000
-"""Bytes of figures in one HTML page; base64 makes them 1.53 MB. What is in no run's share is a file beside the page."""
+INLINED = 1_050_000
+"""Bytes of figures in one HTML page; base64 makes them 1.40 MB. What is in no run's share is a file beside the page."""
 
 
 @dataclass(frozen=True)

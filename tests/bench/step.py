@@ -183,7 +183,7 @@ def monai_rows(options: argparse.Namespace) -> Iterator[Row]:
     seconds = medians(ways, options.rounds)
     work = {"own": flops(probe.model(PLAIN), x), "monai": flops(model, x)}
     rates = {name: work[name] / seconds[name] for name in ways}
-    print(f"  MONAI's ResNet: {work['monai'] / 1e9:.1f} GFLOP, {rates['monai'] / 1e9:.1f} GFLOP/s under bf16 autocast")
+    print(f"  MONAI's ResNet: {work['monai'] / 1e9:.1f} GFLOP, {rates['monai'] / 1e9:.1f} GFLOP/s in {LOW}")
     yield f"FLOP/s of ours ({found}) against MONAI's", rates["own"] / rates["monai"], ">=", 1.1
 
 
