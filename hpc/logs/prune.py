@@ -356,7 +356,7 @@ def _remove(
             return f"{path.name} stays: {missing}"
         for one in several:
             _forget(folder, one.name)
-        taken = path.with_name(f"{_TAKEN}{path.name}")
+        taken = path.with_name(f"{_TAKEN}{positions.quoted(path.name)}")
         path.rename(taken)  # at once out of every list; a kill leaves a hidden folder, which the next prune removes
         try:
             _clear(taken)
