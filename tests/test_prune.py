@@ -392,6 +392,9 @@ def test_a_sink_that_is_gone_can_be_forgotten(
     make_run(runs, first=attempt(0, 9, 1))
     sync(runs, home)
     make_run(runs, "new-2", first=attempt(0, 3, 1))
+    assert "--forget" not in status.look(runs).sentence, "it is only late"
+    (position,) = positions.read(runs)
+    positions.write(runs, replace(position, confirmed=position.confirmed - 8 * 86400))
     assert f"--status --forget '{home}'" in status.look(runs).sentence
     assert command(monkeypatch, "sync", "--status", "--runs", str(runs), "--forget", "hom") == 2
     assert f"knows no such sink; valid: {home}" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from hpc.units import short_time
 
 TITLES = ("run", "bytes", "records", "last step", "age", "whole", "confirmed")
 _BLOCK = 4 << 20
+_LONG_S = 7 * 86400
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,14 @@ class Found:
         words = f"{len(behind)} of {len(self.runs)} runs are not confirmed: {shown}; carry them with 'hpc sync'"
         damaged = [run.run.rpartition("/")[2] for run in self.runs if run.damaged]
         words += f"; {len(damaged)} damaged: 'hpc fsck {damaged[0]}' tells more" if damaged else ""
-        late = sorted({one.sink for run in self.runs for one in run.sinks if one.behind})
-        return words + (f"; a sink that is gone for good: --status --forget {late[0]!r}" if late else "")
+        silent = self._silent()
+        return words + (f"; a sink that is gone for good: --status --forget {silent[0]!r}" if silent else "")
+
+    def _silent(self) -> list[str]:
+        """Sinks that are behind and have confirmed nothing for long."""
+        held = [one for run in self.runs for one in run.sinks]
+        lately = {one.sink for one in held if one.age_s is not None and one.age_s < _LONG_S}
+        return sorted({one.sink for one in held if one.behind} - lately)
 
     def as_dict(self) -> dict[str, Any]:
         runs = [{**asdict(run), "confirmed": run.confirmed} for run in self.runs]
