@@ -236,7 +236,7 @@ LAYOUTS = [
         "C1",
         "1 rank, stopped after a step, each of 1 to 60 in turn, and resumed",
         "no step lost; bit-identical to the undisturbed run",
-        *(_stop_anywhere, 2, 60),
+        *(_stop_anywhere, 5, 60),
     ),
     Fault(
         "C2",

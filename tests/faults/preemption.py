@@ -4,7 +4,7 @@ import json
 
 from hpc import stepledger
 from hpc.rundir import RunDir
-from tests.faults.rows import SOAK, at_most_an_interval, freed, lost, saved, saves, scripted
+from tests.faults.rows import at_most_an_interval, freed, lost, saved, saves, scripted
 from tests.playing import Playing
 
 TINY = "$ hpc submit tiny.yaml launch.cluster=slurm"
@@ -80,7 +80,6 @@ def _twice_in_one_epoch(play: Playing) -> str:
 
 
 TEN = [(4, 8), (14, 18), (24, 28), (44, 48), (54, 58), (64, 68), (84, 88), (94, 98), (124, 128), (134, 138)]
-STOPS = TEN if SOAK else [*TEN[:3], TEN[4], TEN[8]]
 
 SECOND_SHELL = "$ sbatch runs/*/job.sbatch\nwait for the words is held by job"
 AWAY = (
@@ -92,16 +91,15 @@ PREEMPTION = [
     scripted(
         "A1 A3 A10",
         "preempted ten times in a row, GraceTime 8, three times inside one epoch; two reading threads",
-        "saved at the step's end, the tail requeues; each step once, in order; no error of the readers (in `make test` "
-        "of five)",
+        "saved at the step's end, the tail requeues; each step once, in order; no error of the readers",
         f"{GRACE} data.threads=2 model.pause=0.05\n"
-        + "".join(f"wait for step {first}..{last}\n{DISPLACED}\n" for first, last in STOPS)
+        + "".join(f"wait for step {first}..{last}\n{DISPLACED}\n" for first, last in TEN)
         + "wait for end",
         *(_restarts_once, _quiet_readers, _twice_in_one_epoch, lost, saved, freed),
         soak=5,
         cluster={},
-        attempts=len(STOPS) + 1,
-        causes=("SIGTERM",) * len(STOPS),
+        attempts=11,
+        causes=("SIGTERM",) * 10,
         weights="one-task",
     ),
     scripted(

@@ -30,7 +30,7 @@ FAULTS = [
         "kill -9 at a random time of a process that saves without a pause",
         "the last one that was promised loads, or the one after it",
         alone(storage_kills.kill_at_random),
-        here=4,
+        here=10,
         soak=500,
     ),
     Fault(
@@ -61,7 +61,7 @@ FAULTS = [
         "20 of: a bit flipped, cut short, a page or the tail zeroed, removed, swapped, stale, grown; each file in turn",
         "0 silent: the one before is loaded, the bad one is in quarantine with its reason",
         alone(storage_damage.twenty),
-        here=2,
+        here=5,
         soak=100,
     ),
     Fault(
