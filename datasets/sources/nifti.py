@@ -62,15 +62,17 @@ def read_volume(files: tuple[Path, ...]) -> Volume:
     read_header(files)  # a claim is refused before the file is read whole
     raw = files[0].read_bytes()
     layout = _layout(raw[:START], len(raw))
+    held: bytes | NDArray[np.uint8] = raw
     if raw.startswith(GZIP_MAGIC):
         stream = Gunzip(raw)
-        raw = stream.take(layout.claimed)
+        held = stream.take(layout.claimed)
         stream.finish()
         del stream
-    if len(raw) > layout.claimed:
-        raise UnusableSource(f"broken data ({len(raw):,} bytes, but its header announces {layout.claimed:,})")
+    del raw
+    if len(held) > layout.claimed:
+        raise UnusableSource(f"broken data ({len(held):,} bytes, but its header announces {layout.claimed:,})")
     count = int(np.prod(layout.shape))
-    data: NDArray[Any] = np.frombuffer(raw, layout.stored, count, layout.offset).reshape(layout.shape, order="F")
+    data: NDArray[Any] = np.frombuffer(held, layout.stored, count, layout.offset).reshape(layout.shape, order="F")
     if (layout.slope, layout.intercept) != (1.0, 0.0):
         check_range(data, layout.slope, layout.intercept)
     view = layout.turn.view(data.transpose(3, 0, 1, 2))
@@ -102,12 +104,12 @@ def _block(stream: Gunzip | None, raw: bytes) -> bytes:
     """The binary header, 348 or 540 bytes long as its first four bytes say."""
     if not raw:
         raise UnusableSource("the file is empty (0 bytes)")
-    first = stream.take(4) if stream else raw[:4]
+    first = bytes(stream.take(4)) if stream else raw[:4]
     sizes = {int.from_bytes(first, order) for order in ("little", "big")} & set(SIZES)
     if len(first) < 4 or not sizes:
         raise UnusableSource(f"it is not NIfTI, whatever its name says: it starts with {first!r}")
     (size,) = sizes
-    block = first + stream.take(size - 4) if stream else raw[:size]
+    block = first + bytes(stream.take(size - 4)) if stream else raw[:size]
     magic = block[MAGIC[size]]
     if magic in (b"ni1\0", b"ni2\0"):
         raise UnusableSource("it is half of an .hdr/.img pair; convert it to one .nii.gz first")

@@ -142,7 +142,7 @@ def data_file(path: Path, head: Any = None) -> Path | None:
     return found
 
 
-def _voxels(layout: _Layout) -> bytes:
+def _voxels(layout: _Layout) -> bytes | NDArray[np.uint8]:
     with layout.file.open("rb") as file:
         file.seek(layout.offset)
         if layout.encoding == "raw":
@@ -151,9 +151,9 @@ def _voxels(layout: _Layout) -> bytes:
     if layout.encoding == "gzip":
         stream = Gunzip(raw)
         stream.take(layout.skip)
-        voxels = stream.take(layout.nbytes)
+        inflated = stream.take(layout.nbytes)
         stream.finish()
-        return voxels
+        return inflated
     with bz2.open(io.BytesIO(raw)) as packed:
         packed.read(layout.skip)
         voxels = packed.read(layout.nbytes)

@@ -14,7 +14,7 @@ orientations: Any = nibabel.orientations  # untyped
 LARGEST = float(np.finfo(np.float32).max)
 SURE_BYTES, TIMES = 512 * 2**20, 200
 """compressed voxels above SURE_BYTES are refused beyond TIMES the file's size"""
-TILE = 64
+TILE = 16
 """voxels of the last axis that a transposed copy takes at once: read lines are still in the cache when used again"""
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
-from scipy.ndimage import gaussian_filter
 
 from datasets.packing.packer import pack
 from datasets.packing.recipe import PackOptions
@@ -20,6 +19,8 @@ SIZE = 192
 
 def make(folder: Path, count: int) -> int:
     """Smooth tissue with noise in air, as MRI; bytes of voxels."""
+    from scipy.ndimage import gaussian_filter  # here: the packer's processes import this module, too
+
     draw = np.random.default_rng(0)
     for number in range(count):
         tissue = gaussian_filter(draw.normal(size=(SIZE,) * 3), 3) * 9000
