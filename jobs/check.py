@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import open_volumes
-from datasets.layout import VolumeFile
+from datasets.layout import SHARD_NAME, VolumeFile
 from hpc import yamlfile
 from hpc.errors import UserError
 from hpc.experiment import Experiment, load, validate
@@ -30,6 +30,7 @@ _MOST_DRAWN = 10**8
 def open_data(experiment: Experiment, files: Sequence[Path] = ()) -> VolumeFile:
     """The data file (`files`: copies of it), compared with the experiment. Raises ValueError or UserError, one line."""
     volumes, fold = open_volumes(files or experiment.data.file), experiment.data.fold
+    _require_all_shards(volumes)
     if fold is not None:
         volumes = volumes.fold(fold)
     elif volumes.num_folds:
@@ -60,6 +61,14 @@ def open_data(experiment: Experiment, files: Sequence[Path] = ()) -> VolumeFile:
         raise UserError(f"{experiment.data.file} has no validation samples: pack it with --split 70/15/15")
     undefined.refuse(experiment, volumes)
     return volumes
+
+
+def _require_all_shards(volumes: VolumeFile) -> None:
+    """One shard by its own name would train on a part of the data, and nobody would notice."""
+    path, part = volumes.paths[0], SHARD_NAME.search(volumes.paths[0].stem)
+    if part and int(part[1]) > len(volumes.paths):
+        every = SHARD_NAME.sub("-*", path.stem) + path.suffix
+        raise UserError(f"{path} is one of {int(part[1])} shards; write 'data.file: {path.with_name(every)}' for all")
 
 
 def report(source: str, details: bool = False, as_json: bool = False) -> ExitCode:

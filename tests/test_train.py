@@ -137,6 +137,18 @@ def test_data_without_validation_are_refused(tmp_path: Path) -> None:
         check(load(run.experiment)[0])
 
 
+def test_one_shard_of_several_is_no_data_file(tmp_path: Path) -> None:
+    whole = tiny_run.make_data(tmp_path)
+    for number in (1, 2):  # named as shards, and each whole
+        shutil.copy(whole, tmp_path / f"part-0000{number}-of-00002.h5")
+    run = tiny_run.make_run(tmp_path / "run", tmp_path / "part-00002-of-00002.h5")
+    with pytest.raises(UserError, match=rf"is one of 2 shards; write 'data.file: {tmp_path}/part-\*.h5' for all"):
+        check(load(run.experiment)[0])
+    alone = tmp_path / "part-00001-of-00001.h5"
+    shutil.copy(whole, alone)
+    assert check(load(tiny_run.make_run(tmp_path / "alone", alone).experiment)[0])
+
+
 def start_from(folder: Path, data: Path) -> None:
     """Weights of one run, one added to each, are where another begins; that they fit is seen in the check."""
     first = tiny_run.make_trainer(tiny_run.make_run(folder / "first", data))
