@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from datasets.writer import VolumeWriter
 from hpc import stepledger
@@ -23,6 +24,7 @@ from hpc.experiment import load
 from hpc.rundir import RunDir
 from hpc.yamlfile import dump
 from jobs import checkpoint
+from jobs.precision import emulates_bf16
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPE = ROOT / "jobs" / "recipes" / "t1-resnet3d.yaml"
@@ -40,7 +42,8 @@ def make_run(folder: Path) -> RunDir:
             writer.add(volume, number % 6, id=f"s{number}", group=f"s{number}", split=split)
     run = RunDir(folder / "run")
     run.path.mkdir()
-    experiment, _ = load(RECIPE, [f"data.file={data}", "train.ledger=true", "train.checkpoint_every=1"])
+    precision = ["train.precision=fp32"] if emulates_bf16(torch.device("cpu")) else []
+    experiment, _ = load(RECIPE, [f"data.file={data}", "train.ledger=true", "train.checkpoint_every=1", *precision])
     run.experiment.write_text(dump(experiment.as_dict()))
     return run
 
