@@ -59,6 +59,26 @@ def test_a_file_that_was_lost_or_cut_here_comes_again(runs: Path, home: Path) ->
     assert carry(runs, home).others == 0
 
 
+def test_event_files_that_were_lost_cut_or_lengthened_here_are_as_at_the_source_again(runs: Path, home: Path) -> None:
+    run = make_run(runs, first=attempt(0, 40, 1))
+    write(run, SECOND, attempt(40, 60, 2))
+    run.result.write_text("{}")
+    carry(runs, home)
+    folder = home / run.name / run.tensorboard.name
+    for lose in (
+        Path.unlink,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:700]),
+        lambda path: path.write_bytes(path.read_bytes() + path.read_bytes()[-300:]),
+    ):
+        for number in range(2):
+            lose(sorted(path for path in folder.iterdir() if path.name.startswith("events"))[number])
+            assert carry(runs, home).problems == []
+            assert list(visible(home).values()) == list(visible(runs).values()), "the same bytes in the same order"
+            assert status.look(runs).exit_code == 0
+    assert carry(runs, home).size == 0
+
+
 @pytest.mark.parametrize("name", ["#old", "; x", "-r", "n" * 255, "ü" * 127, "%" * 90, "two\nlines"])
 def test_odd_names_are_carried(runs: Path, home: Path, name: str) -> None:
     run = make_run(runs, name, first=attempt(0, 9, 1))

@@ -71,6 +71,14 @@ class RunCursor:
     def text(self) -> str:
         return json.dumps(asdict(self))
 
+    def delivered(self) -> dict[str, FileCursor]:
+        """The event files that are at the destination, by their path in its folder of runs."""
+        return {
+            f"{self.run}/{waiting_name(name) if known.held else delivered_name(name, known.generation)}": known
+            for name, known in self.files.items()
+            if known.size
+        }
+
 
 def folder_of(source: str) -> str:
     """Where the cursors of one source are kept, at the destination."""

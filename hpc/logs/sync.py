@@ -170,6 +170,7 @@ class Session:
             f"{name} is a link: it is not carried; sync the folder that it leads to" for name in told["links"]
         ]
         listed = self._without_strangers([Listed.of(one) for one in told["runs"]], done)
+        self._touched = self._forget_lost([one for one in listed if one.run not in self._looked])
         kept = [one for one in listed if self._carry_events(one, told["now"], done)]
         failed = self._carry_others(kept, done)
         failed |= {name for name, _ in told["denied"]}
@@ -255,7 +256,6 @@ class Session:
 
     def _carry_others(self, runs: Sequence[Listed], done: Round) -> set[str]:
         """One rsync for all that has changed; the paths that it could not carry."""
-        touched = self._forget_lost([one for one in runs if one.run not in self._looked])
         changed = {
             f"{one.run}/{name}": (one, name, stat)
             for one in runs
@@ -266,21 +266,25 @@ class Session:
         for path, (one, name, stat) in changed.items():
             if path not in failed:
                 self._cursor(one.run).others[name] = stat
-                touched.add(one.run)
+                self._touched.add(one.run)
         done.others = len(changed) - len(failed)
-        for run in sorted(touched):
+        for run in sorted(self._touched):
             self._save(self._cursor(run))
-        self._touched = touched
         return failed
 
     def _forget_lost(self, runs: Sequence[Listed]) -> set[str]:
         """What was carried and is not at the destination any more, or has another size there, is to come again.
 
-        The runs that have lost something.
+        The runs that have lost other files than event files; those are looked at anew.
         """
-        known = {f"{one.run}/{name}": (one.run, name) for one in runs for name in self._cursor(one.run).others}
-        there = self.dest.sizes(list(known)) if known else {}
-        lost = [at for path, at in known.items() if there[path] != self._cursor(at[0]).others[at[1]][0]]
+        here = [one.run for one in runs if not self._cursor(one.run).pruned]
+        others = {f"{run}/{name}": (run, name) for run in here for name in self._cursor(run).others}
+        events = {at: known for run in here for at, known in self._cursor(run).delivered().items()}
+        there = self.dest.sizes([*others, *events]) if others or events else {}
+        for path, known in events.items():
+            if there[path] != known.size:
+                known.seen = ()
+        lost = [at for path, at in others.items() if there[path] != self._cursor(at[0]).others[at[1]][0]]
         for run, name in lost:
             del self._cursor(run).others[name]
         self._looked.update(one.run for one in runs)
