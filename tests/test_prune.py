@@ -20,6 +20,7 @@ from hpc.logs import positions, prune, status
 from hpc.logs.ends import Place
 from hpc.logs.sync import Carried, Session
 from hpc.rundir import ROWS, RunDir, locked, write_json
+from tests.mlflow_server import free_port
 from tests.syncing import (
     FIRST,
     NEEDS_SETPRIV,
@@ -258,15 +259,19 @@ def test_a_part_of_a_run(runs: Path, home: Path) -> None:
     assert why(runs) == {NAME: ""}, "what is left is in the sink, too"
 
 
-def test_a_tracker_answers_for_event_files_alone(runs: Path, home: Path) -> None:
+def test_a_tracker_that_does_not_answer_is_believed_for_event_files_alone(
+    runs: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     run = finish(make_run(runs, first=attempt(0, 9, 1)))
     run.logs.mkdir()
     (run.logs / "1_0_log.out").write_text("x")
+    run.event("submit", "shell", 0, cluster="local", job="4711")
     age_all(run.path)
     sync(runs, home)
     (known,) = positions.read(runs)
     positions.path_of(runs, known.sink, NAME).unlink()
-    uri = "mlflow:http://127.0.0.1:5000"
+    uri = f"mlflow:http://127.0.0.1:{free_port()}"
     positions.write(runs, replace(known, sink=uri))
     assert "event files alone" in why(runs)[NAME]
     assert "by --only logs --unasked" in why(runs, only="logs")[NAME] and removed(runs, "logs") == []

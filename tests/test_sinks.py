@@ -18,7 +18,7 @@ from mlflow.entities import Run, ViewType
 from mlflow.tracking import MlflowClient
 
 from hpc.errors import UserError
-from hpc.logs import positions
+from hpc.logs import positions, prune
 from hpc.logs.following import TimeUp, bounded
 from hpc.logs.series import scalars
 from hpc.logs.sinks import feed, is_sink, sink_of
@@ -235,6 +235,26 @@ def test_a_server_that_lost_the_run_is_told_again(place: Place) -> None:
     place.client.delete_run(first)
     assert place.feed() == 0
     assert place.one().info.run_id != first and place.points()["step/loss"] == truth(run)["step/loss"]
+
+
+def test_what_a_server_has_lost_is_not_complete_and_not_pruned(place: Place) -> None:
+    finished(place)
+    place.feed()
+
+    def stays() -> str:
+        return prune.candidates(place.runs, 0, "logs", None, unasked=True)[0].kept
+
+    assert positions.read(place.runs)[0].complete and stays() == ""
+    found = place.client.get_experiment_by_name(place.experiment).experiment_id
+    place.client.delete_experiment(found)
+    assert "deleted on the server" in stays()
+    assert place.feed() == 1 and not positions.read(place.runs)[0].complete
+    place.client.restore_experiment(found)
+    assert place.feed() == 0 and positions.read(place.runs)[0].complete and stays() == ""
+    place.client.set_tag(place.one().info.run_id, "hpc.cursor", "{}")
+    assert "lacks steps" in stays()
+    place.client.delete_run(place.one().info.run_id)
+    assert "does not have it any more" in stays()
 
 
 def test_a_server_with_an_older_copy_is_told_what_it_lacks(place: Place) -> None:

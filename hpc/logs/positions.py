@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hpc.errors import UserError
@@ -82,6 +82,13 @@ def read(runs: Path, run: str | None = None) -> list[Position]:
     paths = (path for path in runs.glob(f"{FOLDER}/*/*.json") if wanted in (None, path.stem))
     found = [position for path in paths for position in _load(path)]
     return sorted(found, key=lambda one: (one.sink, one.run))
+
+
+def withdraw(runs: Path, sink: str, run: str) -> None:
+    """A run is not complete in this sink any more, as far as is known. Raises OSError."""
+    for position in read(runs, run):
+        if position.sink == sink and position.complete:
+            write(runs, replace(position, complete=False))
 
 
 def forget(runs: Path, sink: str) -> int:

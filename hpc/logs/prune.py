@@ -1,7 +1,7 @@
 """`hpc prune`: takes away runs that a sink has confirmed, and that are older than asked; else nothing, and says why.
 
 Right before anything is removed, every byte of it is compared with the sink's, by sums. What is only shown compares the
-other files by their sizes. A sink that cannot be asked (mlflow:) answers for event files only, by what it confirmed.
+other files by their sizes. A server (mlflow:) answers for event files only, by what it confirmed and says now.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from hpc.logs.cursor import RunCursor, delivered_name
 from hpc.logs.ends import End, LocalEnd, Place, Unreachable, end_of, here, place_of, portions, same_folder
 from hpc.logs.positions import Position
 from hpc.logs.salvage import survey
-from hpc.logs.sinks import is_sink
+from hpc.logs.sinks import Sink, SinkError, SinkGone, is_sink, lacks, sink_of
 from hpc.logs.sync import Carried, more_names
 from hpc.rundir import RunDir, all_runs, locked, write_text
 from hpc.rundir import rows as rows_of
@@ -169,6 +169,8 @@ class _Sinks:
         """`summed`: all files are compared by their sums, not event files alone."""
         self._folder, self._unasked, self._summed = folder, unasked, summed
         self._ends: dict[str, tuple[End, dict[str, _Stats]] | str] = {}
+        self._servers: dict[str, Sink | None] = {}
+        """None: it does not answer."""
 
     def __enter__(self) -> _Sinks:
         return self
@@ -196,7 +198,7 @@ class _Sinks:
     def _missing(self, position: Position, found: Candidate, only: str | None) -> str:
         """What this sink lacks, in words; nothing where it has all."""
         if is_sink(position.sink):
-            return self._by_its_word(position, found, only, self._unasked)
+            return self._by_its_word(position, found, only)
         end, held = self._held(position.sink, position.run)
         if isinstance(end, str):
             return end
@@ -240,17 +242,34 @@ class _Sinks:
                 return f"{sink} cannot be asked: {error}"
         return f"{unlike[0]} is not in {sink}{unlike[1]}" if unlike else ""
 
-    @staticmethod
-    def _by_its_word(position: Position, found: Candidate, only: str | None, unasked: bool) -> str:
-        if only != "logs" or not unasked:
+    def _by_its_word(self, position: Position, found: Candidate, only: str | None) -> str:
+        if only != "logs" or not self._unasked:
             return (
                 f"{position.sink} has scalars and pictures of its event files alone: sync it to a folder, "
                 f"or take its word by --only logs --unasked"
             )
+        if lost := self._lost_by(position.sink, found.run):
+            return f"{position.sink} {lost}"
         mine = {path: path.relative_to(found.run.path).as_posix() for path in found.files}
         found.files = [p for p, name in mine.items() if position.files.get(name, -1) >= p.lstat().st_size]
         found.size = sum(path.lstat().st_size for path in found.files)
         return "" if found.files else f"nothing of it is in {position.sink}"
+
+    def _lost_by(self, name: str, run: RunDir) -> str:
+        """What a server that answers lacks of a run now; one that does not answer is believed."""
+        try:
+            if name not in self._servers:
+                self._servers[name] = None
+                self._servers[name] = sink_of(name)
+            server = self._servers[name]
+            return lacks(run, look([run])[0].status, server) if server else ""
+        except SinkGone:
+            self._servers[name] = None
+            return ""
+        except SinkError as error:
+            return f"does not tell what it has: {error}"
+        except UserError:  # its client is not installed here
+            return ""
 
     def _end(self, sink: str) -> tuple[End, dict[str, _Stats]] | str:
         """A sink, opened once, and what it has by run; why it cannot be asked."""

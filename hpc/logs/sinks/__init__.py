@@ -10,14 +10,14 @@ from hpc.ledger import Status, look
 from hpc.logs import positions
 from hpc.logs.sinks.base import Sink, SinkError, SinkGone
 from hpc.logs.sinks.facts import name_of
-from hpc.logs.sinks.replay import Sent, replay
+from hpc.logs.sinks.replay import Sent, lacks, replay
 from hpc.rundir import RunDir, all_runs, find_run
 
 KINDS = ("mlflow",)
 _OTHERS = ("aim", "clearml", "comet", "neptune", "swanlab", "trackio", "wandb")
 """Trackers that are none of ours: before a colon they are not taken for hosts."""
 
-__all__ = ["KINDS", "Sink", "SinkError", "SinkGone", "feed", "is_sink", "refuse_others", "replay", "sink_of"]
+__all__ = ["KINDS", "Sink", "SinkError", "SinkGone", "feed", "is_sink", "lacks", "refuse_others", "replay", "sink_of"]
 
 
 def is_sink(text: str) -> bool:
@@ -76,6 +76,8 @@ def feed(runs: Path, uri: str, names: Sequence[str], tell: Callable[[str], None]
                 tell(f"{sink.name} {error}: {left} run{'s' * (left != 1)} not sent; the next sync goes on from here")
                 return 1
             except (SinkError, UserError, OSError) as error:
+                if isinstance(error, SinkError):  # the server does not have what it confirmed, as far as it says
+                    positions.withdraw(runs, sink.name, name_of(run))
                 tell(f"{run.name}: not sent: {' '.join(str(error).split())}")
                 failed += 1
                 continue

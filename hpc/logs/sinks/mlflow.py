@@ -108,7 +108,8 @@ class MlflowSink:
     @_told
     def find(self, about: About) -> Remote | None:
         """The newest version; older ones, and doubles that two senders made at once, are retired."""
-        return self._newest(self._experiment(about.experiment), about.key)
+        experiment = self._known_experiment(about.experiment)
+        return self._newest(experiment, about.key) if experiment else None
 
     def _newest(self, experiment: str, key: str) -> Remote | None:
         runs = self._client.search_runs([experiment], f"tags.`{_KEY}` = '{_quoted(key)}'")
@@ -124,12 +125,19 @@ class MlflowSink:
         self._client.delete_run(old)
 
     def _experiment(self, name: str) -> str:
+        if not self._known_experiment(name):
+            self._experiments[name] = self._new_experiment(name)
+        return self._experiments[name]
+
+    def _known_experiment(self, name: str) -> str | None:
         if name not in self._experiments:
             found = self._client.get_experiment_by_name(name)
-            if found is not None and found.lifecycle_stage != "active":
+            if found is None:
+                return None
+            if found.lifecycle_stage != "active":
                 restore = f"mlflow experiments restore -x {found.experiment_id}"
                 raise SinkError(f"experiment {name!r} is deleted on the server; '{restore}' brings it back")
-            self._experiments[name] = found.experiment_id if found else self._new_experiment(name)
+            self._experiments[name] = str(found.experiment_id)
         return self._experiments[name]
 
     def _new_experiment(self, name: str) -> str:

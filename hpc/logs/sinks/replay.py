@@ -55,6 +55,23 @@ def replay(run: RunDir, status: Status, sink: Sink, tell: Callable[[str], None])
     return _Replay(run, status, sink, about, tell).send()
 
 
+def lacks(run: RunDir, status: Status, sink: Sink) -> str:
+    """What a sink lacks of a run's event files, in words; nothing where its own note says that it has all.
+
+    Raises SinkError, UserError, OSError.
+    """
+    about = facts.about(run, status, run.read_events())
+    remote = sink.find(about) if about else None
+    if remote is None:
+        return "does not have it any more"
+    try:
+        pending = Pending(run.tensorboard, _cursor(remote))
+    except LostSteps:
+        return "has other steps of it"
+    whole = not pending.points(None) and not any(pending.pictures(None))
+    return "" if whole else "lacks steps of it"
+
+
 class _Replay:
     def __init__(self, run: RunDir, status: Status, sink: Sink, about: About, tell: Callable[[str], None]) -> None:
         self.run, self.status, self.sink, self.about, self.tell = run, status, sink, about, tell
