@@ -7,7 +7,6 @@ its comment.
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import signal
@@ -22,7 +21,7 @@ from typing import Any
 from hpc import slurm
 from hpc.attempt import record_submission, same_process
 from hpc.errors import UserError
-from hpc.metrics import lower_is_better
+from hpc.metrics import is_finite, lower_is_better
 from hpc.records import Reader, Records
 from hpc.rundir import RunDir, all_runs, find_run, write_json
 from hpc.states import Place, state_of
@@ -297,7 +296,7 @@ def _seen(
         step=int(told.state.get("step", 0)),
         steps=int(told.state.get("steps") or 0),
         monitor=monitor,
-        best=float(value) if isinstance(value, int | float) and math.isfinite(value) else None,
+        best=float(value) if is_finite(value) else None,
         direction=str(told.result.get("direction") or ("min" if lower_is_better(monitor) else "max")),
         age_s=time.time() - float(told.state.get("time") or told.submitted or told.made),
     )

@@ -41,8 +41,11 @@ _DIFFICULTY = {"multilabel": ("ap", "f1"), "segmentation": ("dice",)}
 
 
 def is_finite(value: Any) -> TypeGuard[int | float]:
-    """What files tell may be anything: True and NaN are no number that can be drawn or reckoned with."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """What files tell may be anything: True, NaN and 10**400 are no number that can be drawn or reckoned with."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def by_difficulty(task: str, rows: Sequence[Mapping[str, Any]]) -> list[int]:

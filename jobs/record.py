@@ -197,11 +197,11 @@ class Recorder:
         )
         line = {"epoch": epoch, "step": step, "split": "validation", "metrics": metrics}
         extra = {"train": train, "waiting_share": waiting, "samples_per_second": speed, **timing}
-        self._tracker.evaluation({**line, **extra})
+        when = self._tracker.evaluation({**line, **extra})
         scalars = {f"train/{key}": value for key, value in defined(train).items()}
         scalars |= {f"validation/{key}": value for key, value in defined(metrics).items()}
         scalars |= {f"speed/{key}_samples_per_second": value for key, value in speed.items() if value}
-        self._tracker.scalars(step, {**scalars, "speed/waiting_share": waiting, "epoch": epoch})
+        self._tracker.scalars(step, {**scalars, "speed/waiting_share": waiting, "epoch": epoch}, when)
         self._drawer.evaluated(step, f"validation, epoch {epoch}", found, is_best)
         self._tracker.flush()
 

@@ -50,10 +50,10 @@ class Tracker:
         """Take back what was written after `step`."""
         self._writer.cut(step)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One value per tag at a step (steps done so far)."""
+    def scalars(self, step: int, values: dict[str, float], when: float | None = None) -> None:
+        """One value per tag at a step (steps done so far); `when`: Unix time, now unless said."""
         if values:
-            self._writer.put(event_file.scalars(step, time.time(), values))
+            self._writer.put(event_file.scalars(step, time.time() if when is None else when, values))
 
     def picture(self, step: int, tag: str, pixels: NDArray[np.uint8]) -> None:
         """(height, width, 3); it is encoded by the thread that calls."""
@@ -64,10 +64,12 @@ class Tracker:
         height, width = pixels.shape[:2]
         self._writer.put(event_file.picture(step, time.time(), tag, buffer.getvalue(), (height, width)))
 
-    def evaluation(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, with the Unix time in seconds; one that the disk refuses is tried again later."""
-        self._lines = [*self._lines[-_MOST_LINES:], {**self._stamp(), **line}]
+    def evaluation(self, line: dict[str, Any]) -> float:
+        """One line of metrics.jsonl; one that the disk refuses is tried again later. Its Unix time in seconds."""
+        stamp = self._stamp()
+        self._lines = [*self._lines[-_MOST_LINES:], {**stamp, **line}]
         self._write_lines()
+        return float(stamp["time"])
 
     def _stamp(self) -> dict[str, Any]:
         return {"generation": self._generation, "time": round(time.time(), 3)}

@@ -95,8 +95,9 @@ class FakeRun:
         self._line("checkpoint", step=step, name=f"g{self.generation:03d}-s{step:08d}")
 
     def evaluation(self, step: int, **metrics: float) -> None:
-        line = {"generation": self.generation, "epoch": 1, "step": step, "split": "validation", "metrics": metrics}
-        append_line(self.dir.metrics, line)
+        self.evaluated = self.clock
+        line = {"epoch": 1, "step": step, "split": "validation", "metrics": metrics}
+        append_line(self.dir.metrics, {"generation": self.generation, "time": self.clock, **line})
 
     def _state(self, phase: str, **more: object) -> None:
         base = {"generation": self.generation, "job": None, "host": "elsewhere", "pid": 1, "started": self.clock}

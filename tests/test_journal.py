@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from hpc.errors import UserError
-from hpc.journal import captions, compare, notes
+from hpc.journal import captions, cells, compare, notes
 from hpc.journal.markdown import escape
 from hpc.journal.report import RunData, write_report
+from hpc.metrics import is_finite
 from hpc.rundir import RunDir, append_line
 from hpc.tables import printable
 
@@ -202,6 +203,13 @@ def test_numbers_and_differences() -> None:
     assert compare.difference(float("nan"), 0.5) == compare.difference(None, 0.5) == ""
     assert (compare.tone(0.3, 0.4, lower=True), compare.tone(0.3, 0.4, lower=False)) == ("better", "worse")
     assert compare.tone(0.4, 0.4, lower=True) == ""
+
+
+def test_an_integer_beyond_all_floats_is_a_text() -> None:
+    """Whoever wrote it: JSON has such numbers."""
+    huge = 10**400
+    assert cells.cell(huge).sort == str(huge) and compare.difference(huge, 1) == compare.difference(1, huge) == ""
+    assert not is_finite(huge) and not is_finite(-huge) and is_finite(10**300)
 
 
 # --- the two pages --------------------------------------------------------------------------------------------------

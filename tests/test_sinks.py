@@ -111,7 +111,7 @@ def test_a_finished_run_is_there_whole_and_once(place: Place) -> None:
     assert place.feed() == 0
     assert place.feed() == 0
     there = place.one()
-    assert place.points() == {**truth(run), "validation/accuracy": [(20, round(run.began * 1000) + 20, 0.5)]}
+    assert place.points() == {**truth(run), "validation/accuracy": [(20, round(run.evaluated * 1000), 0.5)]}
     assert (there.info.status, there.info.end_time) == ("FINISHED", round(run.clock * 1000))
     assert (there.info.run_name, there.info.start_time) == (run.dir.name, round(run.began * 1000))
     wanted = {"experiment.yaml", "job.sbatch", "metrics.jsonl", "result.json", "figures/confusion_matrix.png"}
@@ -287,6 +287,8 @@ def test_a_damaged_file_is_sent_up_to_its_damage_and_whole_when_it_is_repaired(p
     run.steps(1, 5)
     older, valid = run.file, run.file.stat().st_size
     run.steps(6, 10)
+    run.value(10, "validation/accuracy", 0.1)
+    run.evaluation(10, accuracy=0.1)
     whole = older.read_bytes()
     rest = whole[valid:]
     spoiled = {"hole": bytes(4096) + rest, "flip": rest[:20] + bytes([rest[20] ^ 1]) + rest[21:], "torn": rest[:30]}

@@ -12,8 +12,11 @@ _LOWER = re.compile(r"loss|error|hamming|brier|perplexity|mae|mse|hausdorff|ece"
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """NaN is none: what was written of an undefined metric."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    """NaN is none: what was written of an undefined metric; nor is an integer beyond all floats."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+    except OverflowError:
+        return False
 
 
 def lower_is_better(metric: str) -> bool:

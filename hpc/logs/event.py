@@ -5,6 +5,7 @@ Field numbers: tensorboard/compat/proto/{event,summary,tensor}.proto. What is no
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -161,6 +162,14 @@ def last_step(payload: bytes) -> int | None:
             step = integer - (1 << 64) if integer >> 63 else integer
         summary = summary or (number == 5 and wire == _BYTES)
     return step if summary else None
+
+
+def as_kept(value: float) -> float:
+    """A number as an event file keeps it, in 32 bits."""
+    try:
+        return float(_unpack("<f", struct.pack("<f", value)))
+    except OverflowError:
+        return math.copysign(math.inf, value)
 
 
 def _value(payload: bytes) -> Value:

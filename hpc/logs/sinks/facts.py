@@ -11,6 +11,7 @@ from hpc import payload, yamlfile
 from hpc.errors import UserError
 from hpc.ledger import Status
 from hpc.logs.sinks.base import FAILED, FINISHED, KILLED, RUNNING, WAITING, About
+from hpc.metrics import is_finite
 from hpc.rundir import RunDir, read_json
 
 Events = Sequence[Mapping[str, Any]]
@@ -104,16 +105,16 @@ def _files(run: RunDir) -> dict[str, Path]:
     return {str(path.relative_to(run.path)): path for path in (*single, *figures) if path.is_file()}
 
 
-def evaluations(run: RunDir) -> Iterator[tuple[str, int, float, float | None]]:
-    """Tag, step, value and Unix time of metrics.jsonl, under the names of the event files; older lines have no time."""
+def evaluations(run: RunDir) -> Iterator[tuple[str, int, float, float]]:
+    """Tag, step, value and Unix time of metrics.jsonl, under the names of the event files."""
     for line in run.read_metrics():
         split, step, when = line.get("split"), line.get("step"), line.get("time")
         for prefix, metrics in ((split, line.get("metrics")), ("train", line.get("train"))):
-            if not isinstance(metrics, dict) or not isinstance(step, int):
+            if not isinstance(metrics, dict) or not isinstance(step, int) or not isinstance(when, int | float):
                 continue
             for name, value in metrics.items():
-                if isinstance(value, int | float):
-                    yield f"{prefix}/{name}", step, float(value), when if isinstance(when, int | float) else None
+                if isinstance(value, float) or is_finite(value):
+                    yield f"{prefix}/{name}", step, float(value), float(when)
 
 
 def name_of(run: RunDir) -> str:

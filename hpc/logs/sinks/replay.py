@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hpc.ledger import Status
+from hpc.logs.event import as_kept
 from hpc.logs.positions import Position
 from hpc.logs.sinks import facts
 from hpc.logs.sinks.base import About, Point, Remote, Sink
@@ -118,13 +119,13 @@ class _Replay:
     def _only_in_metrics(self, pending: Pending) -> list[Point]:
         """Evaluations that the event files lack, as where a full disk turned them off.
 
-        The time of older ones is made up, the same in every replay: one millisecond per step after the run's beginning.
+        Value and time are those that the event file would have: repaired, it has no other points.
         """
         told = list(facts.evaluations(self.run))
         if told and pending.cursor.start != (0, 0):
             pending = Pending(self.run.tensorboard, Cursor())
         return [
-            Point(tag, step, self.about.started_ms + step if when is None else round(when * 1000), value)
+            Point(tag, step, round(when * 1000), as_kept(value))
             for tag, step, value, when in told
             if not pending.has(tag, step)
         ]
