@@ -13,6 +13,8 @@ from datasets.writer import VolumeWriter
 from hpc.allocation import Allocation
 from hpc.errors import UserError
 from hpc.experiment import load
+from hpc.logs.event import as_kept
+from hpc.logs.series import scalars
 from hpc.metrics import DEFAULT_MONITOR, DIRECTIONS, STEP_METRIC
 from hpc.rundir import RunDir, read_json
 from jobs import validation
@@ -94,6 +96,9 @@ def test_the_result_and_the_events_have_the_tasks_own_metrics(task: str, tmp_pat
         assert tiny_run.shown_steps(run, tag) == [2, 4]
     for line in run.read_metrics():
         assert STEP_METRIC[task] in line["train"] and set(line["metrics"]) == set(DIRECTIONS[task])
+    evaluations = scalars(run.tensorboard)["validation/loss"]
+    kept = [(line["step"], line["time"], as_kept(line["metrics"]["loss"])) for line in run.read_metrics()]
+    assert evaluations == kept, "the same points, whichever file they are taken from"
 
 
 def train(folder: Path) -> None:
