@@ -253,14 +253,15 @@ def test_a_long_run_is_thinned_and_keeps_its_facts(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "long-1")
     run.path.mkdir()
     for step in range(1, 1001):
-        metrics = {"loss": 1 / step if step != 700 else -1.0, "odd": None}
+        metrics = {"loss": 1 / step if step != 701 else -1.0, "odd": None}
         line = {"generation": 1 + (step > 500), "step": step, "epoch": step, "split": "validation", "metrics": metrics}
         append_line(run.metrics, {**line, "samples_per_second": {"train": step}, "waiting_share": step / 1000})
     found = read(run)
-    assert len(found.metrics) == 2 and found.best["step"] == 700 and found.last["step"] == 1000
+    assert len(found.metrics) == 2 and found.best["step"] == 701 and found.last["step"] == 1000
     assert (found.speed["train"], found.waiting_share, found.attempts) == (500.5, 0.5005, 2)
     (curve,) = found.curves
-    assert len(curve.steps) == CURVE_POINTS and (curve.steps[0], curve.steps[-1]) == (1, 1000)
+    assert len(curve.steps) == CURVE_POINTS + 1 and (curve.steps[0], curve.steps[-1]) == (1, 1000)
+    assert curve.values[curve.steps.index(701)] == -1, "the best one stays, wherever it lies"
     assert found.slim().curves == found.curves and found.slim().speed == found.speed
 
 

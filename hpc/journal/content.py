@@ -95,7 +95,7 @@ class Figure:
 
 
 CURVE_POINTS = 200
-"""A longer curve is thinned out to so many points; its first and last stay."""
+"""A longer curve is thinned out to so many points; its first, last and best stay."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,11 @@ class Section:
     best_step: float | None = None
     group: str = ""
     """Name of the runs that differ in their seed alone, as Report.groups has it."""
+
+
+def evenly(count: int, most: int) -> set[int]:
+    """Places of `most` of `count` points, with the first and the last; of all where they are no more."""
+    return set(range(count)) if count <= most else {round(k * (count - 1) / (most - 1)) for k in range(most)}
 
 
 @dataclass(frozen=True)

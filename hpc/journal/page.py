@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hpc.journal.content import Cell, Curve, Report, Section
+from hpc.journal.content import Cell, Curve, Report, Section, evenly
 from hpc.journal.markdown import figure_file
 from hpc.tables import printable
 
@@ -107,11 +107,8 @@ def _curves(sections: Sequence[Section]) -> dict[str, Any] | None:
 
 def _kept(curve: Curve, most: int, best_step: float | None) -> list[int]:
     """Places of at most about `most` points: evenly spread, with the first, the last and the best one."""
-    count = len(curve.steps)
-    if count <= most:
-        return list(range(count))
-    spread = {round(k * (count - 1) / (most - 1)) for k in range(most)}
-    return sorted(spread | {k for k, step in enumerate(curve.steps) if step == best_step})
+    best = {k for k, step in enumerate(curve.steps) if step == best_step}
+    return sorted(evenly(len(curve.steps), most) | best)
 
 
 def _picked(sequence: Sequence[Any], places: Iterable[int]) -> list[Any]:

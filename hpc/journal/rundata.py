@@ -13,7 +13,7 @@ from typing import Any
 
 from hpc import steptimes
 from hpc.journal.compare import better, is_number, lower_is_better
-from hpc.journal.content import CURVE_POINTS, Curve
+from hpc.journal.content import CURVE_POINTS, Curve, evenly
 from hpc.metrics import DEFAULT_MONITOR, by_difficulty, is_finite
 
 Values = Mapping[str, Any]
@@ -157,7 +157,7 @@ class RunData:
         """Of the metrics of both splits, the monitored one first, the loss next."""
         if self.drawn is not None:
             return self.drawn
-        lines = _thinned(self.validations)
+        lines = _thinned(self.validations, self.best.get("step"))
         steps = tuple(float(line["step"]) for line in lines)
         epochs = tuple(
             float(given) if is_number(given := line.get("epoch")) else step
@@ -310,9 +310,7 @@ def _point(value: Any) -> float | None:
     return float(value) if is_finite(value) else None
 
 
-def _thinned(lines: Sequence[Values]) -> Sequence[Values]:
-    """At most CURVE_POINTS of them, evenly spaced, with the first and the last."""
-    if len(lines) <= CURVE_POINTS:
-        return lines
-    last = len(lines) - 1
-    return [lines[round(place * last / (CURVE_POINTS - 1))] for place in range(CURVE_POINTS)]
+def _thinned(lines: Sequence[Values], best_step: Any) -> Sequence[Values]:
+    """At most CURVE_POINTS of them, evenly spaced, with the first and the last, and the best one."""
+    best = {place for place, line in enumerate(lines) if line.get("step") == best_step}
+    return [lines[place] for place in sorted(evenly(len(lines), CURVE_POINTS) | best)]
