@@ -229,8 +229,27 @@ def test_the_filter_leaves_what_fits(browser: Browser, tmp_path: Path) -> None:
     assert len(column(browser, 1)) == len(browser.texts("details.run")) == 15
     assert browser.find(".count").text == "15 of 30 runs"
     assert browser.run("return document.querySelectorAll('#curves .legend li:not([hidden])').length") == 15
+    assert drawn(browser) == (6, 6), "the first of those that are listed"
     browser.find("input[type=search]").send_keys(" nothing")
     assert column(browser, 1) == [] and browser.find(".count").text == "0 of 30 runs"
+    assert drawn(browser) == (0, 0) and not browser.find(".long table").is_displayed()
+
+
+def test_runs_that_were_ticked_by_hand_are_drawn_where_they_are_listed(browser: Browser, tmp_path: Path) -> None:
+    browser.open(written(tmp_path, report(30)))
+    assert drawn(browser) == (6, 6)
+    browser.run("[...document.querySelectorAll('#curves .legend input')].slice(1, 9).forEach(box => box.click())")
+    assert drawn(browser) == (4, 4)
+    browser.find("input[type=search]").send_keys("seed 0000001")
+    listed, ticked = drawn(browser)
+    assert 0 < listed == ticked < 4
+
+
+def drawn(browser: Browser) -> tuple[int, int]:
+    """Lines of the shared curves, and ticked runs among those that are listed."""
+    lines = browser.run("return document.querySelectorAll('#curves svg.curves path.line').length")
+    ticked = browser.run("return document.querySelectorAll('#curves .legend li:not([hidden]) input:checked').length")
+    return lines, ticked
 
 
 # --- curves ---------------------------------------------------------------------------------------------------------

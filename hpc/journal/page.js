@@ -166,11 +166,8 @@ class Chart {
       if (best !== null && !this.single) name.append(make("small", {}, `best: ${this.axis ? "epoch" : "step"} ${best}`));
       this.entries.push({ key, value });
       if (this.single) return make("li", {}, make("span", { class: "entry" }, swatch, name, value));
-      const box = make("input", { type: "checkbox", onchange: (e) => {
-        if (e.target.checked) this.chosen.add(key); else this.chosen.delete(key);
-        this.draw();
-      } });
-      box.checked = this.chosen.has(key);
+      const others = () => [...this.chosen].filter((k) => k !== key);
+      const box = make("input", { type: "checkbox", onchange: (e) => this.choose(e.target.checked ? [...others(), key] : others()) });
       return make("li", {}, make("label", {}, box, swatch, name, value));
     }));
     const best = data.runs[this.runs[0]].best[this.axis];
@@ -182,25 +179,30 @@ class Chart {
     this.filter(this.listed ?? null);
   }
 
-  // listed: numbers of runs, or null for all.
+  // listed: numbers of runs, or null for all. Until runs are ticked by hand the first of those listed are drawn.
   filter(listed) {
     this.listed = listed;
     if (this.single) return;
-    this.entries.forEach(({ key }, k) => { this.legend.children[k].hidden = listed !== null && !listed.has(key); });
+    const shown = this.runs.filter((k) => listed?.has(k) ?? true);
+    if (!this.byHand) this.chosen = new Set(shown.slice(0, SHOWN));
+    this.entries.forEach(({ key }, k) => {
+      this.legend.children[k].hidden = !shown.includes(key);
+      this.legend.children[k].querySelector("input").checked = this.chosen.has(key);
+    });
   }
 
   visible() { return this.entries.filter((_, k) => !this.legend.children[k].hidden).map(({ key }) => key); }
 
   choose(keys) {
-    this.chosen = new Set(keys);
-    this.list();
+    [this.chosen, this.byHand] = [new Set(keys), true];
+    this.filter(this.listed ?? null);
     this.draw();
   }
 
   lines() {
     const found = [];
     for (const k of this.runs) {
-      if (!this.chosen.has(k)) continue;
+      if (!this.chosen.has(k) || !(this.listed?.has(k) ?? true)) continue;
       for (const [metric, split, axis, values] of data.runs[k].lines) {
         if (metric !== this.metric || (this.split >= 0 && split !== this.split)) continue;
         const log = this.logBox.checked;
@@ -431,12 +433,14 @@ function ready(details) {
 function filter(text, count) {
   const words = text.toLowerCase().split(/\s+/).filter(Boolean), runs = all("details.run");
   for (const row of all(".long tbody tr")) row.hidden = !fits(row.textContent, words);
+  for (const table of all(".long table")) table.hidden = [...table.tBodies[0].rows].every((row) => row.hidden);
   const overview = new Map(all('.long tbody a[href^="#run-"]').map((a) => [a.hash, a.closest("tr").textContent]));
   for (const run of runs) {
     const { id } = run.querySelector("section");
     run.hidden = !fits(overview.get(`#${id}`) ?? run.querySelector("h3").textContent, words);
   }
   compared?.filter(new Set(runs.flatMap((run, k) => (run.hidden ? [] : [k]))));
+  compared?.draw();
   count.textContent = words.length ? `${runs.filter((run) => !run.hidden).length} of ${runs.length} runs` : "";
 }
 
