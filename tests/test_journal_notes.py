@@ -101,3 +101,18 @@ def test_what_could_lose_text_is_refused(tmp_path: Path, text: str, message: str
     with pytest.raises(UserError, match=message):
         write_report(RUNS, tmp_path)
     assert (path.read_bytes(), page.read_bytes()) == before
+
+
+def test_what_is_written_outside_of_the_markers_is_told_and_kept_aside(tmp_path: Path) -> None:
+    told: list[str] = []
+    path, _ = write_report(RUNS, tmp_path, tell=told.append)
+    written(path, {"a-1": "why\n"})
+    write_report([RunData("a-1", {"name": "other"}), *RUNS[1:]], tmp_path, tell=told.append)
+    assert told == [] and not path.with_name("EXPERIMENTS.md.bak").exists(), "the report's own changes are no edits"
+    edited = path.read_text().replace("# Experiments", "My remark\n\n# Experiments")
+    path.write_text(edited)
+    write_report(RUNS, tmp_path, tell=told.append)
+    assert len(told) == 1 and "outside of the notes markers" in told[0] and "EXPERIMENTS.md.bak" in told[0]
+    assert path.with_name("EXPERIMENTS.md.bak").read_text() == edited and "My remark" not in path.read_text()
+    write_report(RUNS, tmp_path, tell=told.append)
+    assert len(told) == 1

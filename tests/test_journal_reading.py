@@ -247,6 +247,8 @@ def test_the_baseline_is_named_by_hand(runs: Path) -> None:
     assert told["runs"][1]["best"] == read_json(RunDir(runs / "tiny-00000002").result)["best"]
     assert "to the baseline, tiny-00000001." in (runs.parent / "out" / "EXPERIMENTS.md").read_text()
     assert "no run 'none'" in report(runs, "--baseline", "none", code=1).exception.args[0]
+    own = runs / "tiny-00000001" / "figures"
+    assert "would show this one" in report(runs, "-o", str(own), code=1).exception.args[0]
 
 
 def test_a_long_run_is_thinned_and_keeps_its_facts(tmp_path: Path) -> None:

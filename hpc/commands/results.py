@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -63,11 +64,13 @@ def report(
     first = _run(baseline, runs) if baseline is not None else None
     if first and first.path not in [run.path for run in found]:
         found.insert(0, first)
+    if inside := [run.path for run in found if out.resolve().is_relative_to(run.path.resolve())]:
+        raise UserError(f"-o {out}: lies in {inside[0]}, whose next report would show this one; choose another folder")
     told = [read(run) for run in found if not run.step.exists()]
     for run in told:
         for fault in run.damage:
             print(f"{run.run}: {fault}", file=sys.stderr)
-    written = write_report(told, out, first.name if first else "")
+    written = write_report(told, out, first.name if first else "", partial(print, file=sys.stderr))
     if as_json:
         print_json({"files": list(map(str, written)), "runs": plain(told, first.name if first else "")})
     else:

@@ -5,6 +5,7 @@ The block without a run, `<!-- notes -->`, is the journal's own introduction. Wh
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from urllib.parse import quote, unquote
@@ -28,6 +29,22 @@ def block(run: str, text: str) -> str:
     elif not text.endswith("\n"):
         text += "\n"
     return f"<!-- notes{whose} -->\n{text}<!-- /notes -->"
+
+
+def sealed(text: str) -> str:
+    """A report with a checksum, below its first line, of what is not notes: what a hand changes there is noticed."""
+    first, _, rest = text.partition("\n")
+    return f"{first}\n{_seal(_parse(text, Path())[1])}\n{rest}"
+
+
+def edited(own: list[str]) -> bool:
+    """Whether the lines that no hand should have written are others than those that were sealed."""
+    return len(own) > 1 and own[1] != _seal([own[0], *own[2:]])
+
+
+def _seal(own: list[str]) -> str:
+    told = "\n".join(own).encode(errors="surrogateescape")
+    return f"<!-- checksum: {hashlib.sha256(told).hexdigest()[:16]} -->"
 
 
 def read(path: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ __all__ = ["RunData", "write_report"]
 MARKDOWN, PAGE, FIGURES = "EXPERIMENTS.md", "index.html", "figures"
 
 
-def write_report(runs: Sequence[RunData], out: Path, baseline: str = "") -> tuple[Path, Path]:
+def write_report(
+    runs: Sequence[RunData], out: Path, baseline: str = "", tell: Callable[[str], None] = print
+) -> tuple[Path, Path]:
     """Writes `out`/EXPERIMENTS.md, its figures/ and `out`/index.html; returns the two pages' paths.
 
     Each run is compared with `baseline` if that is of its task, else with the first of its task. Hand-written text
     between the notes markers of an existing EXPERIMENTS.md is kept byte for byte, that of runs which are not in this
     report too; the same runs and notes give the same bytes. Figures of the report before that this one does not show
-    are removed.
+    are removed. Text beside the notes that somebody has changed is replaced; the file as it was is kept, and told.
     Raises UserError without runs, for a run given twice, a baseline that is none of them, for an EXPERIMENTS.md that it
     must not overwrite, and a folder that cannot be written.
     """
@@ -39,20 +41,24 @@ def write_report(runs: Sequence[RunData], out: Path, baseline: str = "") -> tupl
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; -o takes a folder")
     try:
-        return _write(runs, out, baseline)
+        return _write(runs, out, baseline, tell)
     except OSError as error:
         raise UserError(
             f"{error.filename2 or error.filename or out}: {error.strerror}; choose another folder with -o"
         ) from None
 
 
-def _write(runs: Sequence[RunData], out: Path, baseline: str) -> tuple[Path, Path]:
+def _write(runs: Sequence[RunData], out: Path, baseline: str, tell: Callable[[str], None]) -> tuple[Path, Path]:
     text, web = out / MARKDOWN, out / PAGE
     if web.exists() and not text.exists():
         raise UserError(f"{web}: is there without {MARKDOWN}, so it may be somebody's; choose another folder with -o")
     written, before = notes.split(text)
     report = compose(runs, written, baseline)
-    shown = markdown.render(report)
+    shown = notes.sealed(markdown.render(report))
+    if notes.edited(before):
+        kept = text.with_name(f"{MARKDOWN}.bak")
+        write_bytes(kept, text.read_bytes())
+        tell(f"{text}: what was written outside of the notes markers is gone; the file as it was: {kept}")
     _write_figures(report, out)
     write_bytes(web, page.render(report).encode())
     # Before the names of what is left over are gone with the old text; where notes show it, it stays.
