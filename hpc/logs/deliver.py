@@ -357,7 +357,7 @@ class Delivery:
         run = self._cursor.run.rpartition("/")[2]
         self.told.problems.append(
             f"{self._cursor.run}/{name}: has {size} bytes at the source, {known.size} here that were compared when the "
-            f"run had ended; what is here stays (was it repaired there? 'hpc fsck {run} --repair' here, too, and sync again)"
+            f"run had ended; what is here stays (repaired there? 'hpc fsck {run} --repair' here, too, then sync)"
         )
         return True
 
