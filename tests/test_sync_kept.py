@@ -30,6 +30,16 @@ def test_what_was_cut_after_the_runs_end_stays_here(runs: Path, home: Path) -> N
     for _ in range(2):
         assert any("what is here stays" in problem for problem in carry(runs, home).problems)
     assert list(visible(home).values()) == [attempt(0, 40, 1)]
+    kept = home / run.name / run.tensorboard.name / FIRST
+    shutil.copy(kept, run.tensorboard / FIRST)
+    assert carry(runs, home).problems == [] and status.look(runs).exit_code == 0
+    write(run, FIRST, attempt(0, 40, 1)[:900])
+    assert carry(runs, home).problems
+    kept.unlink()
+    assert carry(runs, home).problems == []
+    assert list(visible(home).values()) == [attempt(0, 40, 1)[:865]], "the whole records of what is left"
+    write(run, FIRST, attempt(0, 40, 1))
+    assert carry(runs, home).problems == [] and list(visible(home).values()) == [attempt(0, 40, 1)]
     write(run, SECOND, attempt(30, 50, 2))
     write(run, FIRST, attempt(0, 30, 1))
     assert carry(runs, home).problems == [] and visible(home) == visible(runs), "a resumed one has cut it"

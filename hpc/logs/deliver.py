@@ -354,10 +354,9 @@ class Delivery:
         if not known.verified or not self._listed.ended or more or size >= known.size:
             return False
         self.told.damaged += 1
-        run = self._cursor.run.rpartition("/")[2]
         self.told.problems.append(
             f"{self._cursor.run}/{name}: has {size} bytes at the source, {known.size} here that were compared when the "
-            f"run had ended; what is here stays (repaired there? 'hpc fsck {run} --repair' here, too, then sync)"
+            f"run had ended; what is here stays: copy it to the source, or remove it here, and sync again"
         )
         return True
 
