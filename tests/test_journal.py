@@ -146,6 +146,7 @@ def test_states_of_runs_without_a_result() -> None:
     ]  # fmt: skip
     failed = {"time": 1, "event": "end", "code": 1, "reason": "failed with exit code 1"}
     assert RunData("a", events=[failed]).state == "ended without a result (failed with exit code 1)"
+    assert RunData("a", events=[failed]).short_state == "ended without a result", "the overview has no room for why"
     assert RunData("a", events=[failed, {"time": 2, "event": "cancel"}]).state == "cancelled"
     assert RunData("a", result=result(), events=EVENTS[:2]).state == "finished"
 

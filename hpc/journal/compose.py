@@ -82,7 +82,7 @@ def _row(run: RunData, first: RunData, names: Sequence[str], with_task: bool) ->
     scores = [sections.compared(run, first, name) for name in names]
     speed = cells.versus(run.speed.get("train"), first.speed.get("train"), lower=False, same=same)
     task = cells.cells(run.task or None) if with_task else ()
-    words = (*cells.cells(run.run, run.state), *task, *cells.cells(run.best.get("epoch"), run.best.get("step")))
+    words = (*cells.cells(run.run, run.short_state), *task, *cells.cells(run.best.get("epoch"), run.best.get("step")))
     apart = "the baseline" if same else listed(changes(run, first), at_most=_SHOWN)
     return (*words, *scores, speed, wall_time(run), cells.cell(apart))
 

@@ -90,19 +90,25 @@ class RunData:
 
     @cached_property
     def state(self) -> str:
-        """In words; of a run without a result what its last event says."""
-        return f"{self._state}; damaged" if self.damage else self._state
+        """In words; of a run without a result what its last event says, with the reason."""
+        words, why = self._state
+        return f"{words}{f' ({why})' if why else ''}{'; damaged' * bool(self.damage)}"
 
     @property
-    def _state(self) -> str:
+    def short_state(self) -> str:
+        """Without the reason, which may be long."""
+        return f"{self._state[0]}{'; damaged' * bool(self.damage)}"
+
+    @property
+    def _state(self) -> tuple[str, str]:
         if self.finished:
-            return "finished"
+            return "finished", ""
         if not self.events:
-            return "no result yet" if self.metrics else "not started"
+            return "no result yet" if self.metrics else "not started", ""
         last = max(self.events, key=lambda event: float(event.get("time", 0)))
         words = _STATES.get(str(last.get("event")), "no result yet")
         why = last.get("reason", last.get("code"))
-        return words if why is None else f"{words} ({why})"
+        return words, "" if why is None else str(why)
 
     @cached_property
     def validations(self) -> list[Values]:
