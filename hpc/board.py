@@ -68,7 +68,7 @@ def serve(runs: Callable[[], Sequence[RunDir]], folder: Path, port: int, host: s
 
 def address(host: str, port: int) -> str:
     """Where to look, and the line that brings it to one's own machine."""
-    here = LOOPBACK if host == EVERYWHERE else host
+    here = LOOPBACK if host == EVERYWHERE else f"[{host}]" if ":" in host else host
     machine = socket.gethostname()
     return f"http://{here}:{port}\nfrom elsewhere:  ssh -L {port}:{here}:{port} {getpass.getuser()}@{machine}"
 

@@ -195,6 +195,7 @@ def test_refusals_name_the_value_and_the_remedy(runs: Path, tmp_path: Path) -> N
 
 
 def test_the_line_for_another_machine_names_this_one() -> None:
+    assert address("::1", 6006).startswith("http://[::1]:6006\nfrom elsewhere:  ssh -L 6006:[::1]:6006 ")
     line = address("127.0.0.1", 6006).splitlines()[1]
     assert "ssh -L 6006:127.0.0.1:6006 " in line and line.endswith(f"@{socket.gethostname()}")
     assert [is_loopback(host) for host in ("localhost", "127.0.0.9", "::1", "0.0.0.0", "10.1.2.3", "node1")] == [
