@@ -50,14 +50,16 @@ def baselines(runs: Sequence[RunData], named: str) -> dict[str, RunData]:
 
 
 def metric_names(runs: Iterable[RunData]) -> list[str]:
-    """All metrics of the runs that are numbers or undefined, the monitored one first, on the test split next."""
-    names: dict[str, None] = {}
+    """All metrics of the runs that are numbers or undefined; first those monitored, each on the test split next."""
+    first: dict[str, None] = {}
+    others: dict[str, None] = {}
     for run in runs:
         seen = {**mapping(run.best.get("metrics")), **mapping(run.last.get("metrics"))}
         told = [name for name, value in seen.items() if value is None or is_number(value)]
-        told += [tested] if (tested := f"test {run.monitor}") in run.scores else []
-        names |= dict.fromkeys(sorted(told, key=lambda name: (name != run.monitor, name != tested)))
-    return list(names)
+        monitored = (run.monitor, f"test {run.monitor}")
+        first |= dict.fromkeys(name for name in monitored if name in told or name in run.scores)
+        others |= dict.fromkeys(told)
+    return list(first | others)
 
 
 def _overview(runs: Sequence[RunData], firsts: Mapping[str, RunData]) -> Table:
