@@ -17,7 +17,6 @@ from markdown_it import MarkdownIt
 
 from hpc.errors import UserError
 from hpc.journal import captions, cells, compare, notes
-from hpc.journal.compose import metric_names
 from hpc.journal.markdown import escape
 from hpc.journal.report import RunData, write_report
 from hpc.metrics import is_finite
@@ -332,14 +331,6 @@ def test_runs_of_different_tasks_are_not_compared(tmp_path: Path) -> None:
     assert web.count('class="tag">baseline') == 1 and web.count('class="change worse">(+1)') == 2
     text_path, web_path = write_report([finished("base-1"), maps[0]], tmp_path / "two")
     assert "Each run is of another task" in text_path.read_text() and "is better</span>" not in web_path.read_text()
-
-
-def test_monitored_metrics_come_first_whatever_the_task() -> None:
-    def run(name: str, **scores: float) -> RunData:
-        return RunData(name, {"train": {"monitor": name}}, {}, {"best": {"metrics": scores}, "monitor": name})
-
-    runs = [run("accuracy", loss=1, f1=0.5, accuracy=0.9), run("dice", loss=2, iou=0.3, dice=0.4)]
-    assert metric_names(runs) == ["accuracy", "dice", "loss", "f1", "iou"]
 
 
 def test_a_run_that_has_nothing_yet(tmp_path: Path) -> None:

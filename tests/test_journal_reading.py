@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from hpc import payload
 from hpc.cli import app
 from hpc.journal.compare import number
-from hpc.journal.compose import compose
+from hpc.journal.compose import compose, metric_names
 from hpc.journal.content import CURVE_POINTS, Table
 from hpc.journal.evaluations import Evaluated
 from hpc.journal.reading import read
@@ -309,3 +309,11 @@ def test_wall_time_of_events(tmp_path: Path) -> None:
     )]  # fmt: skip
     assert RunData("a", events=events).wall_seconds == 55 and RunData("a").wall_seconds is None
     assert RunData("a", events=events, used={"seconds": 50}).wall_seconds == 50
+
+
+def test_monitored_metrics_come_first_whatever_the_task() -> None:
+    def run(name: str, **scores: float) -> RunData:
+        return RunData(name, {"train": {"monitor": name}}, {}, {"best": {"metrics": scores}, "monitor": name})
+
+    runs = [run("accuracy", loss=1, f1=0.5, accuracy=0.9), run("dice", loss=2, iou=0.3, dice=0.4)]
+    assert metric_names(runs) == ["accuracy", "dice", "loss", "f1", "iou"]
