@@ -39,6 +39,8 @@ _NEAR = 0.9
 """A kill with so much of the memory in use was for memory."""
 _EARLY_S = 240.0
 """With more time left, and more than is over, the notice came from a preemption (preempt_send_user_signal)."""
+_AT_END_S = 2.0
+"""TERM so shortly before the end, or after it, is that of the time limit."""
 _LONGEST = 200
 """Characters of an exception that are told."""
 
@@ -50,6 +52,8 @@ def of(run: RunDir, generation: int, events: Events, code: int, told: bool) -> E
         return Ending(FINISHED, "finished")
     if told and allocation.job_id() is None:
         return Ending(TOLD, f"cancelled or interrupted; 'hpc resume {run.name}' goes on")
+    if told and (end := allocation.Allocation.current().end_time) is not None and time.time() >= end - _AT_END_S:
+        return Ending(TOLD, f"the time limit came before the step at hand was saved; 'hpc resume {run.name}' goes on")
     if told:
         return Ending(TOLD, "the batch shell was told to end: SLURM requeued the job, or it was cancelled")
     if stop.get("generation") == generation:

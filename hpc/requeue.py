@@ -156,8 +156,10 @@ def _refuse_another(job: str, asked: bool) -> bool:
     True where it waits after all because we have asked before (what timed out is carried out later). Raises SlurmError.
     """
     info, ours = slurm.queue([job]).get(job), allocation.nodes()
-    if info and info.state == "PENDING" and asked:
+    if info and asked and info.state in ("PENDING", *_CANCELLED):
         return True
+    if info and info.state in _CANCELLED:
+        raise slurm.SlurmError(f"job {job} was cancelled meanwhile, or SLURM ends it")
     if info and (info.state == "PENDING" or (info.state == "RUNNING" and ours and info.node not in ("", ours))):
         raise slurm.SlurmError(f"SLURM has requeued job {job} already, which is {info.state} {info.node}".rstrip())
     return False

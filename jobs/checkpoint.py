@@ -50,7 +50,7 @@ _TRAINED = "trained.safetensors"
 """Only where the weights in _MODEL are an average of those that are trained."""
 _FORMAT = 2
 _NAME = re.compile(r"g(\d{3,})-s(\d{8,})")
-_ASIDE, _TRASH = re.compile(r"\.g\d{3,}-s\d{8,}\.\d+"), re.compile(r"\.trash-.+")
+_ASIDE, _TRASH = re.compile(r"\.g(\d{3,})-s\d{8,}\.\d+"), re.compile(r"\.trash-.+")
 _LARGEST_MANIFEST = 64 << 20
 _SUM_AT = b'{\n "sum": "'
 _NO_SUM = b"00000000"
@@ -124,7 +124,7 @@ class Snapshot:
 
     def __init__(self, pinned: bool = False) -> None:
         self.pages = tensorfile.Pages(pinned)
-        self.name, self.step = "", 0
+        self.name, self.step, self._generation = "", 0, 0
         self._state, self._about = b"", {}  # type: bytes, dict[str, Any]
 
     def take(
@@ -148,7 +148,7 @@ class Snapshot:
         self._about = json.loads(json.dumps({"format": _FORMAT, "generation": generation, "step": step, **facts}))
         weights = {_MODEL: model} if trained is None else {_MODEL: model, _TRAINED: trained}
         self.pages.fill({**weights, _OPTIMIZER: moments})
-        self.name, self.step = name_of(generation, step), step
+        self.name, self.step, self._generation = name_of(generation, step), step, generation
         return self
 
     def write(self, folder: Path, attempt: int = 0, before_commit: Callable[[], object] = lambda: None) -> Path:
@@ -158,7 +158,7 @@ class Snapshot:
         """
         aside, final = folder / f".{self.name}.{attempt}", folder / self.name
         durable.make_folder(folder)
-        durable.remove_all(folder, _ASIDE)
+        durable.remove_all(folder, self._may_remove)
         if os.path.lexists(final):  # a rename that may not last, and could not be taken back
             _take_back(final)
         try:
@@ -179,6 +179,11 @@ class Snapshot:
                 _take_back(final)
             raise
         return final
+
+    def _may_remove(self, name: str) -> bool:
+        """What a try has left aside; never what a newer generation is writing: this one may be fenced by then."""
+        left = _ASIDE.fullmatch(name)
+        return left is not None and int(left[1]) <= self._generation
 
     def _files(self) -> Iterator[tuple[str, memoryview]]:
         yield from self.pages.files.items()
@@ -369,17 +374,17 @@ def prune(
                 kept += 1
         elif path.name not in protect and not keeps(_order(path.name)[1]):
             doomed.append(path)
-    durable.remove_all(folder, _TRASH)
+    durable.remove_all(folder, _TRASH.fullmatch)
     if not doomed:
         return
     before_delete()
     for path in doomed:
         os.rename(path, path.with_name(f".trash-{path.name}"))
     fsync_folder(folder)  # or a power cut could leave their names and not their files
-    durable.remove_all(folder, _TRASH)
+    durable.remove_all(folder, _TRASH.fullmatch)
 
 
 def sweep(folder: Path) -> None:
     """Remove what a killed writer left aside; called by the holder of the run's lease, before its first save."""
     with suppress(OSError):
-        durable.remove_all(folder, re.compile(f"{_ASIDE.pattern}|{_TRASH.pattern}"))
+        durable.remove_all(folder, re.compile(f"{_ASIDE.pattern}|{_TRASH.pattern}").fullmatch)

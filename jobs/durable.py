@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -178,11 +177,11 @@ def refuse_foreign(path: Path, status: os.stat_result) -> None:
     trust.refuse(path, status, f"if you trust its content: chmod -R go-w {path}", "loaded")
 
 
-def remove_all(folder: Path, pattern: re.Pattern[str]) -> None:
-    """What bears such a name; tries all of it before it raises the last fault."""
+def remove_all(folder: Path, wanted: Callable[[str], object]) -> None:
+    """What bears a name that is wanted; tries all of it before it raises the last fault."""
     last: OSError | None = None
     try:
-        names = [name for name in os.listdir(folder) if pattern.fullmatch(name)]
+        names = [name for name in os.listdir(folder) if wanted(name)]
     except FileNotFoundError:
         return
     for name in sorted(names):

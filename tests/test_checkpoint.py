@@ -92,6 +92,21 @@ def test_every_kind_of_tensor_comes_back_bit_for_bit(folder: Path) -> None:
     assert (found.name, found.step, found.manifest["world_size"]) == ("g001-s00000007", 7, 2)
 
 
+def test_a_fenced_writer_leaves_what_the_newer_one_is_writing(folder: Path) -> None:
+    def refuse() -> None:
+        raise UserError("the run is another's")
+
+    def begin_a_save_of_the_first() -> None:
+        first = Snapshot().take(1, 5, tensors(5), moments(5), {}, FACTS)
+        with pytest.raises(UserError):
+            first.write(folder, before_commit=refuse)
+
+    second = Snapshot().take(2, 6, tensors(6), moments(6), {}, FACTS)
+    second.write(folder, before_commit=begin_a_save_of_the_first)
+    assert [path.name for path in folder.iterdir()] == ["g002-s00000006"]
+    assert same(checkpoint.verify(folder / "g002-s00000006").model(), tensors(6))
+
+
 def test_an_average_is_the_model_and_the_trained_weights_are_kept_beside_it(folder: Path) -> None:
     snapshot = Snapshot().take(1, 3, tensors(3), moments(3), {}, FACTS, tensors(4))
     path = snapshot.write(folder)

@@ -158,6 +158,28 @@ def test_a_job_that_is_cancelled_meanwhile_is_not_submitted_anew(
     assert fake.jobs() == {"55": state}
 
 
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED"])
+def test_a_job_that_is_cancelled_meanwhile_is_not_requeued(
+    stopped: RunDir, fake: FakeSlurm, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The word of it may reach the script when the tail is under way."""
+    in_job(monkeypatch, fake)
+    fake.job("55", state, comment=stopped.name)
+    requeue.finish(stopped, 3, 75, False)
+    assert changes(fake) == [] and "was cancelled meanwhile" in read_json(stopped.state)["reason"]
+    assert [event["event"] for event in stopped.read_events()] == ["end", "refused"]
+
+
+def test_a_shell_that_was_told_at_the_time_limit_says_so(
+    run: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(run, job="55")
+    in_job(monkeypatch, fake)
+    monkeypatch.setenv("HPC_END_TIME", str(time.time() - 1))
+    requeue.finish(run, 3, 143, True)
+    assert changes(fake) == [] and read_json(run.state)["reason"].startswith("the time limit came before")
+
+
 @pytest.mark.parametrize("words", ["Job/step already completing or completed", "Invalid job id specified"])
 def test_another_refusal_of_scontrol_submits_nothing(
     stopped: RunDir, fake: FakeSlurm, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
