@@ -56,7 +56,7 @@ def by_difficulty(task: str, rows: Sequence[Mapping[str, Any]]) -> list[int]:
 
     def value(row: Mapping[str, Any], key: str) -> float:
         found = row.get(key) if row.get("support") else None
-        return float(found) if isinstance(found, int | float) and not math.isnan(found) else math.inf
+        return float(found) if is_finite(found) else math.inf
 
     keys = _DIFFICULTY.get(task, ("recall",))
     key = next((key for key in keys if any(math.isfinite(value(row, key)) for row in rows)), keys[-1])

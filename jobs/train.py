@@ -90,7 +90,7 @@ class Trainer:
         self.recorder: Recorder | None = None
         self.saver: Saver | None = None
         self.schedule = Schedule(self.settings.checkpoint_every, engine.allocation, self._save_seconds)
-        self._saved_step = -1
+        self._saved_step, self._has_saved = -1, False
 
     def _settle(self) -> None:
         """What train.autotune finds takes the place of the file's settings."""
@@ -172,7 +172,7 @@ class Trainer:
 
     def _restore(self, found: checkpoint.Checkpoint) -> None:
         self.learner.restore(found)
-        self.step, self.state = found.step, found.state()
+        self.step, self.state, self._has_saved = found.step, found.state(), True
         self._forget_best({path.name for path in checkpoint.newest_first(self.run.checkpoints)}.__contains__)
         self.guard = LossGuard.from_state(self.state["guard"])
         self.spikes = SpikeDetector.from_state(self.state["spikes"])
@@ -235,6 +235,8 @@ class Trainer:
                 own = [] if math.isfinite(counts.total_loss()) else self.samples.ids(batch)
                 tell = self.recorder or self.samples
                 tell.skipped(step, own)
+                if not self._has_saved:  # a row of such steps needs a place to go back to
+                    self._save()
         loss = counts.total_loss()
         if self.ledger:
             self.ledger.write(step, batch, loss, skipped=verdict is not Verdict.OK)
@@ -403,7 +405,7 @@ class Trainer:
             if self._saved_step != self.step:
                 self._flush()
                 self._snapshot()
-                self._saved_step = self.step
+                self._saved_step, self._has_saved = self.step, True
                 self.schedule.saved()
             if wait and self.saver:
                 self.saver.wait()

@@ -1,6 +1,8 @@
 """The way back from losses that are no number: across the border of two stages, and with an average of the weights."""
 
 import os
+import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from hpc.rundir import RunDir, read_json
 from jobs import checkpoint
 from jobs.guards import IN_A_ROW
 from jobs.precision import Fault
+from jobs.train import Stopped
 from tests import tiny_run
 from tests.tiny_run import STEPS_PER_EPOCH
 
@@ -28,7 +31,7 @@ BAD = range(BORDER + 2, BORDER + 2 + IN_A_ROW)
 TARGET = BAD[0] - IN_A_ROW - 1
 
 
-def spoil(trainer: Any) -> None:
+def spoil(trainer: Any, bad_steps: range = BAD) -> None:
     """Each new optimizer has an updater of its own."""
     begin = trainer.learner._begin
 
@@ -38,7 +41,7 @@ def spoil(trainer: Any) -> None:
 
         def spoilt(batch: Any, step: int) -> Any:
             counts, bad = gradients(batch, step)
-            return counts, Fault.NOT_FINITE if step + 1 in BAD else bad
+            return counts, Fault.NOT_FINITE if step + 1 in bad_steps else bad
 
         trainer.learner.update.gradients = spoilt
 
@@ -103,3 +106,32 @@ def test_each_step_that_counts_has_the_rate_of_its_stage(run: RunDir) -> None:
     assert [line["step"] for line in lines] == [4, 8, 12, 16] and all(
         np.isfinite(line["metrics"]["loss"]) for line in lines
     )
+
+
+EARLY = range(3, 3 + IN_A_ROW)
+
+
+def train_early(folder: Path, generation: int, boundary: int | None) -> None:
+    """Five bad steps before the first save is due; stopped at a boundary, if one is given."""
+    flag = tiny_run.SignalAtBoundary(boundary, signal.SIGTERM)
+    trainer = tiny_run.make_trainer(RunDir(folder), generation, flag.install())
+    spoil(trainer, EARLY)
+    trainer.resume()
+    with suppress(Stopped):
+        trainer.fit()
+    trainer.close()
+    os._exit(0)
+
+
+def test_bad_steps_before_the_first_checkpoint_have_a_place_to_go_back_to(tmp_path: Path) -> None:
+    data = tiny_run.make_data(tmp_path)
+    undisturbed, stopped = (tiny_run.make_run(tmp_path / name, data) for name in ("undisturbed", "stopped"))
+    assert tiny_run.in_child(train_early, undisturbed.path, 1, None) == 0
+    assert tiny_run.in_child(train_early, stopped.path, 1, 3) == 0 and not stopped.result.exists()
+    assert tiny_run.in_child(train_early, stopped.path, 2, None) == 0
+    last = [checkpoint.verify(next(checkpoint.newest_first(run.checkpoints))) for run in (undisturbed, stopped)]
+    assert last[0].step == last[1].step == read_json(undisturbed.result)["steps"]
+    assert same(last[0].model(), last[1].model()), "wherever it was stopped"
+    for run in (undisturbed, stopped):
+        [rollback] = [event for event in run.read_events() if event["event"] == "rollback"]
+        assert (rollback["step"], rollback["left"]) == (EARLY[0] - 1, EARLY[-1])

@@ -18,7 +18,7 @@ from mlflow.entities import Run, ViewType
 from mlflow.tracking import MlflowClient
 
 from hpc.errors import UserError
-from hpc.logs import positions, prune
+from hpc.logs import positions, prune, status
 from hpc.logs.following import TimeUp, bounded
 from hpc.logs.series import scalars
 from hpc.logs.sinks import feed, is_sink, sink_of
@@ -248,7 +248,7 @@ def test_what_a_server_has_lost_is_not_complete_and_not_pruned(place: Place) -> 
     found = place.client.get_experiment_by_name(place.experiment).experiment_id
     place.client.delete_experiment(found)
     assert "deleted on the server" in stays()
-    assert place.feed() == 1 and not positions.read(place.runs)[0].complete
+    assert place.feed() == 1 and not positions.read(place.runs)[0].complete and status.look(place.runs).exit_code == 1
     place.client.restore_experiment(found)
     assert place.feed() == 0 and positions.read(place.runs)[0].complete and stays() == ""
     place.client.set_tag(place.one().info.run_id, "hpc.cursor", "{}")

@@ -85,10 +85,10 @@ def read(runs: Path, run: str | None = None) -> list[Position]:
 
 
 def withdraw(runs: Path, sink: str, run: str) -> None:
-    """A run is not complete in this sink any more, as far as is known. Raises OSError."""
+    """This sink has nothing of a run any more, as far as is known. Raises OSError."""
     for position in read(runs, run):
-        if position.sink == sink and position.complete:
-            write(runs, replace(position, complete=False))
+        if position.sink == sink:
+            write(runs, replace(position, files={}, records=0, last_step=None, complete=False))
 
 
 def forget(runs: Path, sink: str) -> int:
