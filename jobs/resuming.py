@@ -89,6 +89,14 @@ def choose(folder: Path, guard: LossGuard) -> Checkpoint | None:
     return chosen
 
 
+def needed(folder: Path, guard: LossGuard) -> set[str]:
+    """Within a row of bad steps: the checkpoints from before it, one of which a rollback will ask for."""
+    if not guard.in_streak:
+        return set()
+    names = [path.name for path in checkpoint.newest_first(folder)]
+    return {name for name in names if checkpoint.step_of(name) < guard.first_bad}
+
+
 def take_back(folder: Path, quarantine: Path, step: int) -> None:
     """Move the checkpoints after `step` to quarantine: a resumed run must not go on from them."""
     newer = [path for path in checkpoint.newest_first(folder) if checkpoint.step_of(path.name) > step]

@@ -423,6 +423,7 @@ class Trainer:
         self._forget_best(lambda name: name not in saver.failed)
         best = self.state["best"]
         protect = {best["checkpoint"]} if best and best["checkpoint"] else set()
+        protect |= resuming.needed(self.run.checkpoints, self.guard)
         saver.save(self.step, weights, moments, self.state, self._facts(), protect, trained=trained)
 
     def _forget_best(self, there: Callable[[str], bool]) -> None:

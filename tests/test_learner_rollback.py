@@ -123,6 +123,14 @@ def train_early(folder: Path, generation: int, boundary: int | None) -> None:
     os._exit(0)
 
 
+def test_stops_within_a_row_of_bad_steps_keep_what_it_goes_back_to(tmp_path: Path) -> None:
+    run = tiny_run.make_run(tmp_path / "run", tiny_run.make_data(tmp_path))
+    for generation, boundary in enumerate((3, 3, 2, None), start=1):  # stops at steps 2, 4 and 5, where 2 are kept
+        assert tiny_run.in_child(train_early, run.path, generation, boundary) == 0
+    [rollback] = [event for event in run.read_events() if event["event"] == "rollback"]
+    assert (rollback["step"], rollback["left"]) == (EARLY[0] - 1, EARLY[-1]) and run.result.exists()
+
+
 def test_bad_steps_before_the_first_checkpoint_have_a_place_to_go_back_to(tmp_path: Path) -> None:
     data = tiny_run.make_data(tmp_path)
     undisturbed, stopped = (tiny_run.make_run(tmp_path / name, data) for name in ("undisturbed", "stopped"))
