@@ -99,9 +99,13 @@ def _cluster(name: str) -> dict[str, str]:
 
 
 def _take_generation(run: RunDir) -> int:
-    """The next free number; the exclusive creation of its event file decides between two that ask at once."""
+    """The next free number; the exclusive creation of its event file decides between two that ask at once.
+
+    Above that of every checkpoint, too: where events/ was lost, older saves would else count as the newer ones.
+    """
     run.events.mkdir(exist_ok=True)
-    generation = run.last_generation()
+    newest = run.newest_checkpoint() or "g000-"
+    generation = max(run.last_generation(), int(newest[1:].partition("-")[0]))
     while True:
         generation += 1
         try:

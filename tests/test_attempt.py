@@ -50,6 +50,13 @@ def test_the_generation_grows_with_every_start_and_the_place_is_kept(run: RunDir
     assert [event["event"] for event in run.read_events()] == ["start"] * 3
 
 
+def test_the_generation_is_above_that_of_every_checkpoint(run: RunDir) -> None:
+    """Where events/ was lost, or checkpoints come from another run."""
+    for name in ("g002-s00000047", "g001-s00000090"):
+        (run.checkpoints / name).mkdir(parents=True)
+    assert attempt.begin(run, os.getpid())["HPC_GENERATION"] == "3"
+
+
 def test_generations_taken_at_once_are_never_shared(run: RunDir) -> None:
     taken: list[int] = []
     gate = threading.Barrier(8)
