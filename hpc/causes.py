@@ -152,8 +152,11 @@ class Case:
 
 def saved(run: RunDir) -> str:
     """Where its next attempt begins."""
-    newest = run.newest_checkpoint()
-    return f"It goes on from checkpoint {newest}." if newest else "It had saved nothing yet: it starts afresh."
+    if newest := run.newest_checkpoint():
+        return f"It goes on from checkpoint {newest}."
+    if any(event["event"] == "checkpoint" for event in run.read_events()):
+        return f"Its checkpoints are gone from {run.checkpoints}: restore one from a copy, or start a new run."
+    return "It had saved nothing yet: it starts afresh."
 
 
 def find(case: Case) -> Cause:

@@ -372,6 +372,9 @@ def test_a_run_requeued_by_a_bad_node_at_first_names_it_and_promises_no_checkpoi
     assert answer.lines[-1] == "It has had one attempt. It had saved nothing yet: it starts afresh."
     (run.checkpoints / "g001-s00000030").mkdir(parents=True)
     assert why.explain(run).lines[-1] == "It has had one attempt. It goes on from checkpoint g001-s00000030."
+    run.event("checkpoint", "rank0", 1, step=30)
+    (run.checkpoints / "g001-s00000030").rmdir()
+    assert "Its checkpoints are gone from" in why.explain(run).lines[-1], "nothing starts afresh then"
 
 
 def test_a_healthy_run_tells_what_it_does_and_a_silent_one_that_it_may_hang(run: RunDir, fake: FakeSlurm) -> None:
