@@ -154,7 +154,7 @@ def saved(run: RunDir) -> str:
     """Where its next attempt begins."""
     if newest := run.newest_checkpoint():
         return f"It goes on from checkpoint {newest}."
-    if any(event["event"] == "checkpoint" for event in run.read_events()):
+    if run.saved_step() is not None:
         return f"Its checkpoints are gone from {run.checkpoints}: restore one from a copy, or start a new run."
     return "It had saved nothing yet: it starts afresh."
 

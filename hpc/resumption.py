@@ -128,6 +128,12 @@ def _refuse(run: RunDir, now: Status, overrides: Sequence[str]) -> None:
         )
     if now.live or now.state == "finished":
         raise UserError(f"{run.name} is {now.state}{told}: nothing to resume")
+    saved = None if run.newest_checkpoint() or run.quarantine.is_dir() else run.saved_step()
+    if saved is not None:  # the job would refuse, after its time in the queue
+        raise UserError(
+            f"{run.name} has saved step {saved}, and {run.checkpoints} is empty: restore a checkpoint from a copy, or "
+            f"start anew with 'hpc submit {run.experiment}'"
+        )
 
 
 def _submit(run: RunDir, cluster: str, options: Sequence[str]) -> str:

@@ -105,6 +105,12 @@ class RunDir:
         found = [re.fullmatch(r"g(\d+)-s(\d+)", path.name) for path in self.checkpoints.glob("g*-s*")]
         return max((m for m in found if m), key=lambda m: (int(m[1]), int(m[2])), default=[None])[0]
 
+    def saved_step(self) -> int | None:
+        """The last step that was ever saved, by the events; its checkpoint may be gone since."""
+        return max(
+            (event.get("step", 0) for event in self.read_events() if event["event"] == "checkpoint"), default=None
+        )
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """One line per evaluated step, by step; lines that are no evaluation are passed over."""
         return taken_back(line for line in read_lines(self.metrics) if _is_evaluation(line))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import re
 import time
@@ -45,6 +46,7 @@ __all__ = [
     "verify",
 ]
 
+_LOG = logging.getLogger(__name__)
 _MODEL, _OPTIMIZER, _STATE, _MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _TRAINED = "trained.safetensors"
 """Only where the weights in _MODEL are an average of those that are trained."""
@@ -310,7 +312,7 @@ def load_newest(folder: Path, quarantine: Path, keep_bad: bool = False) -> Check
         except Damaged as reason:
             reasons.append(str(reason))
             if not keep_bad:
-                set_aside(path, quarantine, str(reason))
+                _try_to_set_aside(path, quarantine, str(reason))
     if unread:
         raise unread
     past = [path.name for path in newest_first(quarantine)]
@@ -332,6 +334,14 @@ def _patiently(path: Path) -> Checkpoint:
                 raise
         time.sleep(_PAUSE_S)
     return verify(path)
+
+
+def _try_to_set_aside(path: Path, quarantine: Path, reason: str) -> None:
+    """One that stays where it is does no harm: its sums are compared whenever it is read."""
+    try:
+        set_aside(path, quarantine, reason)
+    except OSError as error:
+        _LOG.warning("%s; moving it to %s failed (%s), so it is passed over where it is", reason, quarantine, error)
 
 
 def set_aside(path: Path, quarantine: Path, reason: str) -> None:

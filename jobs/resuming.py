@@ -32,10 +32,9 @@ def agree(engine: Engine, folder: Path, found: Checkpoint | None) -> None:
 
 def refuse_fresh(run: RunDir, found: Checkpoint | None) -> None:
     """Raises Damaged where a run has saved before and nothing is left of it, as after a purge of a scratch folder."""
-    saved = [event.get("step", 0) for event in run.read_events() if event["event"] == "checkpoint"]
-    if found is None and saved:
+    if found is None and (saved := run.saved_step()) is not None:
         raise Damaged(
-            f"{run.name} has saved step {max(saved)}, and {run.checkpoints} is empty: restore a checkpoint from a "
+            f"{run.name} has saved step {saved}, and {run.checkpoints} is empty: restore a checkpoint from a "
             f"copy, or start a new run with 'hpc submit'"
         )
 

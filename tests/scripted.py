@@ -3,8 +3,8 @@
     run = make(tmp_path, "checkpoint 5, crash", "stop", "hang node0", "done", cluster="local")
 
 Each attempt's acts, in order: `checkpoint STEP`, `stop` (75 with stop.json), `crash`, `code N`, `signal SIGKILL`,
-`hang NODE` (76 with its event), `vain REASON` (failed, retry=false), `sleep SECONDS`, `environment` (kept in
-environment.json), `done`.
+`hang NODE` (76 with its event), `vain REASON` (failed, retry=false), `sleep SECONDS`, `await SIGTERM`,
+`environment` (kept in environment.json), `done`.
 """
 
 import json
@@ -43,6 +43,13 @@ for act in acts[min(here.generation, len(acts)) - 1].split(", "):
         sys.exit(1)
     elif word == "sleep":
         time.sleep(float(rest))
+    elif word == "await":
+        heard = []
+        signal.signal(signal.Signals[rest], lambda number, frame: heard.append(number))
+        print("waiting", os.getpid(), flush=True)
+        while not heard:
+            time.sleep(0.05)
+        print("heard", rest, flush=True)
     elif word == "environment":
         names = ("HPC_END_TIME", "HPC_NOTICE_S", "HPC_RESTART_COUNT")
         write_json(run.path / "environment.json", {name: os.environ.get(name) for name in names})

@@ -88,6 +88,18 @@ def test_a_read_error_that_stays_condemns_nothing(tmp_path: Path, monkeypatch: p
     assert not quarantine.exists() and len(list(checkpoint.newest_first(folder))) == 2
 
 
+def test_a_bad_one_that_cannot_be_moved_keeps_no_older_one_from_being_read(tmp_path: Path) -> None:
+    folder, quarantine = tmp_path / "checkpoints", tmp_path / "quarantine"
+    folder.mkdir(mode=0o700)
+    write(folder, 3)
+    write(folder, 4)
+    (folder / "g001-s00000004" / "model.safetensors").write_bytes(b"cut")
+    quarantine.write_text("a file of the user's")
+    found = checkpoint.load_newest(folder, quarantine)
+    assert found and found.step == 3
+    assert quarantine.read_text() == "a file of the user's"
+
+
 def reads_back_slowly(folder: Path, data: Path) -> None:
     """The last checkpoint is read back for longer than the figures take to draw."""
     run, readable = tiny_run.make_run(folder / "run", data, "train.keep=1"), checkpoint.readable

@@ -122,6 +122,17 @@ def test_one_that_cannot_be_resumed_keeps_no_other_from_it(runs: Path, run: RunD
     assert len(sbatch(fake)) == 1 and ledger.status(run).state == "pending"
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_queued_in_vain(runs: Path, run: RunDir, fake: FakeSlurm) -> None:
+    ended(run, phase="stopped")
+    run.event("checkpoint", "rank0", 1, step=30)
+    told = refusal([run.name], runs)
+    assert f"{run.name} has saved step 30, and {run.checkpoints} is empty: restore a checkpoint from a copy" in told
+    assert not sbatch(fake)
+    (run.checkpoints / "g001-s00000030").mkdir(parents=True)
+    list(resumption.named([run.name], runs))
+    assert len(sbatch(fake)) == 1
+
+
 def test_a_run_that_is_under_way_is_left_alone(runs: Path, run: RunDir, fake: FakeSlurm) -> None:
     write_json(run.submit, {"cluster": "slurm", "job": "60", "time": time.time()})
     fake.job("60", "PENDING", "Priority", comment=run.name)
@@ -163,6 +174,7 @@ def _fault(call: object) -> str:
 def saved(run: RunDir, *took: float) -> None:
     for step, seconds in enumerate(took, 1):
         run.event("checkpoint", "rank0", 1, step=step, seconds=seconds)
+        (run.checkpoints / f"g001-s{step:08d}").mkdir(parents=True)
 
 
 @pytest.mark.parametrize(
