@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ class Snapshot:
         """
         aside, final = folder / f".{self.name}.{attempt}", folder / self.name
         durable.make_folder(folder)
-        durable.remove_all(folder, self._may_remove)
+        self._clear(folder)
         if os.path.lexists(final):  # a rename that may not last, and could not be taken back
             _take_back(final)
         try:
@@ -182,10 +183,23 @@ class Snapshot:
             raise
         return final
 
-    def _may_remove(self, name: str) -> bool:
-        """What a try has left aside; never what a newer generation is writing: this one may be fenced by then."""
-        left = _ASIDE.fullmatch(name)
-        return left is not None and int(left[1]) <= self._generation
+    def _clear(self, folder: Path) -> None:
+        """Remove what tries have left aside; never what a newer generation is writing: this one may be fenced by then.
+
+        Raises OSError for those of its own generation, which would become more and more.
+        """
+
+        def left(name: str, older: bool) -> bool:
+            found = _ASIDE.fullmatch(name)
+            return found is not None and (
+                int(found[1]) < self._generation if older else int(found[1]) == self._generation
+            )
+
+        try:
+            durable.remove_all(folder, partial(left, older=True))
+        except OSError as error:
+            _LOG.warning("what an earlier attempt left in %s cannot be removed: %s", folder, error)
+        durable.remove_all(folder, partial(left, older=False))
 
     def _files(self) -> Iterator[tuple[str, memoryview]]:
         yield from self.pages.files.items()
@@ -384,13 +398,13 @@ def prune(
                 kept += 1
         elif path.name not in protect and not keeps(_order(path.name)[1]):
             doomed.append(path)
-    durable.remove_all(folder, _TRASH.fullmatch)
-    if not doomed:
-        return
-    before_delete()
-    for path in doomed:
-        os.rename(path, path.with_name(f".trash-{path.name}"))
-    fsync_folder(folder)  # or a power cut could leave their names and not their files
+    if doomed:
+        before_delete()
+        for path in doomed:
+            trash = path.with_name(f".trash-{path.name}")
+            durable.remove_quietly(trash)
+            os.rename(path, trash)
+        fsync_folder(folder)  # or a power cut could leave their names and not their files
     durable.remove_all(folder, _TRASH.fullmatch)
 
 

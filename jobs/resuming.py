@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from datasets.layout import VolumeFile
 from hpc.errors import UserError
-from hpc.experiment import Experiment
+from hpc.experiment import Experiment, flatten
 from hpc.rundir import ACCEPT_DATA_CHANGE, DATA_CHANGED, RunDir
 from jobs import checkpoint
 from jobs.checkpoint import Checkpoint, Damaged, StorageError
@@ -50,6 +51,25 @@ def check_room(folder: Path, sizes: Sequence[int], fresh: bool) -> None:
         if fresh:
             raise
         _LOG.warning("%s", error)
+
+
+def refuse_another(run: RunDir, experiment: Mapping[str, Any], found: Checkpoint | None) -> None:
+    """Raises UserError for a checkpoint of another experiment, as one that was copied here from another run."""
+    if found is None:
+        return
+    saved, own = flatten(found.manifest["experiment"]), flatten(dict(experiment))
+    differing = [key for key in sorted(saved | own) if saved.get(key) != own.get(key)]
+    if differing:
+        first, more = differing[0], f" and {len(differing) - 1} more" if differing[1:] else ""
+        raise UserError(
+            f"{found.path} was saved by another experiment: its {first} is {saved.get(first)}, not {own.get(first)}"
+            f"{more}. Move it away, then 'hpc resume {run.name}'; another experiment is a new run: 'hpc submit'"
+        )
+
+
+def identity(experiment: Experiment) -> dict[str, Any]:
+    """What checkpoints of a run have in common: all but its name and what it asks of a cluster."""
+    return {key: value for key, value in experiment.as_dict().items() if key not in ("name", "launch")}
 
 
 def compare_data(run: RunDir, experiment: Experiment, volumes: VolumeFile, found: Checkpoint | None) -> str | None:

@@ -66,7 +66,7 @@ class Trainer:
         self.run, self.experiment, self.engine, self.flag = run, experiment, engine, flag
         self.generation = engine.allocation.generation
         self.watchdog = watchdog or Watchdog(run, engine.allocation, experiment.train.hang_after)  # asleep
-        self.settings = experiment.train
+        self.settings, self._identity = experiment.train, resuming.identity(experiment)
         self.parts: Parts = prepare(experiment)
         size = sum(path.stat().st_size for path in self.parts.volumes.paths)
         with self.watchdog.phase("staging", _STAGING_LIMIT_S + size / _SLOWEST_COPY):
@@ -130,6 +130,7 @@ class Trainer:
         started_from = []
         resuming.agree(self.engine, folder, found)
         resuming.refuse_fresh(self.run, found)
+        resuming.refuse_another(self.run, self._identity, found)
         before = resuming.compare_data(self.run, self.experiment, self.parts.volumes, found)
         if found is not None:
             self._restore(found)
@@ -324,6 +325,7 @@ class Trainer:
         self._save(wait=True)
         self.engine.barrier()
         if self.recorder:
+            self.recorder.state("stopping", self.step, self.state["best"], force=True)
             self.recorder.stop(self.step, cause)
         self.profiling.close()
         self.engine.barrier()
@@ -435,6 +437,7 @@ class Trainer:
     def _facts(self) -> dict[str, Any]:
         return {
             "world_size": self.engine.world_size,
+            "experiment": self._identity,
             "data": self.parts.volumes.fingerprint,
             "torch": torch.__version__,
         }

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import socket
 import time
@@ -141,6 +142,29 @@ def test_an_evaluation_that_is_done_again_is_shown_once(tmp_path: Path) -> None:
     assert in_child(evaluates, run.path, 4, None, signal.SIGTERM) == ExitCode.DONE
     assert tiny_run.shown_steps(run, "validation/accuracy") == [4, 8, 12]
     assert tiny_run.shown_steps(run, "step/loss") == list(range(1, tiny_run.STEPS + 1))
+
+
+def resumes(folder: Path) -> None:
+    tiny_run.make_trainer(RunDir(folder), 2).resume()
+
+
+def is_refused(folder: Path, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        resumes(folder)
+    os._exit(ExitCode.BAD_INPUT)
+
+
+def test_a_checkpoint_of_another_experiment_is_refused_and_its_difference_named(tmp_path: Path) -> None:
+    data = tiny_run.make_data(tmp_path)
+    one = tiny_run.make_run(tmp_path / "one", data, "train.seed=7")
+    other = tiny_run.make_run(tmp_path / "other", data)
+    elsewhere = tiny_run.make_run(tmp_path / "elsewhere", data, "train.seed=7", "launch.time=3h", "name=renamed")
+    assert in_child(evaluates, one.path, 1, 2, signal.SIGTERM) == ExitCode.STOPPED
+    for run in (other, elsewhere):
+        shutil.copytree(one.checkpoints, run.checkpoints)
+    assert in_child(resumes, elsewhere.path) == 0
+    words = "s00000001 was saved by another experiment: its train.seed is 7, not 0. Move it away"
+    assert in_child(is_refused, other.path, words) == ExitCode.BAD_INPUT
 
 
 def test_each_change_of_the_data_needs_a_consent_of_its_own(tmp_path: Path) -> None:

@@ -363,6 +363,32 @@ def test_what_cannot_be_removed_is_one_folder_and_the_next_save_removes_it(bench
     assert bench.loads(4) and not list(bench.folder.glob(".*"))
 
 
+def test_what_an_older_attempt_left_and_nobody_can_remove_stops_no_save_and_no_retention(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real, left = os.unlink, [bench.folder / ".g000-s00000002.0", bench.folder / ".trash-g000-s00000001"]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "held").write_text("as by NFS")
+
+    def unlink(path: str | Path, **options: Any) -> None:
+        if Path(path).name == "held":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        real(path, **options)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    for step in range(1, 5):
+        bench.save(step, wait=True)
+    bench.saver.close()
+    assert bench.loads(4) and bench.loads(3)
+    assert sorted(path.name for path in bench.folder.iterdir()) == [
+        *sorted(folder.name for folder in left),
+        "g001-s00000003",
+        "g001-s00000004",
+    ]
+    assert "what an earlier attempt left" in caplog.text and "held" in caplog.text
+
+
 # Who holds the run, and what else can end it.
 
 
