@@ -22,6 +22,7 @@ from hpc.errors import UserError
 from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, read_json
 from hpc.units import percentile
+from jobs.lastresort import LastResort
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]  # its stub leaves it out
@@ -37,7 +38,7 @@ _FIRST_STEP_S = 1800.0
 _AWAY_S = 2.0
 """A watchdog that was away for longer was stopped with its process (SIGSTOP), or kept from running."""
 _LAST_RESORT = 5
-"""Times the limit: then the process is ended without the help of Python, which cannot run while C holds its lock."""
+"""Times the limit: then the process is ended from outside; its Python cannot run while C holds the lock."""
 _LEAVE_S = 30.0
 _RECORD_S = 5.0
 _STDERR = 2
@@ -62,7 +63,7 @@ class Watchdog:
     there keeps it from leaving; the other ranks are left to srun --kill-on-bad-exit, or to hpc.localstep.
 
     A process that was stopped and continued starts a new silence. Where C code holds Python's lock for ever, no thread
-    of ours runs: the other ranks name this one, and faulthandler ends it after 5 times the limit (with exit code 1).
+    of ours runs: the other ranks name this one, and jobs/lastresort.py ends it after 5 times the limit (by SIGABRT).
 
     On rank 0 it also keeps the run's lease: state.json, which is written at steps alone, is touched every 10 s.
     """
@@ -84,6 +85,7 @@ class Watchdog:
         self._main = threading.get_ident()
         self._closed = threading.Event()
         self._threads: list[threading.Thread] = []
+        self._last_resort: LastResort | None = None
 
     # What the loop says.
 
@@ -94,6 +96,8 @@ class Watchdog:
             tasks.append((self._period, self._talk))
         if self._allocation.rank == 0:
             tasks.append((_LEASE_S, self._keep_lease))
+        with suppress(OSError):  # as where a user may start no more processes
+            self._last_resort = LastResort()
         self._heard = self._last_tick = time.monotonic()
         self._threads = [
             threading.Thread(target=self._each, args=task, name=f"watchdog{task[1].__name__}", daemon=True)
@@ -125,8 +129,7 @@ class Watchdog:
     def _turn(self, to_another: Callable[[], object]) -> None:
         self._heard, self._timed = time.monotonic(), False  # first: no limit is held against the other phase's silence
         to_another()
-        if self._threads:
-            self._arm_last_resort()
+        self._arm_last_resort()
 
     def close(self) -> None:
         """Stop watching; joins its threads (one that waits for a dead server is left behind)."""
@@ -134,7 +137,8 @@ class Watchdog:
         for thread in self._threads:
             thread.join(_RECORD_S)
         self._threads = []
-        faulthandler.cancel_dump_traceback_later()
+        if self._last_resort:
+            self._last_resort.close()
 
     # What the watchdog does.
 
@@ -162,11 +166,8 @@ class Watchdog:
             self._fire(phase, limit, silent)
 
     def _arm_last_resort(self) -> None:
-        _, limit = self._limit()
-        if self._closed.is_set():
-            faulthandler.cancel_dump_traceback_later()
-        else:
-            faulthandler.dump_traceback_later(_LAST_RESORT * limit, exit=True, file=_STDERR)
+        if self._last_resort:
+            self._last_resort.allow(_LAST_RESORT * self._limit()[1])
 
     def _talk(self) -> None:
         """Tell the other ranks of ours, and hear of them once we are silent; a thread's, for a store may not answer."""

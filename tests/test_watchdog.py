@@ -1,6 +1,7 @@
 """A rank that goes silent is named by the others, which leave with 76: real processes, signals and collectives."""
 
 import ctypes
+import faulthandler
 import itertools
 import os
 import re
@@ -81,7 +82,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
             port = probe.getsockname()[1]
         for rank in range(world):
             stage.begin(event.__name__, ranks_step, rank, world, port, event)
-    for body in (sleeps, sleeps_in_a_phase, cannot_write, cannot_finish_writing, holds_pythons_lock, is_suspended):
+    bodies = (sleeps, sleeps_in_a_phase, cannot_write, cannot_finish_writing, holds_pythons_lock)
+    for body in (*bodies, is_suspended, is_suspended_with_its_last_resort):
         stage.begin(body.__name__, alone, body)
     yield stage
     for child in itertools.chain(*stage.children.values()):
@@ -105,6 +107,7 @@ def hangs(run: RunDir) -> list[dict[str, Any]]:
 
 
 def alone(path: Path, body: Callable[[Watchdog], None]) -> None:
+    faulthandler.enable()  # as jobs/run.py does
     body(Watchdog(RunDir(path), Allocation(node="n0", generation=2), ALONE_S).start())
     os._exit(0)
 
@@ -148,16 +151,26 @@ def holds_pythons_lock(dog: Watchdog) -> None:
 
 
 def is_suspended(dog: Watchdog) -> None:
-    """For longer than the limit, and after a silence of nearly as much."""
+    """For longer than the last resort waits, and after a silence of nearly the limit."""
     steps(dog)
     time.sleep(0.6 * ALONE_S)
-    stop(os.getpid(), 2.5 * ALONE_S)
+    stop(5.5 * ALONE_S, os.getpid())
     steps(dog, first=30)
 
 
-def stop(pid: int, seconds: float) -> None:
+def is_suspended_with_its_last_resort(dog: Watchdog) -> None:
+    """As `scontrol suspend` does it."""
+    assert dog._last_resort
+    steps(dog)
+    stop(5.5 * ALONE_S, dog._last_resort.pid, os.getpid())
+    steps(dog, first=30)
+    time.sleep(0.5)
+
+
+def stop(seconds: float, *pids: int) -> None:
     """SIGSTOP, and SIGCONT later."""
-    subprocess.Popen(["sh", "-c", f"kill -STOP {pid}; sleep {seconds}; kill -CONT {pid}"])
+    names = " ".join(map(str, pids))
+    subprocess.Popen(["sh", "-c", f"kill -STOP {names}; sleep {seconds}; kill -CONT {names}"])
     time.sleep(0.5)  # where it is ourselves: here
 
 
@@ -180,14 +193,16 @@ def test_a_full_disk_or_a_dead_one_keeps_nobody_from_leaving(stage: Stage) -> No
 
 
 def test_a_process_that_holds_pythons_lock_is_ended(stage: Stage) -> None:
-    assert stage.codes("holds_pythons_lock") == [1], "faulthandler's own exit code"
-    assert "holds_pythons_lock" in stage.stderr("holds_pythons_lock"), "no stacks"
+    assert stage.codes("holds_pythons_lock") == [-signal.SIGABRT]
+    said, _, stacks = stage.stderr("holds_pythons_lock").partition("C code holds its lock")
+    assert said and "holds_pythons_lock" in stacks, "no stacks"
 
 
 def test_a_suspended_process_goes_on_when_it_is_continued(stage: Stage) -> None:
     """D4; scontrol suspend: the clock has jumped."""
-    assert stage.codes("is_suspended") == [0]
-    assert not hangs(stage.run("is_suspended"))
+    for scene in ("is_suspended", "is_suspended_with_its_last_resort"):
+        assert stage.codes(scene) == [0], stage.stderr(scene)
+        assert not hangs(stage.run(scene))
 
 
 # Several ranks.
@@ -228,7 +243,7 @@ def stops_rank_2(dog: Watchdog, store: dist.Store, step: int) -> None:
 def saves(dog: Watchdog, store: dist.Store, step: int) -> None:
     """Rank 0 is stopped for less than the limit, then rank 1 saves for longer than it: neither is a hang."""
     if step == 20:
-        stop(int(store.get("pid0")), 0.6 * HANG_S)
+        stop(0.6 * HANG_S, int(store.get("pid0")))
     if step == 25:
         with dog.phase("save", 60):
             time.sleep(1.5 * HANG_S)
