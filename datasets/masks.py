@@ -17,6 +17,7 @@ from datasets.tables import read_values
 
 MAX_CLASSES = 255
 """A label map is of bytes, and 255 stays free."""
+_VOID = "; where 255 means void, name it in a table of --classes (255,void) and train with train.loss.ignore: [void]"
 NEAR = 0.1
 """Part of a voxel that the corners of image and mask may lie apart."""
 _MARK = re.compile(r"[_.-](seg|segmentation|mask|label|labels)$", re.IGNORECASE)
@@ -48,7 +49,8 @@ class Classes:
         if numbers.size and numbers.max() == MAX_CLASSES:
             value = int(flat[np.argmax(out == MAX_CLASSES)])
             known = ", ".join(map(str, sorted(self.number_of)[:20]))
-            raise UnusableSource(f"its mask has the value {value}, which is no class; the classes have {known}")
+            fault = f"its mask has the value {value}, which is no class; the classes have {known}"
+            raise UnusableSource(fault + _VOID if value == MAX_CLASSES else fault)
         return numbers
 
 

@@ -79,6 +79,11 @@ PREDICTIONS = {
 }
 
 
+def test_the_first_word_is_the_run_where_a_folder_has_its_name_too(folder: Path) -> None:
+    (folder / "exp-0000aaaa").mkdir()
+    one_line(hpc(folder, "predict exp-0000aaaa -o out"), 2, "which files does exp-0000aaaa predict?")
+
+
 @pytest.mark.parametrize("command", PREDICTIONS)
 def test_runs_and_files_are_told_apart(folder: Path, command: str) -> None:
     (folder / "here.nii.gz").touch()

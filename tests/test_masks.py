@@ -224,6 +224,9 @@ def test_values_become_class_numbers(dtype):
     mask[3, 4, 5] = 8
     with pytest.raises(UnusableSource, match="has the value 8, which is no class; the classes have 0, 7, 9, 200"):
         classes.number(mask)
+    mask[3, 4, 5] = 255
+    with pytest.raises(UnusableSource, match=r"value 255, .*name it in a table of --classes \(255,void\)"):
+        classes.number(mask)
 
 
 def test_an_image_is_no_mask():

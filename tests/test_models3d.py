@@ -72,6 +72,22 @@ def test_every_family_registers_a_tiny_network() -> None:
     assert TINY and set(kinds.values()) == {kinds[name] for name in TINY}
 
 
+@pytest.mark.parametrize("name", [name for name in list_models() if name not in TINY])
+def test_at_full_size_it_steps_repeats_and_is_restored(name: str) -> None:
+    norm = {"norm": "batch"} if name.startswith(SEGMENTING) else {}  # one voxel is left at the lowest resolution
+    model, other = make(name, **norm), make(name, **norm)
+    assert same(model.state_dict(), other.state_dict())
+    y = step(model, batch_of(name))
+    assert y.shape == (3, 3, *(odd(name) if name.startswith(SEGMENTING) else ())) and y.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    torch.manual_seed(9)
+    for parameter in other.parameters():
+        nn.init.normal_(parameter)
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model.eval()(batch_of(name)), other.eval()(batch_of(name)))
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_gradient_reaches_every_parameter(name: str) -> None:
     model = make(name)

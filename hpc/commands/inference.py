@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -140,6 +141,9 @@ def _apart(names: Sequence[str], runs: Path | None) -> tuple[list[RunDir], list[
             mine += _runs([name], runs)
         except UserError as error:
             raise UserError(f"{name!r} is no file, and no run either: {error}") from None
+    if not mine:  # a run and a folder of the user's may share a name: the first word is the run's
+        with suppress(UserError):
+            mine, files = _runs(names[:1], runs), files[1:]
     if not mine:
         raise UserError(f"which run predicts {files[0]}? name it first: hpc predict RUN FILE... -o DIR; see 'hpc ls'")
     if not files:
