@@ -57,9 +57,13 @@ def _begin_patiently(run: RunDir, shell_pid: int) -> dict[str, str]:
         time.sleep(_AGAIN_S)
 
 
+class Finished(UserError):
+    """There is a result: nothing is left to do."""
+
+
 def _begin(run: RunDir, shell_pid: int) -> dict[str, str]:
     if run.result.exists():
-        raise UserError(f"{run.name} is finished: {run.result} exists; see 'hpc show {run.name}'")
+        raise Finished(f"{run.name} is finished: {run.result} exists; see 'hpc show {run.name}'")
     job = allocation.job_id()
     state = read_json(run.state)
     if state and not _mine(state, job, shell_pid) and _alive(run, state):
@@ -189,6 +193,10 @@ def record_submission(run: RunDir, cluster: str, job: str, when: float | None = 
 def main() -> int:
     try:
         values = _begin_patiently(RunDir(sys.argv[1]), os.getppid()) | limits.of_this_job()
+    except Finished as error:  # the script is to leave, and with 0: what waits for this job (afterok) may start
+        print(error, file=sys.stderr)
+        print(f"exit {ExitCode.DONE:d}")
+        return ExitCode.DONE
     except UserError as error:
         print(error, file=sys.stderr)
         return ExitCode.BAD_INPUT

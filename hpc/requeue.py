@@ -38,6 +38,7 @@ def finish(run: RunDir, generation: int, code: int, told: bool) -> str:
         left = ExitCode.DONE if run.result.exists() else code or ExitCode.CRASH
         return f"end {left:d}"  # a later attempt holds the run; its records are not ours to touch
     job, events = allocation.job_id(), run.read_events()
+    told = told and not (job and _goes_on(job))
     own = [event for event in events if event["generation"] == generation]
     ended = ending.at_the_limit(run, generation, events, ending.of(run, generation, own, code, told))
     ended, out = _judge_nodes(run, generation, events, ended)
@@ -56,6 +57,15 @@ def finish(run: RunDir, generation: int, code: int, told: bool) -> str:
             else:
                 run.event("requeue", "shell", generation, job=job, **({"out": out} if out else {}))
     return f"end {code}"
+
+
+def _goes_on(job: str) -> bool:
+    """Whether the shell's TERM was not SLURM's: somebody's `scancel -b --signal`, or `sbatch --signal=B:TERM@N`."""
+    try:
+        info = slurm.queue([job]).get(job)
+    except (slurm.SlurmError, OSError):
+        return False
+    return info is not None and info.state == "RUNNING"
 
 
 def _judge_nodes(run: RunDir, generation: int, events: ending.Events, ended: Ending) -> tuple[Ending, list[str]]:

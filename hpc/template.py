@@ -22,7 +22,7 @@ from hpc.settings import Launch
 from hpc.sweepdir import Chunk, SweepDir
 
 _NOTICE_S = 120
-_DEAF = 'trap "" TERM INT USR2'
+_DEAF = 'trap "" HUP TERM INT USR2'
 """Ranks ignore stop signals until Python has its own handlers: one that comes earlier must not kill them."""
 
 

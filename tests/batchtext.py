@@ -13,7 +13,7 @@ from hpc.rundir import RunDir
 from hpc.sweepdir import SweepDir
 
 PYTHON = "/opt/hpc/bin/python"
-DEAF = ["sh", "-c", 'trap "" TERM INT USR2; exec "$@"', "rank"]
+DEAF = ["sh", "-c", 'trap "" HUP TERM INT USR2; exec "$@"', "rank"]
 CEDIA = instances.find("cedia-a100-40gb")
 
 

@@ -16,6 +16,7 @@ from hpc.rundir import RunDir
 _RANK = '''
 """A scripted rank."""
 import json, os, signal, sys, time
+from contextlib import suppress
 from pathlib import Path
 from hpc.allocation import Allocation
 from hpc.rundir import RunDir, write_json
@@ -49,7 +50,8 @@ for act in acts[min(here.generation, len(acts)) - 1].split(", "):
         print("waiting", os.getpid(), flush=True)
         while not heard:
             time.sleep(0.05)
-        print("heard", rest, flush=True)
+        with suppress(OSError):  # no terminal any more
+            print("heard", rest, flush=True)
     elif word == "environment":
         names = ("HPC_END_TIME", "HPC_NOTICE_S", "HPC_RESTART_COUNT")
         write_json(run.path / "environment.json", {name: os.environ.get(name) for name in names})

@@ -100,6 +100,9 @@ def test_a_finished_run_is_refused(run: RunDir) -> None:
     with pytest.raises(UserError, match=r"exp-0000aaaa is finished: .*see 'hpc show exp-0000aaaa'"):
         attempt.begin(run, os.getpid())
     assert run.last_generation() == 0 and not run.state.exists()
+    text = 'attempt=$("$0" -m hpc.attempt "$1") || exit $?; eval "$attempt"; exit 9'  # as the template has it
+    shell = subprocess.run(["bash", "-c", text, sys.executable, str(run.path)], stderr=subprocess.PIPE, text=True)
+    assert shell.returncode == 0 and "is finished" in shell.stderr
 
 
 def test_a_folder_that_is_no_run_is_refused_and_left_alone(tmp_path: Path) -> None:

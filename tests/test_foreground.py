@@ -15,8 +15,10 @@ from tests import scripted
 COMMAND = "import sys; from hpc import foreground, rundir; sys.exit(foreground.train(rundir.RunDir(sys.argv[1])))"
 
 
-def start(run: RunDir, *before: str, **files: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([*before, sys.executable, "-c", COMMAND, str(run.path)], **files)  # type: ignore[call-overload, no-any-return]
+def start(run: RunDir, *before: str, script: bool = False, **files: int) -> subprocess.Popen[bytes]:
+    """`hpc train`, or the script by itself."""
+    words = ["bash", str(run.script)] if script else [sys.executable, "-c", COMMAND, str(run.path)]
+    return subprocess.Popen([*before, *words], **files)  # type: ignore[call-overload, no-any-return]
 
 
 def until(told: Callable[[], Any]) -> Any:
@@ -52,6 +54,18 @@ def test_a_terminal_that_closes_stops_the_run_as_ctrl_c_does(tmp_path: Path) -> 
     assert [(end["again"], end["code"]) for end in ends(run)] == [(False, 75)]
     assert "heard SIGTERM" in log(run)
     assert log(run).endswith("not started again\n")
+
+
+def test_a_terminal_that_closes_stops_a_script_that_was_typed_there(tmp_path: Path) -> None:
+    run = scripted.make(tmp_path, "await SIGTERM, stop", "done", cluster="local")
+    terminal, tty = os.openpty()
+    process = start(run, "setsid", "--ctty", script=True, stdin=tty, stdout=tty, stderr=tty)
+    os.close(tty)
+    while b"waiting" not in os.read(terminal, 4096):
+        pass
+    os.close(terminal)
+    assert process.wait(60) == 75
+    assert [(end["again"], end["code"]) for end in ends(run)] == [(False, 75)]
 
 
 def test_a_command_that_is_killed_leaves_a_run_that_starts_again(tmp_path: Path) -> None:

@@ -58,8 +58,19 @@ def test_a_shell_that_was_told_asks_for_nothing(
     stopped: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_job(monkeypatch, fake)
+    fake.job("55", "COMPLETING")
     assert requeue.finish(stopped, 3, 143, True) == "end 75"
-    assert not fake.calls() and read_json(stopped.state)["phase"] == "stopped"
+    assert not changes(fake) and read_json(stopped.state)["phase"] == "stopped"
+
+
+def test_a_signal_to_the_shell_of_a_job_that_goes_on_takes_no_decision(
+    stopped: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_job(monkeypatch, fake)
+    fake.job("55", "RUNNING")
+    assert requeue.finish(stopped, 3, 143, True) == "end 75"
+    assert changes(fake)[0] == "scontrol requeue 55"
+    assert [event["told"] for event in stopped.read_events() if event["event"] == "end"] == [False]
 
 
 # Where requeue is refused.
@@ -175,6 +186,7 @@ def test_a_shell_that_was_told_at_the_time_limit_says_so(
 ) -> None:
     hold(run, job="55")
     in_job(monkeypatch, fake)
+    fake.job("55", "COMPLETING")
     monkeypatch.setenv("HPC_END_TIME", str(time.time() - 1))
     requeue.finish(run, 3, 143, True)
     assert changes(fake) == [] and read_json(run.state)["reason"].startswith("the time limit came before")
