@@ -51,7 +51,6 @@ _WAYS = ("undisturbed", "stopped", "killed")
 _LOOK_S = 1.0
 _POLL_S = 0.02
 """A step of a small model takes as long."""
-_EVERY = "1s"
 _SPARE = 3
 """Crashes that the budget has room for, beside the kills."""
 _OURS = ("name", "train.epochs", "train.limit_steps", "train.ledger", "launch.budgets.crash")
@@ -89,7 +88,7 @@ def make(file: Path, overrides: list[str], runs: Path, kills: int, steps: int, s
         raise UserError(f"{keys}: the drill sets this itself; --steps says how long its runs are, --kills how many")
     given = [text.partition("=")[0] for text in overrides]
     own = ["train.ledger=true", f"launch.budgets.crash={kills + _SPARE}", "launch.mail=null"]
-    own += [] if "train.checkpoint_every" in given else [f"train.checkpoint_every={_EVERY}"]
+    own += [] if "train.checkpoint_every" in given else [drilltable.EVERY]
     whole = plan.make(file, [*overrides, *own], runs)
     cluster = submission.choose_cluster(whole.experiment.launch.cluster)
     findings = preflight.check(whole.experiment, whole.instance, cluster, whole.script, whole.run.runs)

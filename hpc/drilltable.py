@@ -15,6 +15,9 @@ from hpc.units import short_time
 DROP = ("queued", "attempts", "seconds lost", "saved in")
 """Columns that a narrow terminal leaves out, the first one first."""
 _SHOWN = 3
+EVERY = "train.checkpoint_every=1s"
+"""The drill's own, unless another is given: a kill waits for a save since the last one."""
+_FAR_S = 10.0
 
 
 def rows(reports: Sequence[Report], rules: Rules) -> list[dict[str, str]]:
@@ -67,14 +70,15 @@ def verdict(reports: Sequence[Report], rules: Rules, submit: str, again: str) ->
     safe = [words for told in reports[1:] if not told.faults for words in _safe(told, rules)]
     bad = [f"{told.name}: {fault}" for told in reports for fault in told.faults]
     bad += [f"{s.road} at step {s.step}: {fault}" for told in reports for s in told.stops for fault in s.faults]
-    late = sum(told.late for told in reports)
+    late, far = sum(told.late for told in reports), rules.every_s > _FAR_S
     untried = [f"{road} ({why})" for told in reports for road, why in told.refused.items()]
     parts = [f"safe here: {'; '.join(safe)}"] if safe else []
     if bad:
         more = f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
         parts.append(f"NOT safe here: {'; '.join(bad[:_SHOWN])}{more}")
     if late:
-        parts.append(f"not shown: {late} stops came after the end of so short a run")
+        run = "the end of so short a run" if not far else f"a run whose saves are {short_time(rules.every_s)} apart"
+        parts.append(f"not shown: {late} stop{'s' * (late > 1)} came after {run}")
     if untried:
         parts.append(f"not possible here: {'; '.join(untried)}")
     if any(told.result == SAMPLES for told in reports):
@@ -83,7 +87,7 @@ def verdict(reports: Sequence[Report], rules: Rules, submit: str, again: str) ->
         faulty = next(told for told in reports if told.faults or any(stop.faults for stop in told.stops))
         command = f"hpc why {faulty.run.path}"
     elif late:
-        command = f"{again} --steps {_longer(reports)}"
+        command = f"{again} {EVERY}" if far else f"{again} --steps {_longer(reports)}"
     else:
         command = submit
     return Verdict(not (bad or late), ". ".join(parts), command)

@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from hpc import instances
 from hpc.errors import UserError
 from hpc.instances import Instance
 from hpc.optimisation import Optimizer
+from jobs.flops import of_conv_backward
 from jobs.memory import Step, estimate, largest_batch
 from jobs.optimize import build_optimizer
 from models3d import create_model, example_input
@@ -38,6 +39,7 @@ WAYS = (("tf32", False), ("tf32", True), ("bf16", False), ("bf16", True))
 """Precision, and whether activations are computed anew."""
 _MOST = 64
 """Samples of a batch that is looked for: beyond that the floor of a sample does not change."""
+_FORMULAS = {**flop_registry, torch.ops.aten.convolution_backward: shape_wrapper(of_conv_backward)}  # type: ignore[no-untyped-call]
 _UNWRITTEN = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_local_scalar_dense")
 
 
@@ -53,7 +55,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = func._overloadpacket.__name__
-        count = flop_registry.get(_registered(func))
+        count = _FORMULAS.get(_registered(func))
         flops = int(count(*args, **kwargs, out_val=result)) if count else 0
         size = 0 if name in _UNWRITTEN else _bytes_of(func, args, kwargs, result)
         if size or flops:

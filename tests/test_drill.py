@@ -168,6 +168,9 @@ def test_a_stop_that_came_too_late_proves_nothing_and_one_unheard_is_a_fault(gol
     _, verdict = judge(golden, run.way(stop(Road.KILL, TOTAL - 1, back=50.1), never))
     assert not verdict.good and "not shown: 2 stops came after the end of so short a run" in verdict.words
     assert verdict.command == "hpc drill exp.yaml --steps 100"
+    _, verdict = judge(golden, run.way(never), rules=replace(RULES, every_s=3600.0))
+    assert "not shown: 1 stop came after a run whose saves are 60 min apart" in verdict.words
+    assert verdict.command == "hpc drill exp.yaml train.checkpoint_every=1s"
     _, verdict = judge(golden, run.way(stop(Road.TERM, 5, ignored=True)))
     assert "SIGTERM at step 5: the run went on as if nothing had been sent" in verdict.words
     _, verdict = judge(golden, run.way(Injection(Road.REQUEUE, 0.5, refused="requeue is disabled")))

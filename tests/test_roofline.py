@@ -8,6 +8,7 @@ from torch import nn
 
 from hpc import instances
 from hpc.errors import UserError
+from jobs.flops import counter
 from jobs.memory import Step, estimate
 from jobs.roofline import Traffic, floor, main, table
 
@@ -42,11 +43,17 @@ def test_what_moves_no_bytes_and_what_moves_them_in_place() -> None:
     assert not {"t", "view", "slice", "empty"} & {name for name, _ in sizes}
 
 
-def test_a_conv_is_three_times_its_forward_pass_with_backward() -> None:
-    first, second = nn.Conv3d(4, 4, 3, padding=1, bias=False), nn.Conv3d(4, 4, 3, padding=1, bias=False)
-    flops = [row[2] for row in traffic(nn.Sequential(first, second), (1, 4, 8, 8, 8)).rows if row[2]]
-    one = 2 * 4 * 4 * 27 * 8**3
+@pytest.mark.parametrize("kind", [nn.Conv3d, nn.ConvTranspose3d])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_a_conv_is_three_times_its_forward_pass_with_backward(kind: type[nn.Conv3d], groups: int) -> None:
+    first, second = (kind(4, 4, 3, padding=1, groups=groups, bias=False) for _ in range(2))
+    model = nn.Sequential(first, second)
+    flops = [row[2] for row in traffic(model, (1, 4, 8, 8, 8)).rows if row[2]]
+    one = 2 * 4 * 4 * 27 * 8**3 // groups
     assert flops == [one, one, 2 * one, one], "the first conv needs no gradient of its input"
+    with counter() as counted:
+        model(torch.ones(1, 4, 8, 8, 8)).sum().backward()
+    assert counted.get_total_flops() == 5 * one
 
 
 @pytest.mark.parametrize(("name", "checkpoint"), [("resnet3d", False), ("resnet3d", True), ("transformer3d", False)])

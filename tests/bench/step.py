@@ -28,7 +28,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.flop_counter import FlopCounterMode
 
 from datasets.writer import VolumeWriter
 from hpc.allocation import Allocation
@@ -38,6 +37,7 @@ from hpc.rundir import RunDir
 from jobs import acceleration, autotune
 from jobs.choice import Choice
 from jobs.engine import Engine
+from jobs.flops import counter
 from jobs.precision import emulates_bf16
 from jobs.probe import Probe
 from jobs.setup import prepare
@@ -118,10 +118,10 @@ def step_of(model: nn.Module, choice: Choice, x: torch.Tensor, y: torch.Tensor) 
 
 def flops(model: nn.Module, x: torch.Tensor) -> float:
     """Of forward and backward; convolutions and matrix products alone."""
-    with FlopCounterMode(display=False) as counter:
+    with counter() as counting:
         model(x).sum().backward()
     model.zero_grad(set_to_none=True)
-    return float(counter.get_total_flops())
+    return float(counting.get_total_flops())
 
 
 def matrix_rate(size: int = 2048) -> float:
