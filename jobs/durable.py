@@ -27,7 +27,7 @@ _NEW_FILE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _READERS = min(4, len(os.sched_getaffinity(0)))
 _DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODATA, errno.EUCLEAN)
 _REMEDIES = {
-    errno.ENOSPC: "free some space there",
+    errno.ENOSPC: "free some space there, or files where 'df -i' says that there are too many",
     errno.EDQUOT: "your quota there is used up: delete what you no longer need, or ask for more",
     errno.EFBIG: "a file may not be so large: raise 'ulimit -f'",
     errno.EROFS: "the file system has become read-only: tell its administrators",
