@@ -68,8 +68,7 @@ def _stopped(pid: int) -> bool:
 
 
 def main() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # what a rank is to hear is not for us
     rank = int(sys.argv[1])
     if not _is_overdue(rank):
         return
