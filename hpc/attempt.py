@@ -40,7 +40,7 @@ def begin(run: RunDir, shell_pid: int) -> dict[str, str]:
 def check_trust(run: RunDir) -> None:
     """Raises UserError where somebody else might have put a hand on what is run: folder, script or code."""
     sweep = sweep_of(run)
-    parts = [run.code, alone(run).script]
+    parts = [run.experiment, alone(run).script, run.code, *run.code.rglob("*")]
     trust.check(*([sweep.path, run.path] if sweep else [run.path]), *parts)
 
 

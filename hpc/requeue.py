@@ -33,6 +33,7 @@ _CANCELLED = ("CANCELLED", "COMPLETING")
 
 def finish(run: RunDir, generation: int, code: int, told: bool) -> str:
     """Record the end of the attempt, requeue where that is right, and say what the batch script does next."""
+    _set_aside_damaged(run)
     state = {**read_json(run.state), "generation": generation}  # an older shell may have written its own back
     if run.last_generation() > generation:
         left = ExitCode.DONE if run.result.exists() else code or ExitCode.CRASH
@@ -57,6 +58,16 @@ def finish(run: RunDir, generation: int, code: int, told: bool) -> str:
             else:
                 run.event("requeue", "shell", generation, job=job, **({"out": out} if out else {}))
     return f"end {code}"
+
+
+def _set_aside_damaged(run: RunDir) -> None:
+    """What cannot be read decides nothing, and keeps no run from going on."""
+    for path in (run.state, run.stop):
+        try:
+            read_json(path)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            path.rename(path.with_name(f"{path.name}.damaged"))
 
 
 def _goes_on(job: str) -> bool:

@@ -26,7 +26,7 @@ from jobs.inference.bootstrap import Intervals
 from jobs.inference.members import Manner, Member, load_members
 from jobs.inference.options import Parser, add_options, check_options, device_of, manner_of, runs_of, tell_unfinished
 from jobs.inference.places import make_folder, remove_empty
-from jobs.inference.scoring import ALL, Scored, score
+from jobs.inference.scoring import ALL, Scored, at_home, score
 from jobs.inference.tables import scored_arrays, scored_table
 
 _RESAMPLES, _CONFIDENCE = 1000, 0.95
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="hpc evaluate", description=__doc__.partition("Alone")[0], allow_abbrev=False)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="folder of a run; several are an ensemble")
-    add("--split", choices=(*SPLITS, ALL), help="default: validation; with --data: all")
+    add("--split", choices=(*SPLITS, ALL), help="default: validation; with --data of other samples: all")
     add("--data", metavar="FILE.h5", help="another volume file than the training's, packed alike")
     add("-o", "--out", type=Path, metavar="DIR", help="for predictions and figures (default: the run's own folder)")
     add_options(parser)
@@ -87,10 +87,11 @@ def _make_folders(options: argparse.Namespace) -> list[Path]:
 def _evaluate(options: argparse.Namespace) -> tuple[list[Member], Manner, Scored, Intervals | None]:
     """Raises UserError, ValueError, OSError."""
     _check_bootstrap(options)
-    options.split = options.split or (ALL if options.data else "validation")
     runs, manner = runs_of(options, options.runs), manner_of(options)
     members = load_members(runs, options.checkpoint, device_of(options, runs[0]))
     check_options(members, options, manner)
+    members, options.data = at_home(members, options.data)
+    options.split = options.split or (ALL if options.data else "validation")
     found = score(members, options.split, manner, options.data)
     found = replace(found, notes=(*tell_unfinished(runs), *found.notes))
     if not options.bootstrap:

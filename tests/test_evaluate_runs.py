@@ -1,12 +1,14 @@
 """hpc evaluate of the other tasks, of several runs, of folds, of other files: against doing it by hand."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from datasets import open_volumes
+from hpc.experiment import load
 from hpc.preempt import ExitCode
 from jobs import evaluate as command
 from jobs.inference.members import Manner, load_members
@@ -151,6 +153,9 @@ def test_folds_score_each_sample_by_the_run_that_has_not_seen_it(folds, tmp_path
         assert len(alone.ids) == 2
         for id, values in zip(alone.ids, alone.stored.rows, strict=True):
             assert [float(rows[id][f"p_{name}"]) for name in "xyz"] == pytest.approx(values.tolist(), abs=1e-7), number
+    moved = Path(load(folds[0].experiment)[0].data.file).rename(tmp_path / "moved.h5")
+    assert answer(capsys, *paths, "--data", moved)["metrics"] == told["metrics"]
+    moved.rename(load(folds[0].experiment)[0].data.file)
     two = answer(capsys, *paths[:2])
     assert two["samples"] == 4 and "1 of 3 folds have no run here: their samples are left out" in two["notes"]
 
@@ -264,7 +269,8 @@ def test_where_the_data_file_is_gone_data_is_named(tmp_path, capsys):
     told = mistake(capsys, known.path)
     assert "multilabel.h5" in told and "--data FILE.h5" in told
     assert not known.predictions.exists(), "a refusal leaves nothing behind"
-    assert answer(capsys, known.path, "--data", tmp_path / "elsewhere.h5", "--split", "validation")["samples"] == 5
+    told = answer(capsys, known.path, "--data", tmp_path / "elsewhere.h5")
+    assert (told["split"], told["samples"]) == ("validation", 5), "the training's own file is no other"
     assert "/proc/nope cannot be made" in mistake(capsys, known.path, "-o", "/proc/nope")
 
 

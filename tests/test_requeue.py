@@ -63,6 +63,18 @@ def test_a_shell_that_was_told_asks_for_nothing(
     assert not changes(fake) and read_json(stopped.state)["phase"] == "stopped"
 
 
+@pytest.mark.parametrize("name", ["stop.json", "state.json"])
+def test_a_damaged_word_keeps_no_run_from_its_restart(
+    run: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    hold(run, job="55")
+    in_job(monkeypatch, fake)
+    (run.path / name).write_text('{"gen')
+    assert requeue.finish(run, 3, 137, False) == "end 137"
+    assert changes(fake)[0] == "scontrol requeue 55"
+    assert (run.path / f"{name}.damaged").read_text() == '{"gen'
+
+
 def test_a_signal_to_the_shell_of_a_job_that_goes_on_takes_no_decision(
     stopped: RunDir, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
 ) -> None:

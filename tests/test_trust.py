@@ -67,24 +67,25 @@ def foreign(path: Path) -> None:
 
 
 HARM = [
-    pytest.param(writable, r"can be written by others \(mode 0[67]20\): nothing of it is run; chmod", id="writable"),
+    pytest.param(writable, r"can be written by others \(mode 0\d{3}\): nothing of it is run; chmod", id="writable"),
     pytest.param(foreign, f"belongs to user {SOMEBODY}: nothing of it is run; read it, and copy", marks=root_only),
 ]
 
 
 @pytest.mark.parametrize(("harm", "words"), HARM)
-@pytest.mark.parametrize("part", ["path", "script", "code"])
+@pytest.mark.parametrize("part", ["path", "script", "code", "experiment", "code/jobs", "code/jobs/run.py"])
 def test_a_run_in_which_others_have_a_hand_is_neither_begun_nor_resumed(
     tmp_path: Path, fake: FakeSlurm, part: str, harm: Callable[[Path], None], words: str
 ) -> None:
     run = scripted.make(tmp_path, "done")
-    harm(getattr(run, part))
+    place = getattr(run, part, run.path / part)
+    harm(place)
     with pytest.raises(UserError, match=words) as refusal:
         list(resumption.named([run.name], run.runs))
     assert "\n" not in str(refusal.value) and not any(call.startswith("sbatch /") for call in fake.calls())
     done = subprocess.run(["bash", str(run.script)], env={**os.environ, "HPC_STEP": "local"}, capture_output=True)
     assert done.returncode == 2 and not run.result.exists() and run.last_generation() == 0
-    assert str(getattr(run, part)).encode() in done.stderr and b"Traceback" not in done.stderr
+    assert str(place).encode() in done.stderr and b"Traceback" not in done.stderr
 
 
 def test_a_folder_of_runs_may_be_a_groups(tmp_path: Path) -> None:

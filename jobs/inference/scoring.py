@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from datasets import Loader, open_volumes
 from datasets.layout import VolumeFile
 from datasets.partition import SPLITS
 from hpc.errors import UserError
+from hpc.experiment import Experiment
 from jobs.check import open_data
 from jobs.inference.facts import DataFacts
 from jobs.inference.members import Manner, Member, answer_together
@@ -76,6 +77,28 @@ def score(members: Sequence[Member], split: str, manner: Manner, data: str | Non
         if len(folds) < (known := parts[0].volumes.num_folds):
             notes.append(f"{known - len(folds)} of {known} folds have no run here: their samples are left out")
     return _joined(parts, manner, tuple(notes))
+
+
+def at_home(members: Sequence[Member], data: str | None) -> tuple[list[Member], str | None]:
+    """Where `data` is the very file that all were trained on, wherever it lies now: members that know so, and None.
+
+    Its training samples, and the folds, are theirs then, which those of another file are not. Raises as `score`.
+    """
+    if data is None:
+        return list(members), None
+    moved = [replace(member, experiment=_moved(member.experiment, data)) for member in members]
+    own = all(_splits_of(member) == member.facts.fingerprint for member in moved)
+    return (moved, None) if own else (list(members), data)
+
+
+def _moved(experiment: Experiment, file: str) -> Experiment:
+    return experiment.model_copy(update={"data": experiment.data.model_copy(update={"file": file})})
+
+
+def _splits_of(member: Member) -> str | None:
+    """The fingerprint of its file, its fold in it; None where the file has no such fold."""
+    found = _training_data(member)
+    return found.fingerprint if found else None
 
 
 @dataclass(frozen=True)
