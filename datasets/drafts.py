@@ -174,10 +174,7 @@ def complete(
         layout.ORIENTATION_ATTR: orientation,
         layout.SOURCE_ATTR: json.dumps(list(source)),
         layout.PACKING_ATTR: json.dumps(packing or {}),
-        layout.FINGERPRINT_ATTR: layout.compute_fingerprint(
-            Names(tables[layout.IDS]),
-            *(tables.get(name) for name in (layout.TARGETS, layout.SPLIT, layout.CHECKSUMS, layout.FOLDS)),
-        ),
+        layout.FINGERPRINT_ATTR: layout.compute_fingerprint(Names(tables[layout.IDS]), tables),
     }
     sums = {name: zlib.crc32(table.data) for name, table in tables.items()}
     attributes[layout.TABLES_ATTR] = layout.tables_checksum({name: attributes[name] for name in layout.TEXTS}, sums)

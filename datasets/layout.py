@@ -11,7 +11,7 @@ import json
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,7 +28,7 @@ from datasets.names import Names, first_divided, first_repeated, json_blocks
 from datasets.partition import HELD_OUT, SPLITS, check_groups, fold_names
 from datasets.trust import VolumeFileError, file_identity, opened, read_bytes, read_json
 
-FORMAT = 1
+FORMAT = 2
 INPUTS, TARGETS, IDS, GROUPS, SPLIT = "inputs", "targets", "ids", "groups", "split"
 AFFINE, SOURCE_SHAPE, SCALE, OFFSET, CHECKSUMS = "affine", "source_shape", "scale", "offset", "checksums"
 FOLDS = "folds"
@@ -110,15 +110,19 @@ def tables_checksum(texts: dict[str, Any], sums: dict[str, int]) -> int:
     return crc32(json.dumps([texts, sums], sort_keys=True).encode())
 
 
-def compute_fingerprint(
-    ids: Sequence[str], targets: NDArray[Any] | None, split: Any, checksums: Any, folds: Any = None
-) -> str:
-    """SHA-256 over ids, targets, split, checksums, folds. Label maps (`targets` None) count through the checksums."""
+FINGERPRINTED = (TARGETS, SPLIT, CHECKSUMS, SCALE, OFFSET, FOLDS)
+
+
+def compute_fingerprint(ids: Sequence[str], tables: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 over the ids and what a network sees: the tables FINGERPRINTED that are there.
+
+    Label maps, of which there is no table, count through the checksums.
+    """
     digest = hashlib.sha256()
     for block in json_blocks(ids):
         digest.update(block)
-    for table in (targets, split, checksums, folds):
-        if table is not None:
+    for name in FINGERPRINTED:
+        if (table := tables.get(name)) is not None:
             digest.update(f"{table.dtype.str}{table.shape}".encode())
             digest.update(np.ascontiguousarray(table).data)
     return digest.hexdigest()
@@ -334,9 +338,13 @@ class VolumeFile:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of ids, targets, split and checksums as they are now; the same samples in shards have the same."""
-        targets = None if self.task == "segmentation" else self.targets
-        return compute_fingerprint(self.ids, targets, self.split, self.checksums, self.folds)
+        """SHA-256 of the ids and tables as they are now; the same samples in shards have the same."""
+        tables: Tables = {SPLIT: self.split, CHECKSUMS: self.checksums, SCALE: self.scale, OFFSET: self.offset}
+        if self.task != "segmentation":
+            tables[TARGETS] = self.targets
+        if self.folds is not None:
+            tables[FOLDS] = self.folds
+        return compute_fingerprint(self.ids, tables)
 
     def indices(self, split: str) -> NDArray[np.int64]:
         """Sample numbers of 'train', 'validation' or 'test', in file order. ValueError for another name."""

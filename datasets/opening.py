@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from datasets.chunks import claimed_bytes, locate
 from datasets.layout import (
     ATTRIBUTES,
-    CHECKSUMS,
     CLASSES_ATTR,
     DATASETS,
     FINGERPRINT_ATTR,
+    FINGERPRINTED,
     FOLDS,
     FOREGROUND,
     FORMAT,
@@ -75,11 +75,10 @@ def read_shard(path: Path) -> Shard:
 
 def _check_sums(path: Path, file: h5py.File, shard: Shard) -> None:
     tables, stored = shard.tables, read_text(path, file, FINGERPRINT_ATTR)
-    parts = (tables.get(TARGETS), tables[SPLIT], tables[CHECKSUMS], tables.get(FOLDS))
-    if stored != compute_fingerprint(Names(tables[IDS]), *parts):
+    if stored != compute_fingerprint(Names(tables[IDS]), tables):
         raise VolumeFileError(
-            f"{path}: ids, targets, split, checksums or folds are not those it was packed with (fingerprint "
-            f"{stored[:12]}); pack it again"
+            f"{path}: ids, {', '.join(FINGERPRINTED[:-1])} or {FINGERPRINTED[-1]} are not those it was packed with "
+            f"(fingerprint {stored[:12]}); pack it again"
         )
     sums = {name: zlib.crc32(table.data) for name, table in tables.items()}
     for name, offset in shard.on_demand.items():

@@ -82,6 +82,7 @@ def test_a_cancelled_job_stays_so_and_its_bad_node_is_remembered(
     in_job(monkeypatch, fake)
     hold(run, job="55")
     bad(run)
+    fake.job("55", "COMPLETING")
     requeue.finish(run, 3, 143, True)
     assert changes(fake) == [] and badnodes.current(run.runs) == {"node0": "GPU 0 is lost"}
 

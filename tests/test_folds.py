@@ -253,5 +253,5 @@ def test_shards_with_and_without_folds_do_not_mix_and_a_changed_fold_is_seen(tmp
         open_volumes([tmp_path / "0.h5", tmp_path / "1.h5"])
     with h5py.File(tmp_path / "0.h5", "r+") as file:
         file[layout.FOLDS][0] = 1
-    with pytest.raises(VolumeFileError, match="checksums or folds are not those it was packed with"):
+    with pytest.raises(VolumeFileError, match="offset or folds are not those it was packed with"):
         open_volumes(tmp_path / "0.h5")

@@ -5,14 +5,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from hpc.rundir import RunDir
 from tests import scripted
 
 COMMAND = "import sys; from hpc import foreground, rundir; sys.exit(foreground.train(rundir.RunDir(sys.argv[1])))"
+
+
+@pytest.fixture(autouse=True)
+def _hears_hangup() -> Iterator[None]:
+    """However the tests were started: by nohup, say."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def start(run: RunDir, *before: str, script: bool = False, **files: int) -> subprocess.Popen[bytes]:

@@ -23,12 +23,12 @@ def volume(number):
     return np.random.default_rng(number).integers(-500, 500, SHAPE).astype(np.int16)
 
 
-def write(path, numbers=range(6), **options):
+def write(path, numbers=range(6), scale=(0.5, 2.0), **options):
     settings = {"shape": SHAPE, "dtype": "int16", "class_names": ["a", "b"], "num_samples": len(numbers)} | options
     with VolumeWriter(path, **settings) as writer:
         for number in numbers:
             split = ("train", "validation", "test")[number % 3]
-            writer.add(volume(number), number % 2, id=f"s{number}", group=f"g{number}", split=split, scale=(0.5, 2.0))
+            writer.add(volume(number), number % 2, id=f"s{number}", group=f"g{number}", split=split, scale=scale)
     return path
 
 
@@ -122,6 +122,8 @@ def test_the_fingerprint_follows_the_content(path, tmp_path):
     same = write(tmp_path / "same.h5")
     other = write(tmp_path / "other.h5", [0, 1, 2, 3, 5, 4])
     assert open_volumes(path).fingerprint == open_volumes(same).fingerprint != open_volumes(other).fingerprint
+    brighter = write(tmp_path / "brighter.h5", scale=(0.5, 3.0))
+    assert open_volumes(brighter).fingerprint != open_volumes(same).fingerprint, "the same voxels, read otherwise"
 
 
 def test_a_flipped_byte_is_found(path):
@@ -177,7 +179,7 @@ BROKEN = {
     "truncated": (lambda path: os.truncate(path, path.stat().st_size - 500), "cut short or damaged"),
     "cut in half": (lambda path: os.truncate(path, path.stat().st_size // 2), "cut short or damaged"),
     "half written": (edit(lambda file: file.attrs.__delitem__("format")), "half written"),
-    "other format": (edit(lambda file: file.attrs.__setitem__("format", 2)), "has format 2, this version reads"),
+    "other format": (edit(lambda file: file.attrs.__setitem__("format", 1)), "has format 1, this version reads"),
     "no split": (edit(lambda file: file.__delitem__("split")), "damaged: no split"),
     "no classes": (edit(lambda file: file.attrs.__delitem__("class_names")), "no attribute class_names"),
     "short table": (swap("checksums", data=np.zeros(5, np.uint32)), r"shape \(5,\), not \(6,\)"),

@@ -212,7 +212,10 @@ MALFORMED = {
     "maps of int16": (stored("targets", MAPS.astype("i2")), "int16, not .* uint8"),
     # values
     "scale not a number": (stored("scale", np.full((4, 2), np.nan, "f4")), "not a finite number"),
-    "another scale": (stored("scale", np.full((4, 2), 2, "f4")), "tables are not those it was packed with"),
+    "another scale": (
+        stored("scale", np.full((4, 2), 2, "f4")),
+        "scale, offset or folds are not those it was packed with",
+    ),
     "split out of range": (stored("split", np.full(4, 3, "u1")), "split holds 3; only 0, 1 and 2"),
     "foreground of other classes": (
         edit(lambda file, path: file.create_dataset("foreground", data=np.zeros((4, 3, 5), "i4"))),
