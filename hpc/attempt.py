@@ -153,7 +153,7 @@ def _alive(run: RunDir, state: dict[str, Any]) -> bool:
 
 def _heard(run: RunDir) -> bool:
     """Whether the holder has written lately; both times are the file server's, so no clock but one is read."""
-    return run.lease.stat().st_mtime - run.state.stat().st_mtime < _SILENT_S
+    return abs(run.lease.stat().st_mtime - run.state.stat().st_mtime) < _SILENT_S  # ahead: the clock was set back
 
 
 def process_alive(pid: int) -> bool:

@@ -94,6 +94,8 @@ class Step:
                 failed, self._kill_at = codes[0], min(self._kill_at, now + GRACE_S)
                 self.tell(signal.SIGTERM)
             if now >= self._kill_at:
+                if now >= self._end and not failed:
+                    print("the time limit has passed: the ranks are killed", file=sys.stderr, flush=True)
                 self._kill()
             time.sleep(_POLL_S)
         code = failed or next((rank.returncode for rank in self._ranks if rank.returncode), 0)

@@ -95,7 +95,7 @@ def test_notice_of_the_time_limit_comes_ahead_of_it() -> None:
 def test_at_the_time_limit_ranks_and_what_they_started_are_killed(tmp_path: Path) -> None:
     deaf = f"trap '' TERM USR2; sleep 60 & echo $! > {tmp_path / 'pid'}; wait"
     process = step("bash", "-c", deaf, time=0.5, notice=0.3)
-    assert end(process)[0] == 137
+    assert end(process) == (137, ["the time limit has passed: the ranks are killed"])
     assert not process_alive(int((tmp_path / "pid").read_text()))
 
 
