@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError, field_validator, model_validato
 from hpc import recipes, yamlfile
 from hpc.errors import UserError, nearest
 from hpc.metrics import DEFAULT_MONITOR, DIRECTIONS
-from hpc.settings import Data, Duration, Launch, Model, Section
+from hpc.settings import WITH_WEIGHTS, Data, Duration, Launch, Model, Section
 from hpc.training import Train
 
 
@@ -235,11 +235,16 @@ def _merge(low: dict[str, Any], high: dict[str, Any], path: str = "") -> dict[st
             mine = merged.get(key)
             below = mine if isinstance(mine, dict) else {}
             if path + key == "model" and value.get("name", below.get("name")) != below.get("name"):
-                below = {}
+                below = _kept_of(below, str(value.get("name")))
             merged[key] = _merge(below, value, f"{path}{key}.")
         else:
             merged[key] = value
     return merged
+
+
+def _kept_of(model: dict[str, Any], name: str) -> dict[str, Any]:
+    """What another model keeps of the settings of one: to start from its library's own weights, where it has some."""
+    return {"pretrained": True} if model.get("pretrained") is True and name.startswith(WITH_WEIGHTS) else {}
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

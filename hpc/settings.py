@@ -45,7 +45,7 @@ class Section(BaseModel):
                 raise ValueError(f"{option} has no effect with {choice}; it belongs to {', '.join(sorted(choices))}")
 
 
-_WITH_WEIGHTS = ("timm:", "torchvision:", "smp:")
+WITH_WEIGHTS = ("timm:", "torchvision:", "smp:")
 
 
 class Model(BaseModel):
@@ -67,9 +67,9 @@ class Model(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Model:
-        if self.pretrained and not self.name.startswith(_WITH_WEIGHTS):
+        if self.pretrained and not self.name.startswith(WITH_WEIGHTS):
             raise ValueError(
-                f"pretrained has no effect with {self.name}: {', '.join(f'{p}NAME' for p in _WITH_WEIGHTS)} have such "
+                f"pretrained has no effect with {self.name}: {', '.join(f'{p}NAME' for p in WITH_WEIGHTS)} have such "
                 f"weights; model.weights takes a file"
             )
         if self.pretrained and self.weights:

@@ -306,6 +306,15 @@ def test_another_model_drops_the_old_ones_options_but_not_those_given_with_it(tm
     assert same.model.options == {"depth": 4, "stem_stride": 2}
 
 
+@pytest.mark.parametrize(("name", "kept"), [("timm:resnet50", True), ("resnet3d", False)])
+def test_another_model_starts_from_its_own_weights_where_the_old_one_did(tmp_path: Path, name: str, kept: bool) -> None:
+    path = write(tmp_path, PLAIN.replace("resnet3d", '"timm:efficientnet_b4", pretrained: true, drop_rate: 0.2'))
+    model = load(path, [f"model.name={name}"])[0].model
+    assert model.pretrained is kept and not model.options
+    tagged = write(tmp_path, PLAIN.replace("resnet3d", '"timm:efficientnet_b4", pretrained: ra2_in1k'))
+    assert load(tagged, [f"model.name={name}"])[0].model.pretrained is False, "a tag is that of one model"
+
+
 def test_the_delta_is_what_overrides_change(tmp_path: Path) -> None:
     path = write(tmp_path, f"{PLAIN}train: {{epochs: 5}}\n")
     assert load(path)[1] == {}
