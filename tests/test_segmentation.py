@@ -12,6 +12,7 @@ from sklearn import metrics as reference
 
 from datasets import open_volumes
 from datasets.layout import UNLABELLED
+from datasets.writer import VolumeWriter
 from hpc.errors import UserError
 from hpc.experiment import validate
 from jobs.tasks import make_task
@@ -129,6 +130,28 @@ def test_balanced_weights_are_of_the_training_splits_voxels(tmp_path: Path) -> N
     two = [*(counts[:2].sum() / (2 * counts[:2])), 1.0]
     same = task_of(path, class_weights=two, ignore=["edge"])
     torch.testing.assert_close(ignoring.losses(outputs, targets), same.losses(outputs, targets))
+
+
+def test_a_class_that_the_training_lacks_counts_where_weights_are_balanced(tmp_path: Path) -> None:
+    """Else a file that happens to lack a class would be scored without it, and better."""
+    path = tmp_path / "lacks.h5"
+    with VolumeWriter(
+        path, shape=(1, 2, 2, 2), dtype="uint8", num_samples=2, class_names=["a", "b", "c"], task="segmentation"
+    ) as out:
+        for split, other in (("train", 1), ("validation", 2)):
+            map = np.array([0, other] * 4, np.uint8).reshape(2, 2, 2)
+            out.add(np.zeros((1, 2, 2, 2), np.uint8), map, id=split, split=split)
+    truth = torch.from_numpy(open_volumes(path).read(1)[1])[None]
+    right_but_c = logits(torch.zeros_like(truth).numpy(), 3)
+    found = scores_of(task_of(path, class_weights="balanced"), right_but_c, truth).metrics()
+    assert found["iou"] == pytest.approx(0.25) and found["dice"] == 0, "c is there, and never found"
+
+
+def test_what_does_not_count_is_drawn_as_no_class() -> None:
+    truths = torch.tensor([[[0, 1, 2, 255]]], dtype=torch.uint8)
+    task: Any = toy("segmentation", ignore=[NAMES[1]])
+    shown = task.drawn(truths)
+    assert shown.tolist() == [[[0, UNLABELLED, 2, UNLABELLED]]] and shown.dtype == torch.uint8
 
 
 FAULTS = [

@@ -173,7 +173,7 @@ def _segmentation(stored: Stored, weights: np.ndarray, in_iou: np.ndarray, in_di
     return {
         "dice": _mean(_ratio(2 * hits, both), (both > 0) & in_dice),
         "iou": _mean(_ratio(hits, both - hits), (both > 0) & in_iou),
-        "accuracy": hits.sum(1) / np.maximum(truths.sum(1), 1),
+        "accuracy": np.where(truths.any(1), hits.sum(1) / np.maximum(truths.sum(1), 1), np.nan),
         PER_SAMPLE: _mean(dice, (known > 0) & in_dice),
     }
 

@@ -72,6 +72,10 @@ def score(members: Sequence[Member], split: str, manner: Manner, data: str | Non
     if len(np.unique(order)) < len(order):
         raise UserError(f"{members[0].facts.file}: two folds have a validation sample in common; pack it again")
     notes = list(parts[0].notes)
+    if len({m.experiment.train.loss.model_dump_json() for m in members}) > 1:
+        notes.append(
+            f"the loss, and the classes that count, are those of {members[0].run.name}; others have another loss"
+        )
     if apart:
         notes.append(f"each sample by the runs of its fold, which have not seen it ({len(folds)} folds)")
         if len(folds) < (known := parts[0].volumes.num_folds):

@@ -65,7 +65,8 @@ class Kept:
     ) -> None:
         """A batch: (B,) sample numbers, and losses (B,); with inputs label maps are kept for pictures, too."""
         if inputs is not None and self._task.name == "segmentation":
-            self.gallery.add(samples, inputs, outputs, targets, losses)
+            task: Any = self._task
+            self.gallery.add(samples, inputs, outputs, task.drawn(targets), losses)
         some = targets if self._columns[1][0].shape[1:] == targets.shape[1:] else targets.new_empty(len(targets), 0)
         new = (samples, some, self._task.rows(outputs, targets), losses)
         for column, tensor in zip(self._columns, new, strict=True):

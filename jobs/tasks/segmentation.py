@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datasets.layout import UNLABELLED
 from hpc.errors import UserError
 from jobs.tasks import losses, measures
 from jobs.tasks.classification import table
@@ -32,8 +33,11 @@ class Segmentation:
         self.cells = self.num_classes**2
         self._options = options
         self._weights = None if options.class_weights is None else torch.tensor(options.class_weights, device=device)
+        # A balanced weight of 0 says that no training map has the class: what is scored may have it all the same.
+        balanced = options.loss.class_weights == "balanced"
         self._means = tuple(
-            number not in options.ignored and self._weight(number) > 0 for number in range(self.num_classes)
+            number not in options.ignored and (balanced or self._weight(number) > 0)
+            for number in range(self.num_classes)
         )
         in_dice = list(self._means)
         in_dice[0] &= options.loss.include_background
@@ -63,6 +67,10 @@ class Segmentation:
         """(B, *spatial) whether a voxel counts; 255 is no class, nor is another value without a name."""
         known = targets < self.num_classes
         return known & ~torch.isin(targets, self._ignored) if len(self._ignored) else known
+
+    def drawn(self, targets: Tensor) -> Tensor:
+        """Label maps for pictures: what does not count is no class."""
+        return torch.where(self._known(targets), targets, UNLABELLED)
 
     def _mean_over_voxels(self, outputs: Tensor, targets: Tensor, known: Tensor) -> Tensor:
         """(B,); of a sample without a known voxel 0.
