@@ -159,6 +159,9 @@ def test_a_damaged_checkpoint_is_refused_and_left_where_it_is(run: RunDir, tmp_p
     with pytest.raises(checkpoint.Damaged, match=r"model\.safetensors"):
         evaluate(live, "validation", "best")
     assert best.exists() and not live.quarantine.exists()
+    best.rename(tmp_path / "lost")
+    with pytest.raises(UserError, match=f"its best checkpoint {best.name} is gone; name another: --checkpoint last"):
+        find_checkpoint(live, "best")
 
 
 def test_the_command_prints_a_table_and_the_same_as_json(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,6 +63,10 @@ def find_checkpoint(run: RunDir, wanted: str) -> checkpoint.Checkpoint:
     known = read_json(run.result) or read_json(run.state)
     best = known.get("best", {}).get("checkpoint")
     name = {"best": best or names[0], "last": names[0]}.get(wanted, wanted)
+    if name not in names and wanted == "best":
+        raise UserError(
+            f"{run.name}: its best checkpoint {best} is gone; name another: --checkpoint last, or {names[0]}"
+        )
     if name not in names:
         raise UserError(f"--checkpoint {wanted!r}: {nearest(name, ['best', 'last', *names])}")
     return checkpoint.verify(run.checkpoints / name)
