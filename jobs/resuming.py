@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,11 @@ from jobs.guards import LossGuard
 from jobs.saving import room
 
 _LOG = logging.getLogger(__name__)
+_HOW = re.compile(
+    r"(name|launch|data\.(file|threads|stage|verify)"
+    r"|train\.(device|precision|channels_last|compile|autotune|strategy|zero|deterministic|virtual_ranks"
+    r"|checkpoint_every|keep|keep_every|hang_after|profile|figures|stage_logs|ledger))(\.|$)"
+)
 
 
 def agree(engine: Engine, folder: Path, found: Checkpoint | None) -> None:
@@ -53,23 +59,22 @@ def check_room(folder: Path, sizes: Sequence[int], fresh: bool) -> None:
         _LOG.warning("%s", error)
 
 
-def refuse_another(run: RunDir, experiment: Mapping[str, Any], found: Checkpoint | None) -> None:
-    """Raises UserError for a checkpoint of another experiment, as one that was copied here from another run."""
-    if found is None:
-        return
-    saved, own = flatten(found.manifest["experiment"]), flatten(dict(experiment))
+def identity(experiment: Experiment) -> dict[str, Any]:
+    """{dotted key: value} of what a run trains; how it is computed, kept and told may change between two attempts."""
+    told = flatten(experiment.as_dict())
+    return {key: value for key, value in told.items() if not _HOW.match(key)}
+
+
+def refuse_another(run: RunDir, own: dict[str, Any], found: Checkpoint | None) -> None:
+    """Raises UserError for a checkpoint of another identity than the run's, as one that was copied from another run."""
+    saved = found.manifest["experiment"] if found else own
     differing = [key for key in sorted(saved | own) if saved.get(key) != own.get(key)]
-    if differing:
+    if found and differing:
         first, more = differing[0], f" and {len(differing) - 1} more" if differing[1:] else ""
         raise UserError(
             f"{found.path} was saved by another experiment: its {first} is {saved.get(first)}, not {own.get(first)}"
             f"{more}. Move it away, then 'hpc resume {run.name}'; another experiment is a new run: 'hpc submit'"
         )
-
-
-def identity(experiment: Experiment) -> dict[str, Any]:
-    """What checkpoints of a run have in common: all but its name and what it asks of a cluster."""
-    return {key: value for key, value in experiment.as_dict().items() if key not in ("name", "launch")}
 
 
 def compare_data(run: RunDir, experiment: Experiment, volumes: VolumeFile, found: Checkpoint | None) -> str | None:

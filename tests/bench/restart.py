@@ -93,6 +93,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     with tempfile.TemporaryDirectory() as name:
+        # As at a user's: what Python has compiled at the first start of the run is there at the next.
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = str(Path(name) / "compiled")
         run = make_run(Path(name))
         first_step(run, 1)
         table = [
