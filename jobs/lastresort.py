@@ -41,7 +41,9 @@ class LastResort:
             self._pipe.write(f"{seconds:.3f}\n".encode())
 
     def close(self) -> None:
+        """At once, also where it is stopped, or a process that was forked here holds the other end of its pipe."""
         self._pipe.close()
+        self._process.kill()
         self._process.wait()
 
 

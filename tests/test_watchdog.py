@@ -26,6 +26,7 @@ from hpc.preempt import ExitCode
 from hpc.rundir import RunDir, read_json, write_json
 from hpc.units import percentile
 from jobs import watchdog
+from jobs.lastresort import LastResort
 from jobs.watchdog import Heard, Peers, Watchdog, behind
 from tests.tiny_run import CHILD_LIMIT_S, CONTEXT
 
@@ -203,6 +204,17 @@ def test_a_suspended_process_goes_on_when_it_is_continued(stage: Stage) -> None:
     for scene in ("is_suspended", "is_suspended_with_its_last_resort"):
         assert stage.codes(scene) == [0], stage.stderr(scene)
         assert not hangs(stage.run(scene))
+
+
+def test_the_last_resort_ends_at_once_whoever_holds_its_pipe() -> None:
+    """Else it would count on, and end a rank that has finished."""
+    resort = LastResort()
+    held = os.dup(resort._pipe.fileno())
+    closing = threading.Thread(target=resort.close, daemon=True)
+    closing.start()
+    closing.join(CHILD_LIMIT_S / 20)
+    assert not closing.is_alive()
+    os.close(held)
 
 
 # Several ranks.
