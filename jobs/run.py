@@ -165,12 +165,13 @@ def _fail(
     folder: RunDir, allocation: Allocation, error: Exception, code: ExitCode, retry: bool | None = None
 ) -> ExitCode:
     """Say why, to the user and to the batch script's tail; `retry` False: another attempt would be in vain."""
-    print(error, file=sys.stderr)
     word: dict[str, Any] = {"reason": str(error), "code": int(code)}
     if retry is not None:
         word["retry"] = retry
     with suppress(OSError):  # a full disk
         folder.event("failed", f"rank{allocation.rank}", allocation.generation, **word)
+    with suppress(OSError):  # a terminal that is gone
+        print(error, file=sys.stderr)
     return code
 
 
@@ -182,8 +183,9 @@ def main() -> None:
         traceback.print_exc()
         print(f"the training code left by sys.exit({end.code})", file=sys.stderr)
         code = ExitCode.CRASH
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a terminal that is gone
+            stream.flush()
     os._exit(code)  # no rank waits in an exit handler for one that has left
 
 

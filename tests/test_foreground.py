@@ -1,6 +1,7 @@
 """`hpc train`: what becomes of a run whose terminal closes, whose command is killed, or whose output nobody reads."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,8 +72,9 @@ def test_a_terminal_that_closes_stops_a_script_that_was_typed_there(tmp_path: Pa
     terminal, tty = os.openpty()
     process = start(run, "setsid", "--ctty", script=True, stdin=tty, stdout=tty, stderr=tty)
     os.close(tty)
-    while b"waiting" not in os.read(terminal, 4096):
-        pass
+    shown = b""
+    while not re.search(rb"waiting \d+\r\n", shown):  # the whole line: a rank whose output fails as it prints has crashed
+        shown += os.read(terminal, 4096)
     os.close(terminal)
     assert process.wait(60) == 75
     assert [(end["again"], end["code"]) for end in ends(run)] == [(False, 75)]
