@@ -73,7 +73,7 @@ def test_a_terminal_that_closes_stops_a_script_that_was_typed_there(tmp_path: Pa
     process = start(run, "setsid", "--ctty", script=True, stdin=tty, stdout=tty, stderr=tty)
     os.close(tty)
     shown = b""
-    while not re.search(rb"waiting \d+\r\n", shown):  # the whole line: a rank whose output fails as it prints has crashed
+    while not re.search(rb"waiting \d+\r\n", shown):  # whole: a rank that cannot print has crashed
         shown += os.read(terminal, 4096)
     os.close(terminal)
     assert process.wait(60) == 75
