@@ -320,10 +320,10 @@ def _killed_after_sbatch(play: Playing, command: str) -> None:
     assert (play.folder / "programs" / "said").read_text().strip(), play.block()
 
 
-def _slurmd_dies(play: Playing) -> None:
-    """kill -9 of the slurmd of the run's (first) node; its slurmstepd, the batch shell and the ranks live on."""
+def _slurmd_dies(play: Playing, node: str = "") -> None:
+    """kill -9 of the slurmd of a node, the run's first one unless named; its slurmstepd, shell and ranks live on."""
     cluster = _cluster(play)
-    node = play.read("state.json")["node"]
+    node = node or play.read("state.json")["node"]
     cluster.daemons[node].kill()
     cluster.daemons[node].wait()
     play.when["lost"] = time.time()
@@ -366,6 +366,7 @@ _EVENTS: dict[str, Callable[..., Any]] = {
     r"controller hangs during (hpc submit .*)": _submit_to_the_deaf,
     r"kill after sbatch: (hpc submit .*)": _killed_after_sbatch,
     r"the node's slurmd is killed": _slurmd_dies,
+    r"the slurmd of (\w+) is killed": _slurmd_dies,
     r"preempt": _preempt,
     r"scancel": lambda play: _cluster(play).run("scancel", play.job),
     r"freeze at step (\d+)": _freeze,

@@ -1,5 +1,7 @@
 """A11, A12, C4, C5, D1 and D3: crashes, lost nodes, other data, memory, losses that are no numbers, hangs."""
 
+from functools import partial
+
 from hpc import stepledger
 from hpc.rundir import RunDir
 from tests.faults.rows import at_most_an_interval, lost, saved, scripted
@@ -9,6 +11,8 @@ TINY = "$ hpc submit tiny.yaml launch.cluster=slurm"
 HERE = "$ hpc submit tiny.yaml launch.cluster=local"
 TWO_HERE = f"{HERE} launch.tasks_per_node=2 launch.cpus=2"
 NODES = f"{TINY} launch.instance=cedia-a100-40gb-nodes launch.nodes=2"
+IMPATIENT = {"node_timeout": 3, "message_timeout": 2}
+RETURNS = "\nwait for requeue\nwait for end"
 CHANGED = (
     "$ sed s/scan003,ball/scan003,cube/ scans/labels.csv > labels.csv\n"
     "$ hpc pack scans/*.nii -o scans.h5 --labels labels.csv --split 80/20/0"
@@ -25,26 +29,30 @@ def _three_restarts(play: Playing) -> str:
     return "1 preemption, 4 crashes, 3 restarts"
 
 
-def _fenced(play: Playing) -> str:
+def _nothing_late(play: Playing) -> str:
     """What the old attempt wrote after the new one had begun: nothing that a reader takes for the run's."""
     began = next(event["time"] for event in play.events("start") if event["generation"] == 2)
     late = [event for event in RunDir(play.run).read_events() if event["generation"] == 1 and event["time"] > began]
     assert not [event for event in late if event["event"] in ("checkpoint", "signal")], f"{late}"
-    told = play.outputs()  # the old batch script has ended it, or the new attempt has begun
-    assert "nothing more is written" in told or "is held by generation 2" in told, "the old rank never noticed"
     return f"lost node requeued after {began - play.when['lost']:.0f} s"
 
 
-def _hang_is_named(play: Playing) -> str:
-    [told] = [event for event in play.events("hang") if event["rank"] == 0]
+def _noticed(play: Playing) -> str:
+    told = play.outputs()  # the old batch script has ended it, or the new attempt has begun
+    assert "nothing more is written" in told or "is held by generation 2" in told, "the old rank never noticed"
+    return ""
+
+
+def _hang_is_named(play: Playing, silent: int) -> str:
+    [told] = [event for event in play.events("hang") if event["rank"] == 1 - silent]
     names = [(stuck["rank"], stuck["node"]) for stuck in told["stuck"]]
-    assert names == [(1, "node1")], f"named {names}"
+    assert names == [(silent, f"node{silent}")], f"named {names}"
     assert "All threads:" in play.outputs() and "Thread 0x" in play.outputs(), "no stacks in the log"
     [ended] = [event for event in play.events("end") if event["generation"] == 1]
     assert (ended["cause"], ended["code"], ended["again"]) == ("hang", 76, True), f"{ended}"
     late = told["silent"] - told["limit"]
     assert late < 5, f"found {late:.1f} s after the limit"
-    return f"found {late:.1f} s after the limit, rank 1 on node1 named"
+    return f"found {late:.1f} s after the limit, rank {silent} on node{silent} named"
 
 
 def _skipped_and_rolled_back(play: Playing) -> str:
@@ -90,12 +98,27 @@ FAILURES = [
         "A12",
         "slurmd of the node killed, the batch shell and the ranks live on",
         "requeued as the node is lost; the old rank writes nothing once the new attempt has begun",
-        f"{TINY} model.pause=0.25\nwait for step 20..40\nthe node's slurmd is killed\nwait for requeue\nwait for end",
-        *(_fenced, lost),
+        f"{TINY} model.pause=0.25\nwait for step 20..40\nthe node's slurmd is killed{RETURNS}",
+        *(_nothing_late, _noticed, lost),
         soak=5,
-        cluster={"node_timeout": 3, "message_timeout": 2},
+        cluster=IMPATIENT,
         attempts=2,
         weights="one-task",
+        lost=None,
+    ),
+    scripted(
+        "A12",
+        "slurmd of the second of two nodes killed, its rank lives on; a third node is free",
+        "requeued on the nodes that are left; the old rank writes nothing once the new attempt has begun",
+        f"{NODES} model.pause=0.25\nwait for step 20..40\nthe slurmd of node1 is killed\nwait for requeue\n"
+        "wait for attempt 2\n$ squeue --noheader --format=%N | grep -x 'node.0,2.'\nwait for end",
+        *(_nothing_late, lost),
+        here=0,
+        soak=5,
+        cluster=IMPATIENT | {"nodes": 3},
+        attempts=2,
+        causes=("SIGTERM",),
+        weights="two-tasks",
         lost=None,
     ),
     scripted(
@@ -114,7 +137,7 @@ FAILURES = [
         "C5",
         "rank 1 of two killed by the kernel for its memory",
         "named as out of memory, started again; at most one save interval lost",
-        f"{NODES} launch.mem=1GB model.hog_at=60\nwait for requeue\nwait for end",
+        f"{NODES} launch.mem=1GB model.hog_at=60{RETURNS}",
         *(_named_as_memory, at_most_an_interval),
         soak=5,
         cluster={"memory_limit": "kernel"},
@@ -134,16 +157,20 @@ FAILURES = [
         weights="spoilt",
         lost=None,
     ),
-    scripted(
-        "D3",
-        "SIGSTOP of rank 1 of two, for ever; train.hang_after 5 s",
-        "found within 5 s of the limit, stacks in the log, rank and node named, exit code 76, started again",
-        f"{NODES} train.hang_after=5s\nwait for step 60..100\nsignal rank 1 STOP\nwait for requeue\nwait for end",
-        *(_hang_is_named, at_most_an_interval),
-        soak=5,
-        cluster={},
-        attempts=2,
-        weights="two-tasks",
-        lost=None,
+    *(
+        scripted(
+            "D3",
+            f"SIGSTOP of rank {silent} of two, for ever; train.hang_after 5 s",
+            "found within 5 s of the limit, stacks in the log, rank and node named, exit code 76, started again",
+            f"{NODES} train.hang_after=5s\nwait for step 60..100\nsignal rank {silent} STOP{RETURNS}",
+            *(partial(_hang_is_named, silent=silent), at_most_an_interval),
+            here=silent,
+            soak=5,
+            cluster={},
+            attempts=2,
+            weights="two-tasks",
+            lost=None,
+        )
+        for silent in (0, 1)
     ),
 ]
