@@ -5,7 +5,6 @@ Exit code 0: sound as far as looked. 1: samples are damaged. 2: not a volume fil
 
 import argparse
 import json
-import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -38,9 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = _parser().parse_args(arguments)
     try:
         return _inspect(given)
-    except BrokenPipeError:  # nobody reads on, as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
+    except BrokenPipeError:
+        raise  # nobody reads on: see jobs/__init__.py
     except (ValueError, OSError, ImportError) as error:
         print(f"{PROG}: error: {error}", file=sys.stderr)
         return 2
@@ -66,7 +64,6 @@ def _inspect(given: argparse.Namespace) -> int:
         with console.capture() as text:
             show(facts, console)
         print(text.get(), end="")
-    sys.stdout.flush()
     _name_damaged(facts["damaged"])
     return 1 if facts["damaged"] else 0
 

@@ -444,9 +444,10 @@ def test_empty_splits_are_told(tmp_path, capsys):
     assert alarms(facts, grave=False) == ["no sample is in the validation split", "no sample of neither"]
 
 
-def test_the_printed_facts_can_be_cut_off(tmp_path):
+@pytest.mark.parametrize("words", ["inspect {path} --json", "models"])
+def test_what_is_printed_can_be_cut_off(tmp_path, words):
     path = write(tmp_path / "o.h5", volumes_of(4), [0, 1] * 2)
-    command = f"{sys.executable} -m jobs.inspect {path} --json | true; exit ${{PIPESTATUS[0]}}"
+    command = f"{sys.executable} -m jobs.{words.format(path=path)} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode in (0, 128 + signal.SIGPIPE) and not done.stderr
 
