@@ -192,7 +192,7 @@ class Trainer:
             epochs = self.step // self.steps_per_epoch
             if math.isfinite(self.state["last"]["metrics"]["loss"]):
                 raise undefined.never(self.experiment, self.parts.volumes, epochs)
-            raise Diverged(f"the validation loss was never finite in {epochs} epochs")
+            raise Diverged(f"the validation loss was never finite in {epochs} epoch(s)")
         self._save(wait=True)
         if self.recorder and (saver := self.saver):
             with self.watchdog.phase("save", _SAVE_LIMIT_S):
